@@ -1,0 +1,1 @@
+"""Make a pretrained language model smaller: low-rank factors, taught block by block."""

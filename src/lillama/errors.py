@@ -1,0 +1,54 @@
+"""The exceptions of lillama: everything that a user can mend is a `LillamaError`, and its text is one clear line."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LillamaError(Exception):
+    """Base of all errors raised on purpose; the text names the thing, the value found and the remedy.
+
+    Attributes:
+        exit_status: what the command line returns: 2 for what the user can mend, 1 for a failure of the machine.
+    """
+
+    exit_status = 2
+
+
+class ModelError(LillamaError):
+    """The model folder, its configuration, its weights or its tokenizer cannot be used."""
+
+
+class CalibrationError(LillamaError):
+    """A calibration or evaluation text cannot be used."""
+
+
+class BudgetError(LillamaError):
+    """No rank plan meets the wanted size."""
+
+
+class RecipeError(LillamaError):
+    """A recipe, a rank plan or an option is not understood."""
+
+
+class OutputError(LillamaError):
+    """The output folder or the run folder cannot be used."""
+
+
+class ResourceError(LillamaError):
+    """Disk or memory does not suffice; the text names the option that helps."""
+
+
+class TrainingError(LillamaError):
+    """Training failed although every input was sound."""
+
+    exit_status = 1
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the known word nearest to `word`, or an empty string.
+
+    >>> suggestion("uniforn", ["uniform", "bottom"])
+    "; did you mean 'uniform'?"
+    """
+    near = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,85 @@
+"""What a model is made of: linears, blocks, the whole. Frozen values without tensors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One two-dimensional weight `W (out x in)` that may be factorised.
+
+    Attributes:
+        name: full name of its module in the model, for example `model.layers.0.mlp.up_proj`.
+        out_features: rows of `W`.
+        in_features: columns of `W`.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def params(self) -> int:
+        """Numbers in the dense weight; the bias is not counted, it stays."""
+        return self.out_features * self.in_features
+
+    @property
+    def break_even_rank(self) -> float:
+        """The rank at which two factors hold as many numbers as the dense weight: `out*in / (out+in)`."""
+        return self.params / (self.out_features + self.in_features)
+
+    def params_at(self, rank: int | None) -> int:
+        """Numbers stored at `rank`, or for the dense weight when `rank` is None."""
+        return self.params if rank is None else rank * (self.out_features + self.in_features)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One repeated unit of the model.
+
+    Attributes:
+        name: full name of its module, for example `model.layers.0`.
+        index: position from the input.
+        params: stored parameters, all kinds.
+        linears: the linears that may be factorised, in the module's order.
+    """
+
+    name: str
+    index: int
+    params: int
+    linears: tuple[LinearSpec, ...]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model seen as blocks of linears.
+
+    Attributes:
+        architecture: class name, for example `LlamaForCausalLM`.
+        hidden_size: width of the activations between blocks.
+        dtype: stored type of the parameters, as torch names it (`bfloat16`).
+        bytes_per_param: of that type.
+        params: stored parameters of the whole model; shared ones count once.
+        blocks: from input to output.
+    """
+
+    architecture: str
+    hidden_size: int
+    dtype: str
+    bytes_per_param: int
+    params: int
+    blocks: tuple[BlockSpec, ...]
+
+    @cached_property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """All linears that may be factorised, from input to output."""
+        return tuple(linear for block in self.blocks for linear in block.linears)
+
+    @property
+    def block_params(self) -> int:
+        """Stored parameters of all blocks together."""
+        return sum(block.params for block in self.blocks)
+
+    def __iter__(self) -> Iterator[BlockSpec]:
+        return iter(self.blocks)
