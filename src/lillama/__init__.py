@@ -1,1 +1,76 @@
-"""Make a pretrained language model smaller: low-rank factors, taught block by block."""
+"""Make a pretrained language model smaller: low-rank factors, taught block by block.
+
+`import lillama` is light, and enough for `transformers` to load compressed models. The names below are imported when they
+are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lillama.hub.register import register
+
+if TYPE_CHECKING:
+    from lillama.compression import Result, compress
+    from lillama.errors import LillamaError
+    from lillama.evaluate.perplexity import TextScore, perplexity
+    from lillama.hub.export import export
+    from lillama.lowrank.install import install, merge
+    from lillama.lowrank.linear import LowRankLinear
+    from lillama.model.describe import describe
+    from lillama.model.spec import ModelSpec
+    from lillama.prepare import Machine, plan
+    from lillama.ranks.plan import RankPlan
+    from lillama.recipe import Recipe, load_recipe
+
+_HOME = {
+    "LillamaError": "lillama.errors",
+    "LowRankLinear": "lillama.lowrank.linear",
+    "Machine": "lillama.prepare",
+    "ModelSpec": "lillama.model.spec",
+    "RankPlan": "lillama.ranks.plan",
+    "Recipe": "lillama.recipe",
+    "Result": "lillama.compression",
+    "TextScore": "lillama.evaluate.perplexity",
+    "compress": "lillama.compression",
+    "describe": "lillama.model.describe",
+    "export": "lillama.hub.export",
+    "install": "lillama.lowrank.install",
+    "load_recipe": "lillama.recipe",
+    "merge": "lillama.lowrank.install",
+    "perplexity": "lillama.evaluate.perplexity",
+    "plan": "lillama.prepare",
+}
+
+__all__ = [
+    "LillamaError",
+    "LowRankLinear",
+    "Machine",
+    "ModelSpec",
+    "RankPlan",
+    "Recipe",
+    "Result",
+    "TextScore",
+    "compress",
+    "describe",
+    "export",
+    "install",
+    "load_recipe",
+    "merge",
+    "perplexity",
+    "plan",
+]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'lillama' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

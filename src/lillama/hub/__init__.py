@@ -1,0 +1,1 @@
+"""Models leave and come back: transformers integration, portable and dense exports, the model card."""

@@ -1,0 +1,1 @@
+"""The linear algebra of low-rank factors, and the modules that hold them."""

@@ -1,5 +1,8 @@
 """A linear layer in factorised form. Imports torch alone: the same text ships inside portable models."""
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -47,10 +50,46 @@ class LowRankLinear(nn.Module):
         y = self.left(self.right(x))
         return y if self.bias is None else y + self.bias
 
+    @classmethod
+    def shaped_like(cls, dense: nn.Linear, rank: int) -> "LowRankLinear":
+        """Return a layer that fits in the place of `dense`: its widths, device, type, very bias; the factors are 0."""
+        device, dtype = dense.weight.device, dense.weight.dtype
+        layer = cls(dense.in_features, dense.out_features, rank, False, "meta", dtype).to_empty(device=device)
+        nn.init.zeros_(layer.left.weight)
+        nn.init.zeros_(layer.right.weight)
+        layer.bias = dense.bias
+        return layer.train(dense.training)
+
     def product(self) -> torch.Tensor:
-        """Return the dense weight `left @ right` (out x in), multiplied in fp32, in the factors' type."""
-        return (self.left.weight.float() @ self.right.weight.float()).to(self.left.weight.dtype)
+        """Return the dense weight (out x in), see `multiply`."""
+        return multiply(self.left.weight, self.right.weight)
+
+    def dense(self) -> nn.Linear:
+        """Return the `nn.Linear` that computes the same, with this layer's very bias."""
+        weight = self.left.weight
+        layer = nn.Linear(self.in_features, self.out_features, False, "meta", weight.dtype)
+        layer.weight = nn.Parameter(self.product().detach(), weight.requires_grad)
+        layer.bias = self.bias  # pyright: ignore[reportAttributeAccessIssue]  (torch declares it as always there)
+        return layer.train(self.training)
 
     def extra_repr(self) -> str:
         """Describe the shape for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return `left @ right`, (out x r) by (r x in), multiplied in at least fp32, in the type of `left`."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return (left.to(wide) @ right.to(wide)).to(left.dtype)
+
+
+def low_rank_linears(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+    """Iterate over the names and layers of `model` that are in factorised form."""
+    modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
+    return ((name, layer) for name, layer in modules if isinstance(layer, LowRankLinear))
+
+
+def merge(model: nn.Module) -> None:
+    """Multiply every `LowRankLinear` of `model` back into a dense `nn.Linear`, in place."""
+    for name, layer in list(low_rank_linears(model)):
+        model.set_submodule(name, layer.dense())

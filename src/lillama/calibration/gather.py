@@ -1,0 +1,84 @@
+"""Calibration in one call: sources, or the model itself, to token sequences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lillama.calibration.generate import generate
+from lillama.calibration.pack import TokenBlocks, blocks, pack
+from lillama.calibration.sources import Source, first_line
+from lillama.errors import CalibrationError, ModelError
+from lillama.progress import Report, silent
+
+SELF = "self"
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What the model is calibrated on.
+
+    Attributes:
+        sources: where the text comes from; empty: the model writes it itself.
+        tokens: token budget, shared among the sources by weight.
+        seq_len: tokens of a sequence.
+        temperature: of the sampling when the model writes the text; 1 is the model's own distribution.
+    """
+
+    sources: tuple[Source, ...] = ()
+    tokens: int = 131072
+    seq_len: int = 256
+    temperature: float = 1.0
+
+
+def gather(
+    config: CalibrationConfig,
+    model_path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    device: torch.device | str = "cpu",
+    report: Report = silent,
+) -> TokenBlocks:
+    """Return the calibration sequences that a configuration describes; the same seed gives the same sequences."""
+    _check(config)
+    if config.sources:
+        return pack(config.sources, tokenizer, config.tokens, config.seq_len, seed, report)
+    ids = generate(model_path, tokenizer, config.tokens, config.seq_len, seed, device, config.temperature, report)
+    return blocks("self", (), tokenizer, ids, config.tokens, seed, config.temperature)
+
+
+def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model."""
+    try:
+        return AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+        raise ModelError(
+            f"{model_path}: no usable tokenizer ({first_line(error)}); put tokenizer.json and its config there"
+        ) from error
+
+
+def parse_sources(words: Sequence[str]) -> tuple[Source, ...]:
+    """Turn the command line's paths and dataset ids into sources; `self` alone, or nothing, means the model itself."""
+    if SELF in words and len(words) > 1:
+        raise CalibrationError(f"{SELF!r} stands beside {len(words) - 1} other sources; give it alone or leave it out")
+    return tuple(Source(word) for word in words if word != SELF)
+
+
+def _check(config: CalibrationConfig) -> None:
+    """Refuse numbers that make no sense together."""
+    if config.seq_len <= 0:
+        raise CalibrationError(f"seq_len is {config.seq_len}; it must be positive")
+    if config.tokens <= 0:
+        raise CalibrationError(f"tokens is {config.tokens}; it must be positive")
+    if config.tokens < config.seq_len:
+        raise CalibrationError(
+            f"tokens is {config.tokens}, less than one sequence of seq_len {config.seq_len}; raise it"
+        )
+    if not config.temperature > 0:
+        raise CalibrationError(f"temperature is {config.temperature}; it must be above 0")
+    for source in config.sources:
+        if not source.weight > 0:
+            raise CalibrationError(f"{source.path}: weight is {source.weight}; it must be above 0")

@@ -1,0 +1,282 @@
+"""Documents to token sequences of one length: packed without padding, within a budget, chosen by a seed."""
+
+import hashlib
+import json
+import logging
+from array import array
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Bool, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lillama.calibration.documents import Document, documents
+from lillama.calibration.sources import Source, fingerprint
+from lillama.errors import CalibrationError
+from lillama.files import atomic_folder, digest, write_json
+from lillama.progress import Progress, Report, silent
+
+VERSION = 1
+SURPLUS = 4  # windows collected for each window wanted, so that the seed has something to choose from
+BATCH = 16  # documents (or pieces of one) tokenised at once
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """What was taken from one source.
+
+    Attributes:
+        path: as the user gave it.
+        field: as the user gave it; None if it was found by itself.
+        config: the dataset's configuration.
+        split: the dataset's split.
+        weight: as the user gave it.
+        content: SHA-256 of the file or of a folder's files, or the commit on the hub.
+        documents: documents read.
+        tokens: tokens taken.
+    """
+
+    path: str
+    field: str | None
+    config: str | None
+    split: str
+    weight: float
+    content: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Where token sequences come from, enough to make them again.
+
+    Attributes:
+        kind: `"text"` from sources, `"self"` written by the model.
+        sources: one record for each source; none for `"self"`.
+        tokenizer: hash of the tokenizer.
+        seq_len: tokens of a sequence.
+        wanted: tokens asked for.
+        tokens: real tokens there are.
+        seed: of the choice and the order, or of the sampling.
+        temperature: of the sampling; None for `"text"`.
+        sha256: of the ids, as little-endian int64.
+    """
+
+    kind: Literal["text", "self"]
+    sources: tuple[SourceRecord, ...]
+    tokenizer: str
+    seq_len: int
+    wanted: int
+    tokens: int
+    seed: int
+    temperature: float | None
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON value that is written to disk."""
+        return {"version": VERSION, **asdict(self), "sources": [asdict(record) for record in self.sources]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Manifest":
+        """Return the manifest that `to_json` wrote."""
+        fields: dict[str, Any] = {name: item for name, item in value.items() if name != "version"}
+        fields["sources"] = tuple(SourceRecord(**record) for record in value["sources"])
+        return cls(**fields)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the JSON value: the identity of the calibration set."""
+        return digest(self.to_json())
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Token sequences of one length.
+
+    Attributes:
+        ids: the tokens.
+        mask: True for a real token; None when nothing is padded.
+        manifest: where they come from.
+    """
+
+    ids: Int[Tensor, "sequences length"]
+    mask: Bool[Tensor, "sequences length"] | None
+    manifest: Manifest
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return self.ids.numel() if self.mask is None else int(self.mask.sum())
+
+    def save(self, folder: Path) -> None:
+        """Write `tokens.safetensors` and `manifest.json` as a folder that appears at once."""
+        tensors = {"ids": self.ids.contiguous()} | ({} if self.mask is None else {"mask": self.mask.contiguous()})
+        with atomic_folder(folder) as temporary:
+            save_file(tensors, temporary / "tokens.safetensors")
+            write_json(temporary / "manifest.json", self.manifest.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> "TokenBlocks":
+        """Read what `save` wrote and check the ids against the manifest."""
+        try:
+            value = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            tensors = load_file(folder / "tokens.safetensors")
+            version = value["version"]
+            if version != VERSION:
+                raise CalibrationError(f"{folder}: has version {version}, this lillama reads {VERSION}; gather it anew")
+            manifest = Manifest.from_json(value)
+            ids = tensors["ids"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise CalibrationError(f"{folder}: holds no calibration tokens ({reason}); gather them anew") from error
+        if ids_hash(ids) != manifest.sha256:
+            raise CalibrationError(f"{folder}: the tokens do not match their manifest; gather them anew")
+        return cls(ids, tensors.get("mask"), manifest)
+
+
+def pack(
+    sources: tuple[Source, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    seq_len: int,
+    seed: int,
+    report: Report = silent,
+) -> TokenBlocks:
+    """Read the sources and choose sequences by the seed, each source giving its share of the token budget.
+
+    Each sequence is `seq_len` successive tokens of one source's stream; documents are joined by the end-of-text token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shares = share(sources, tokens // seq_len)
+    parts, records = [], []
+    for done, (source, wanted) in enumerate(zip(sources, shares, strict=True)):
+        report(Progress("calibration", done, len(sources), source.path, sum(part.numel() for part in parts)))
+        stream = _Stream(source, tokenizer)
+        windows = _windows(stream, seq_len, SURPLUS * wanted)
+        if len(windows) < wanted:
+            _check_enough(source, len(windows) * seq_len, wanted * seq_len, seq_len)
+        part = windows[torch.randperm(len(windows), generator=generator)[:wanted]].long()
+        parts.append(part)
+        records.append(
+            SourceRecord(
+                **{name: getattr(source, name) for name in ("path", "field", "config", "split", "weight")},
+                content=fingerprint(source),
+                documents=stream.documents,
+                tokens=part.numel(),
+            )
+        )
+    ids = torch.cat(parts)
+    ids = ids[torch.randperm(len(ids), generator=generator)]
+    report(Progress("calibration", len(sources), len(sources), tokens=ids.numel()))
+    return blocks("text", tuple(records), tokenizer, ids, tokens, seed)
+
+
+def blocks(
+    kind: Literal["text", "self"],
+    records: tuple[SourceRecord, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Int[Tensor, "sequences length"],
+    wanted: int,
+    seed: int,
+    temperature: float | None = None,
+) -> TokenBlocks:
+    """Put unpadded sequences together with their manifest."""
+    manifest = Manifest(
+        kind=kind,
+        sources=records,
+        tokenizer=tokenizer_hash(tokenizer),
+        seq_len=ids.shape[1],
+        wanted=wanted,
+        tokens=ids.numel(),
+        seed=seed,
+        temperature=temperature,
+        sha256=ids_hash(ids),
+    )
+    return TokenBlocks(ids, None, manifest)
+
+
+def share(sources: tuple[Source, ...], sequences: int) -> list[int]:
+    """Share sequences among sources by weight, by the method of largest remainders; each must get one at least."""
+    whole = sum(source.weight for source in sources)
+    exact = [sequences * source.weight / whole for source in sources]
+    counts = [int(value) for value in exact]
+    remainders = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in remainders[: sequences - sum(counts)]:
+        counts[i] += 1
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise CalibrationError(
+                f"{source.path}: its weight {source.weight} of {whole} gives it none of the {sequences} sequences; "
+                "raise the weight or the token budget, or leave the source out"
+            )
+    return counts
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of a tokenizer: of its whole pipeline if it is a fast one, else of its vocabulary."""
+    if tokenizer.is_fast:
+        return hashlib.sha256(cast(Any, tokenizer).backend_tokenizer.to_str().encode()).hexdigest()
+    return digest([type(tokenizer).__name__, tokenizer.get_vocab()])
+
+
+def ids_hash(ids: Int[Tensor, "sequences length"]) -> str:
+    """Return the SHA-256 of token ids as little-endian int64."""
+    return hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+class _Stream:
+    """A source's tokens in order, with the end-of-text token between documents; counts the documents it has begun."""
+
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.source, self.tokenizer, self.documents = source, tokenizer, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the ids of one document, or of one piece, at a time."""
+        end = self.tokenizer.eos_token_id
+        separator = [] if end is None else [cast(int, end)]
+        last, inside = separator, False
+        for document, ids in self._tokenised():
+            if not inside:
+                self.documents += 1
+                if last[-1:] != separator:  # a chat template may have written it
+                    yield separator
+            if ids:
+                yield ids
+                last = ids
+            inside = not document.ends
+
+    def _tokenised(self) -> Iterator[tuple[Document, list[int]]]:
+        """Tokenise documents in batches, which fast tokenizers do in parallel."""
+        stream = documents(self.source, self.tokenizer)
+        while batch := list(islice(stream, BATCH)):
+            texts = [document.text for document in batch]
+            encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+            ids = cast(list[list[int]], encoded["input_ids"])
+            yield from zip(batch, ids, strict=True)
+
+
+def _windows(stream: _Stream, seq_len: int, limit: int) -> Int[Tensor, "sequences length"]:
+    """Cut a stream's beginning into at most `limit` windows; the rest that fills no window is dropped."""
+    buffer = array("i")
+    for ids in stream:
+        buffer.extend(ids)
+        if len(buffer) >= limit * seq_len:
+            break
+    count = min(len(buffer) // seq_len, limit)
+    return torch.tensor(buffer[: count * seq_len], dtype=torch.int32).view(count, seq_len)
+
+
+def _check_enough(source: Source, found: int, wanted: int, seq_len: int) -> None:
+    """Warn of a source that is shorter than its share, refuse one that fills no sequence."""
+    if not found:
+        raise CalibrationError(f"{source.path}: holds less than one sequence of {seq_len} tokens; give more text")
+    log.warning("%s: holds %d tokens of the %d wanted; all are taken", source.path, found, wanted)

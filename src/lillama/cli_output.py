@@ -1,0 +1,167 @@
+"""What the command line shows: progress while work goes on, tables at the end, or JSON."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from lillama.compression import Result
+from lillama.evaluate.perplexity import TextScore
+from lillama.prepare import Planned
+from lillama.progress import Progress, Report, silent
+
+WORDS = {"calibration": "calibration text", "blocks": "blocks", "steps": "steps", "perplexity": "perplexity"}
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Report]:
+    """Yield a function that draws nested bars on standard error; it does nothing when that is no terminal."""
+    transformers.utils.logging.disable_progress_bar()
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    if quiet or not console.is_terminal:
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Bars(*columns, console=console) as bars:
+        yield Drawing(bars)
+
+
+class Drawing:
+    """Turn `Progress` values into bars, one for each task; a task that starts anew resets its bar.
+
+    Args:
+        bars: to draw on.
+    """
+
+    def __init__(self, bars: Bars) -> None:
+        self.bars = bars
+        self._tasks: dict[str, tuple[TaskID, float, int]] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        """Draw one moment."""
+        task, start, done = self._tasks.get(progress.task, (None, time.monotonic(), 0))
+        if task is None:
+            task = self.bars.add_task(WORDS.get(progress.task, progress.task), note="")
+        elif progress.done < done:
+            self.bars.reset(task)
+            start = time.monotonic()
+        self._tasks[progress.task] = task, start, progress.done
+        self.bars.update(
+            task, completed=progress.done, total=progress.total, note=_note(progress, time.monotonic() - start)
+        )
+
+
+def show(value: dict[str, Any], as_json: bool, draw: Callable[[], None]) -> None:
+    """Print a value as JSON, or as `draw` does."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    else:
+        draw()
+
+
+def planned(plan: Planned) -> None:
+    """Print a rank plan and what it needs."""
+    spec, ranks, needs = plan.plan.spec, plan.plan, plan.estimate
+    table = Table("linear", *(f"block {index}" for index in _some(len(spec.blocks))), title=spec.architecture)
+    for linear in spec.blocks[0].linears:
+        inner = linear.name.removeprefix(f"{spec.blocks[0].name}.")
+        names = [f"{spec.blocks[index].name}.{inner}" for index in _some(len(spec.blocks))]
+        table.add_row(
+            f"{inner} ({linear.out_features} x {linear.in_features})", *(_rank(ranks.ranks.get(n)) for n in names)
+        )
+    facts = Table(show_header=False)
+    facts.add_row("parameters", f"{spec.params:,} -> {ranks.kept_params:,} ({ranks.keep:.2%} kept)")
+    facts.add_row(
+        "bytes", f"{_bytes(spec.params * spec.bytes_per_param)} -> {_bytes(ranks.kept_bytes)} in {spec.dtype}"
+    )
+    facts.add_row("memory", f"about {_bytes(needs.memory_bytes)}, and {_bytes(needs.activation_bytes)} of activations")
+    facts.add_row("disk", f"about {_bytes(needs.disk_bytes)} for result and run folder")
+    facts.add_row("time", f"about {_duration(needs.seconds or 0)} on this machine")
+    _print(table, facts)
+
+
+def compressed(result: Result) -> None:
+    """Print what was made, what it costs, and how to load it."""
+    spec, ranks = result.plan.spec, result.plan
+    table = Table("", "original", "compressed", "", title=str(result.path))
+    table.add_row("parameters", f"{spec.params:,}", f"{ranks.kept_params:,}", f"{ranks.keep:.1%}")
+    table.add_row("bytes", _bytes(spec.params * spec.bytes_per_param), _bytes(ranks.kept_bytes), f"{ranks.keep:.1%}")
+    for pair in result.texts:
+        before, after = pair.before, pair.after
+        change = after.perplexity / before.perplexity - 1
+        table.add_row(
+            f"perplexity, {before.name}", f"{before.perplexity:.3f}", f"{after.perplexity:.3f}", f"{change:+.1%}"
+        )
+        table.add_row(f"bits per byte, {before.name}", f"{before.bits_per_byte:.4f}", f"{after.bits_per_byte:.4f}", "")
+    table.add_row("time", "", _duration(result.seconds), "")
+    table.add_row("peak memory", "", _bytes(result.peak_bytes), "")
+    _print(table)
+    sys.stdout.write(
+        f'import lillama, transformers; model = transformers.AutoModelForCausalLM.from_pretrained("{result.path}")\n'
+    )
+
+
+def scores(rows: list[TextScore]) -> None:
+    """Print perplexities."""
+    table = Table("text", "tokens", "perplexity", "bits per byte")
+    for row in rows:
+        table.add_row(row.name, f"{row.tokens:,}", f"{row.perplexity:.3f}", f"{row.bits_per_byte:.4f}")
+    _print(table)
+
+
+def _print(*tables: Table) -> None:
+    console = Console()
+    for table in tables:
+        console.print(table)
+
+
+def _note(progress: Progress, seconds: float) -> str:
+    rate = f"{progress.tokens / seconds:,.0f} tokens/s" if progress.tokens and seconds > 0 else ""
+    loss = f"loss {progress.loss:.5f}" if progress.loss is not None else ""
+    return "  ".join(part for part in (progress.detail, loss, rate) if part)
+
+
+def _some(count: int) -> list[int]:
+    """Return a few block indices: first, middle, last."""
+    return sorted({0, count // 2, count - 1})
+
+
+def _rank(rank: int | None) -> str:
+    return "dense" if rank is None else str(rank)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

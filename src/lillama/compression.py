@@ -1,0 +1,260 @@
+"""From a model folder to a smaller one: prepare, gather tokens, teach, assemble, measure."""
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lillama.calibration.documents import read_text
+from lillama.calibration.gather import gather
+from lillama.calibration.pack import TokenBlocks
+from lillama.errors import OutputError
+from lillama.evaluate.perplexity import TextScore, Windows, cut, default_length, named, score_texts
+from lillama.files import atomic_folder, write_json
+from lillama.hub.assemble import assemble
+from lillama.hub.card import Calibration, CardFacts, Measured, card
+from lillama.model.spec import BlockSpec
+from lillama.prepare import Job, Machine, checked_room, prepared
+from lillama.progress import Report, silent
+from lillama.ranks.plan import RankPlan
+from lillama.recipe import Recipe, chosen
+from lillama.resources import peak_memory, shortage_explained
+from lillama.run import RunDir, opened
+from lillama.stream.store import Shelf
+from lillama.stream.streamed import open_streamed
+from lillama.teach import Lesson, teach_jointly, teach_sequentially
+
+RESULT = "lillama.json"
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """One text under the original and under the compressed model."""
+
+    before: TextScore
+    after: TextScore
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished compression.
+
+    Attributes:
+        path: the compressed model's folder.
+        run: the run folder.
+        plan: rank of each linear.
+        recipe: what was computed.
+        texts: perplexities before and after.
+        seconds: that this call took; less than the whole if it resumed an earlier one.
+        peak_bytes: largest memory of this process.
+    """
+
+    path: Path
+    run: Path
+    plan: RankPlan
+    recipe: Recipe
+    texts: tuple[TextPair, ...]
+    seconds: float
+    peak_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the value that `lillama compress --json` prints; `version` counts its breaking changes."""
+        spec = self.plan.spec
+        return {
+            "version": 1,
+            "path": str(self.path),
+            "run": str(self.run),
+            "recipe": self.recipe.hash,
+            "keep": self.plan.keep,
+            "params": {"dense": spec.params, "kept": self.plan.kept_params},
+            "bytes": {"dense": spec.params * spec.bytes_per_param, "kept": self.plan.kept_bytes},
+            "texts": [
+                {
+                    "name": pair.before.name,
+                    "tokens": pair.before.tokens,
+                    "before": _score(pair.before),
+                    "after": _score(pair.after),
+                }
+                for pair in self.texts
+            ],
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "environment": environment(),
+        }
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    keep: float | None = None,
+    recipe: str | Path | Recipe = "default",
+    calibration: Sequence[str] | None = None,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    scope: str | None = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    seed: int | None = None,
+    rank_plan: str | Path | None = None,
+    texts: Sequence[str | Path] = (),
+    run: str | Path | None = None,
+    restart: bool = False,
+    machine: Machine | None = None,
+    report: Report = silent,
+) -> Result:
+    """Make a smaller model: factorise its linears and teach each block to reproduce the activations of the original.
+
+    The same call after a kill goes on where it stopped and gives the same bits. `out` appears only when it is complete.
+
+    Args:
+        model: local folder or hub id of a model with safetensors weights.
+        out: folder to make: an ordinary model folder.
+        keep: share of the parameters that remains; by default the recipe's.
+        recipe: name, YAML file, or `Recipe`.
+        calibration: paths or dataset ids of text; `["self"]`, or nothing, lets the model write it.
+        tokens: of calibration.
+        seq_len: tokens of a sequence.
+        scope: what `keep` is a share of: `model` or `blocks`.
+        targets: globs of the linears to factorise.
+        ignore: globs of linears to leave dense.
+        seed: of every random choice.
+        rank_plan: file of a plan to use instead of a new one.
+        texts: files on which perplexity is measured before and after.
+        run: folder of the run's artefacts; by default `out` with `.run` at the end.
+        restart: forget an earlier run in that folder.
+        machine: device, memory and file sizes.
+        report: told about progress.
+
+    Raises:
+        LillamaError: something cannot be used; the text says what and how to mend it.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> result = compress("demo/model", mkdtemp(), keep=0.8, tokens=1024, seq_len=64, texts=["demo/text.txt"])
+        >>> result.plan.keep <= 0.8
+        True
+        >>> import lillama, transformers
+        >>> smaller = transformers.AutoModelForCausalLM.from_pretrained(result.path)
+    """
+    start = time.monotonic()
+    out, machine = Path(out), machine or Machine()
+    keep = None if rank_plan else keep
+    wanted = chosen(recipe, keep=keep, scope=scope, targets=targets, ignore=ignore, calibration=calibration,
+                    tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
+    folder = Path(run) if run else out.with_name(f"{out.name}.run")
+    _refuse_foreign(out)
+    with shortage_explained():
+        contents = {name: read_text(path) for name, path in named(texts).items()}
+        job = prepared(model, wanted, rank_plan, machine)
+        windows = _windows(job, contents)
+        checked_room(job, folder.parent, _size(folder))
+        with opened(folder, job.identity(), restart) as opened_run:
+            lesson = _lesson(job, opened_run, report)
+            if lesson.blocks:
+                schedules = {"sequential": teach_sequentially, "joint": teach_jointly}
+                schedules[wanted.distill.schedule](lesson)
+            return _finished(lesson, out, windows, start)
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    libraries = ("lillama", "torch", "transformers", "safetensors")
+    return {name: version(name) for name in libraries} | {"python": platform.python_version()}
+
+
+def _lesson(job: Job, run: RunDir, report: Report) -> Lesson:
+    run.save_spec(job.plan.spec)
+    job.plan.save(run.plan)
+    if not (run.calibration / "manifest.json").is_file():
+        config, folder = job.recipe.calibration, job.teacher.reader.folder
+        gather(config, folder, job.tokenizer, job.recipe.seed, job.device, report).save(run.calibration)
+    return Lesson(job, TokenBlocks.load(run.calibration), run, report)
+
+
+def _finished(lesson: Lesson, out: Path, windows: Mapping[str, Windows], start: float) -> Result:
+    """Assemble the model folder, measure it, and let it appear."""
+    job, run = lesson.job, lesson.run
+
+    def compressed(block: BlockSpec) -> Mapping[str, Tensor] | None:
+        return run.load_block(block.index) if lesson.ranks(block) else None
+
+    with atomic_folder(out) as folder:
+        teacher, plan = job.teacher, job.plan
+        assemble(folder, teacher.reader, teacher.names, plan.spec, plan.factorised, compressed, job.recipe.hash,
+                 job.machine.shard_bytes)  # fmt: skip
+        texts = _measured(lesson, folder, windows)
+        result = Result(out, run.path, plan, job.recipe, texts, time.monotonic() - start, peak_memory())
+        write_json(folder / RESULT, result.as_json())
+        (folder / "README.md").write_text(card(_facts(lesson, result)), encoding="utf-8")
+    run.save_metrics(result.as_json())
+    return result
+
+
+def _measured(lesson: Lesson, folder: Path, windows: Mapping[str, Windows]) -> tuple[TextPair, ...]:
+    if not windows:
+        return ()
+    shelf: Shelf = lesson.shelf()
+    before = score_texts(lesson.teacher, windows, shelf, lesson.report)
+    after = score_texts(open_streamed(folder, lesson.job.device), windows, shelf, lesson.report)
+    return tuple(TextPair(*pair) for pair in zip(before, after, strict=True))
+
+
+def _windows(job: Job, contents: Mapping[str, str]) -> dict[str, Windows]:
+    length = min(default_length(job.teacher), max(job.recipe.calibration.seq_len, 2))
+    return {name: cut(name, text, job.tokenizer, length) for name, text in contents.items()}
+
+
+def _facts(lesson: Lesson, result: Result) -> CardFacts:
+    job, manifest, spec = lesson.job, lesson.tokens.manifest, result.plan.spec
+    logs = [lesson.run.block_log(block.index) for block in lesson.blocks if lesson.ranks(block)]
+    return CardFacts(
+        base_model=job.model,
+        architecture=spec.architecture,
+        recipe_name="lillama",
+        recipe_text=job.recipe.as_yaml(),
+        recipe_hash=job.recipe.hash,
+        keep=job.recipe.keep,
+        scope=job.recipe.scope,
+        params_dense=spec.params,
+        params_kept=result.plan.kept_params,
+        bytes_dense=spec.params * spec.bytes_per_param,
+        bytes_kept=result.plan.kept_bytes,
+        dtype=spec.dtype,
+        calibration=Calibration(
+            manifest.kind, tuple(source.path for source in manifest.sources), manifest.tokens, manifest.seq_len
+        ),
+        seed=job.recipe.seed,
+        metrics=tuple(_row(pair) for pair in result.texts),
+        blocks_compressed=len(logs),
+        blocks_kept_initialisation=sum(not log["improved"] for log in logs),
+        seconds=result.seconds,
+        peak_bytes=result.peak_bytes,
+        versions=environment(),
+    )
+
+
+def _row(pair: TextPair) -> Measured:
+    before, after = pair.before, pair.after
+    return Measured(
+        before.name, before.tokens, before.perplexity, after.perplexity, before.bits_per_byte, after.bits_per_byte
+    )
+
+
+def _score(score: TextScore) -> dict[str, float]:
+    return {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse an `out` that holds something else than an earlier result of ours."""
+    if out.exists() and not (out / RESULT).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out}: exists and is not an earlier result of lillama; remove it or choose another OUT")
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0

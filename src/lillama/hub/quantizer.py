@@ -1,0 +1,107 @@
+"""Teach transformers to load low-rank models with its own classes: linears are swapped before the weights arrive.
+
+`config.json` carries `quantization_config = {"quant_method": "lillama", "ranks": {module: rank}, "format_version": 1}`.
+Importing this module registers the method. Its text also ships inside portable models (see `portable.py`), therefore it
+imports nothing of lillama but the layer, on one line.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lillama.lowrank.linear import LowRankLinear, merge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as Model
+else:
+    Model = nn.Module  # the import of transformers' own class may be what brings us here: it does not exist yet
+
+METHOD = "lillama"
+FORMAT_VERSION = 1
+
+
+class LowRankConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a low-rank model.
+
+    Args:
+        ranks: name of a linear in the full model -> rank of its factors.
+        format_version: of names and layout in the weight files.
+        extra: further facts (version of lillama, hash of the recipe), kept as they are.
+
+    Raises:
+        ValueError: the model was written in a newer format.
+    """
+
+    def __init__(self, ranks: dict[str, int] | None = None, format_version: int = FORMAT_VERSION, **extra: Any) -> None:
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version {format_version} was written by a newer lillama: upgrade "
+                f"(this one reads up to {FORMAT_VERSION})"
+            )
+        self.__dict__.update(extra)
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (an enum that cannot be extended)
+        self.ranks = ranks or {}
+        self.format_version = format_version
+
+
+class LowRankQuantizer(HfQuantizer):
+    """Swap linears before loading; afterwards the model is one of ordinary floating-point weights."""
+
+    requires_calibration = True  # a dense checkpoint with this config is an error, not a compression
+    quantization_config: LowRankConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def _process_model_before_weight_loading(self, model: Model, **kwargs: Any) -> Model:
+        """Swap each linear with a rank; those that a part of the full model does not have are left out, as is usual.
+
+        A bare base model lacks the prefix of the full one (`model.layers.0` is `layers.0`), and the reverse. What is
+        missed here cannot pass silently: the empty `weight` in the file does not fit a dense linear.
+        """
+        prefix = f"{model.base_model_prefix}."
+        linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+        for name, rank in self.quantization_config.ranks.items():
+            for known in (name, name.removeprefix(prefix), prefix + name):
+                if known in linears:
+                    model.set_submodule(known, LowRankLinear.shaped_like(linears[known], rank))
+                    break
+        return model
+
+    def _process_model_after_weight_loading(self, model: Model, **kwargs: Any) -> Model:
+        """Allow `.half()` and `.float()`, and forget the code file of a portable model when it is not in use."""
+        model.is_quantized = False  # pyright: ignore[reportArgumentType]
+        sources = type(model).__module__, type(model.config).__module__
+        if not any(source.startswith("transformers_modules") for source in sources):
+            model.config.__dict__.pop("auto_map", None)  # `save_pretrained` would name a file that it does not write
+        return model
+
+    def _dequantize(self, model: Model, dtype: Any = None) -> Model:
+        """Multiply the factors; types stay as they are."""
+        merge(model)
+        return model
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Whether `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Whether Trainer may train the weights themselves."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the model."""
+        return True
+
+
+def declare(model: Model, config: LowRankConfig) -> None:
+    """Let `save_pretrained` write `config` beside the weights of a model that was factorised in memory."""
+    model.config.quantization_config = config
+    model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)  # pyright: ignore[reportArgumentType]
+
+
+# Not by transformers' decorators: those refuse a second registration, and a portable model may have come first.
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, LowRankConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(METHOD, LowRankQuantizer)

@@ -1,0 +1,69 @@
+"""A block's student: a copy of the teacher whose linears are factorised."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lillama.lowrank.factors import Gram
+from lillama.lowrank.initialize import Initialiser
+from lillama.lowrank.install import install
+
+
+def compressed_copy(
+    template: nn.Module,
+    teacher: nn.Module,
+    ranks: Mapping[str, int],
+    init: Initialiser,
+    grams: Mapping[str, Gram],
+    generator: torch.Generator,
+) -> nn.Module:
+    """Return a copy of a block with low-rank linears, in fp32, on the teacher's device.
+
+    Args:
+        template: the block without weights, on the meta device; it is left as it is.
+        teacher: the block with its weights.
+        ranks: name within the block -> rank; all else is copied.
+        init: computes the factors.
+        grams: name within the block -> Gram matrix of the linear's inputs, if `init` needs it.
+        generator: source of randomness, on the CPU.
+    """
+    student = copy.deepcopy(template)
+    install(student, ranks)
+    dense = dict(teacher.named_parameters())
+    state: dict[str, Tensor] = {}
+    for name, rank in ranks.items():
+        factors = init(dense.pop(f"{name}.weight").detach(), rank, grams.get(name), generator)
+        state[f"{name}.left.weight"] = factors.left
+        state[f"{name}.right.weight"] = factors.right
+        state[f"{name}.weight"] = factors.left.new_empty(0)
+    state |= dense
+    device = next(teacher.parameters()).device
+    state = {name: tensor.detach().to(device, torch.float32, copy=True).contiguous() for name, tensor in state.items()}
+    student.load_state_dict(state | _buffers(teacher), strict=False, assign=True)
+    return student.requires_grad_(False)
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the buffers that a module saves; the others come with the template."""
+    saved = module.state_dict()
+    return {name: buffer.clone() for name, buffer in module.named_buffers() if name in saved}
+
+
+def restored_copy(
+    template: nn.Module, ranks: Mapping[str, int], state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Return a block with low-rank linears and the weights of a finished student.
+
+    Args:
+        template: the block without weights; it is left as it is.
+        ranks: name within the block -> rank.
+        state: name within the block -> parameter.
+        device: of the copy.
+        dtype: of its parameters.
+    """
+    student = copy.deepcopy(template)
+    install(student, ranks)
+    student.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+    return student.eval().requires_grad_(False)

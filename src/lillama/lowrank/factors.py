@@ -1,0 +1,110 @@
+"""Best low-rank approximations of a weight: pure functions on tensors, computed in fp64."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The pair that stands for a weight `W (out x in) ~ left @ right`.
+
+    Attributes:
+        left: out x r.
+        right: r x in.
+    """
+
+    left: Float[Tensor, "out rank"]
+    right: Float[Tensor, "rank in"]
+
+
+@dataclass
+class Gram:
+    """The uncentred second moment `sum x x^T` of a linear's inputs, and how many inputs went in.
+
+    Products are taken in the inputs' type (at least fp32) and summed in fp64; where the device has no fp64 (Apple's), the
+    sum lies on the CPU.
+    """
+
+    sum: Float[Tensor, "in in"]
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, features: int, device: torch.device) -> "Gram":
+        """Return the Gram of no inputs."""
+        return cls(torch.zeros(features, features, dtype=torch.float64, device=exact_device(device)))
+
+    def add(self, x: Float[Tensor, "tokens in"]) -> None:
+        """Add a batch of inputs in place."""
+        x = x.float()
+        self.sum += (x.T @ x).to(self.sum.device)
+        self.count += len(x)
+
+    def mean(self) -> Float[Tensor, "in in"]:
+        """Return the mean of `x x^T`.
+
+        Raises:
+            ValueError: no input was added.
+        """
+        if not self.count:
+            raise ValueError("a Gram matrix of no inputs has no mean")
+        return self.sum / self.count
+
+
+def truncated_svd(weight: Float[Tensor, "out in"], rank: int) -> Factors:
+    """Return the factors that minimise `||W - left @ right||_F` (Eckart-Young), `sqrt(S)` on both sides.
+
+    Args:
+        weight: `W`, of any floating-point type.
+        rank: from 1 to min(out, in).
+    """
+    u, s, vh = torch.linalg.svd(_exact(weight), full_matrices=False)
+    root = s[:rank].sqrt()
+    return Factors(u[:, :rank] * root, root[:, None] * vh[:rank])
+
+
+def whitened_svd(
+    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], rank: int, damping: float = 1e-6
+) -> Factors:
+    """Return the factors that minimise `||(W - left @ right) X||_F`, where `gram = X X^T` (SVD-LLM, arXiv 2403.07378).
+
+    With `G` the damped Gram, the best product is `U U^T W`, `U` the leading eigenvectors of `W G W^T`. When `out > in` the
+    same product is reached from `S W^T W S`, `S` the symmetric square root of `G`, so that only a matrix of the smaller side
+    is decomposed. Nothing is factorised by Cholesky: rank-deficient Grams are fine. Each pair of a column of `left` and a
+    row of `right` is scaled to equal norms, as `sqrt(S)` on both sides does without whitening.
+
+    Args:
+        weight: `W`, of any floating-point type.
+        gram: symmetric, positive semi-definite; any scale.
+        rank: from 1 to min(out, in).
+        damping: this share of the Gram's mean eigenvalue is added to its diagonal.
+    """
+    w, g = _exact(weight), _exact(gram)
+    out_features, in_features = w.shape
+    mean_eigenvalue = g.trace() / in_features
+    floor = damping * mean_eigenvalue if mean_eigenvalue > 0 else torch.ones_like(mean_eigenvalue)
+    if out_features <= in_features:
+        left = torch.linalg.eigh(w @ g @ w.T + floor * (w @ w.T)).eigenvectors[:, -rank:].flip(1)
+        return _balanced(left, left.T @ w)
+    eigenvalues, q = torch.linalg.eigh(g)
+    eigenvalues = eigenvalues.clamp(min=0) + floor
+    white = (w @ q) * eigenvalues.sqrt()
+    v = torch.linalg.eigh(white.T @ white).eigenvectors[:, -rank:].flip(1)
+    return _balanced(white @ v, (v / eigenvalues.sqrt()[:, None]).T @ q.T)
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Return the device itself if it computes in fp64, else the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(exact_device(tensor.device), torch.float64)
+
+
+def _balanced(left: Tensor, right: Tensor) -> Factors:
+    tiny = torch.finfo(left.dtype).tiny
+    ratio = (right.norm(dim=1).clamp(min=tiny) / left.norm(dim=0).clamp(min=tiny)).sqrt()
+    return Factors(left * ratio, right / ratio[:, None])

@@ -1,0 +1,36 @@
+"""Put low-rank layers in the place of dense linears, and back; the model is changed in place."""
+
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+from torch import nn
+
+from lillama.errors import ModelError, suggestion
+from lillama.lowrank.linear import LowRankLinear, low_rank_linears, merge
+
+__all__ = ["install", "low_rank_linears", "merge"]
+
+
+def install(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Swap the named linears for `LowRankLinear` of the given ranks, on the same device (meta too), of the same type.
+
+    The bias stays, the factors are 0: fill them before use. Every name is checked before the first swap.
+
+    Args:
+        model: the whole model, or any part of it that the names start from.
+        ranks: name of a `nn.Linear` -> its rank.
+
+    Raises:
+        ModelError: a name is not a dense linear of the model, or a rank is below 1.
+    """
+    modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
+    linears = {name: layer for name, layer in modules if isinstance(layer, nn.Linear)}
+    for name, rank in ranks.items():
+        if name not in linears:
+            raise ModelError(
+                f"{name}: no dense nn.Linear of this name in {type(model).__name__}{suggestion(name, linears)}"
+            )
+        if rank < 1:
+            raise ModelError(f"{name}: rank {rank} is not possible; leave the layer out of the ranks to keep it dense")
+    for name, rank in ranks.items():
+        model.set_submodule(name, LowRankLinear.shaped_like(linears[name], rank))

@@ -1,0 +1,223 @@
+"""Weights come and go one tensor at a time: a lazy reader of safetensors folders and a writer of shards."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lillama.errors import ModelError, suggestion
+from lillama.files import atomic_file, write_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.ckpt")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: its file, shape and type as the file's header tells."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class CheckpointReader:
+    """Read single tensors of a safetensors folder (`model.safetensors`, or shards with an index).
+
+    Only headers are read until a tensor is asked for, and nothing stays mapped afterwards.
+
+    Args:
+        folder: a model folder as `save_pretrained` writes it.
+    """
+
+    folder: Path
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, each inside the folder (a symbolic link may lead elsewhere, as in the hub's cache).
+
+        Raises:
+            ModelError: no weights, only pickled weights, a missing shard, or an index entry outside the folder.
+        """
+        if (self.folder / INDEX).is_file():
+            return tuple(self.folder / name for name in sorted(set(_weight_map(self.folder / INDEX).values())))
+        if (self.folder / SINGLE).is_file():
+            return (self.folder / SINGLE,)
+        pickled = [name for name in PICKLES if (self.folder / name).exists()]
+        if pickled:
+            raise ModelError(
+                f"{self.folder / pickled[0]}: pickled weights are never loaded, for they can run code; convert them "
+                "to safetensors (for example https://huggingface.co/spaces/safetensors/convert)"
+            )
+        raise ModelError(f"{self.folder}: no {SINGLE} and no {INDEX} found; a model folder with weights is needed")
+
+    @cached_property
+    def entries(self) -> Mapping[str, Entry]:
+        """Name of every stored tensor -> its entry."""
+        entries: dict[str, Entry] = {}
+        for file in self.files:
+            with _opened(file) as shard:
+                for name in shard.keys():  # noqa: SIM118  (a safetensors handle, not a dict)
+                    view = shard.get_slice(name)
+                    entries[name] = Entry(file, tuple(view.get_shape()), view.get_dtype())
+        if (self.folder / INDEX).is_file():
+            for name, file in _weight_map(self.folder / INDEX).items():
+                if name not in entries or entries[name].file.name != file:
+                    raise ModelError(f"{self.folder / INDEX}: tensor {name} is not in {file}; the folder is incomplete")
+        return entries
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all stored tensors."""
+        return tuple(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, read from the header."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's stored type.
+
+        Raises:
+            ModelError: the type is not a plain floating-point type (a quantised checkpoint, for example).
+        """
+        found = self._entry(name).dtype
+        if found not in DTYPES:
+            raise ModelError(
+                f"{self._entry(name).file.name}: tensor {name} is stored as {found}; only "
+                f"{', '.join(DTYPES)} can be read: give the unquantised model"
+            )
+        return DTYPES[found]
+
+    def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """Read one tensor into memory of its own.
+
+        Raises:
+            ModelError: the tensor is missing, not floating-point, or holds NaN or infinite values.
+        """
+        self.dtype(name)
+        with _opened(self._entry(name).file) as shard:
+            tensor = shard.get_tensor(name)
+        if not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"{self._entry(name).file.name}: tensor {name} holds NaN or infinite values; get a sound copy"
+            )
+        return tensor.to(device, dtype or tensor.dtype, copy=True)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the headers and of samples of the content, in hexadecimal; reads about 1 MiB a file."""
+        state = sha256()
+        for file in self.files:
+            size = file.stat().st_size
+            state.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                for sample in range(SAMPLES):
+                    stream.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                    state.update(stream.read(SAMPLE_BYTES))
+        return state.hexdigest()
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise ModelError(f"{self.folder}: tensor {name} is missing{suggestion(name, self.entries)}")
+        return self.entries[name]
+
+
+class CheckpointWriter:
+    """Write tensors to shards and an index, as `save_pretrained` names them; hold at most one shard in memory.
+
+    A context manager: the index is written when the block ends without an error. Give it a folder that is renamed into
+    place afterwards (`files.atomic_folder`): the shards get their final names only at the end.
+
+    Args:
+        folder: an existing, empty folder.
+        shard_bytes: a shard is closed before it would grow beyond this.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = 5_000_000_000) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[tuple[str, ...]] = []
+        self._bytes = 0
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor; it must not change afterwards."""
+        if self._pending and _bytes(self._pending.values()) + tensor.nbytes > self.shard_bytes:
+            self._close_shard()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._bytes += tensor.nbytes
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            return
+        self._close_shard()
+        total = len(self._shards)
+        if total == 1:
+            _temporary(self.folder, 0).rename(self.folder / SINGLE)
+            return
+        weight_map: dict[str, str] = {}
+        for index, names in enumerate(self._shards):
+            final = f"model-{index + 1:05}-of-{total:05}.safetensors"
+            _temporary(self.folder, index).rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        write_json(self.folder / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": weight_map})
+
+    def _close_shard(self) -> None:
+        save_file(self._pending, _temporary(self.folder, len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(tuple(self._pending))
+        self._pending = {}
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a few tensors to one safetensors file, atomically."""
+    with atomic_file(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of one safetensors file into memory of their own."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise ModelError(f"{file}: the index names this file, but it is missing; fetch the model again") from None
+    except SafetensorError as error:
+        raise ModelError(f"{file}: damaged or truncated ({error}); fetch it again") from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(f"{index}: not a readable index of weights; fetch it again") from None
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ModelError(f"{index}: tensor {name} points outside the folder ({file}); refuse such a model")
+    return weight_map
+
+
+def _temporary(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05}.tmp"
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

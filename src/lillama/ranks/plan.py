@@ -1,0 +1,112 @@
+"""A rank plan: which rank each linear gets, what that costs, and its form on disk."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lillama.errors import RecipeError, suggestion
+from lillama.files import write_json
+from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
+
+VERSION = 1
+Scope = Literal["model", "blocks"]
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """A rank for every linear of a model; None leaves it dense.
+
+    Attributes:
+        spec: of the model that the plan is for.
+        ranks: name of every linear of the spec -> rank or None.
+
+    Examples:
+        >>> from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
+        >>> block = BlockSpec("layers.0", 0, 9000, (LinearSpec("layers.0.up", 120, 60),))
+        >>> plan = RankPlan(ModelSpec("Toy", 60, "float32", 4, 10000, (block,)), {"layers.0.up": 20})
+        >>> plan["layers.0.up"], plan.kept_params, plan.keep
+        (20, 6400, 0.64)
+    """
+
+    spec: ModelSpec
+    ranks: Mapping[str, int | None]
+
+    def __getitem__(self, name: str) -> int | None:
+        return self.ranks[name]
+
+    def __iter__(self) -> Iterator[tuple[LinearSpec, int | None]]:
+        return ((linear, self.ranks[linear.name]) for linear in self.spec.linears)
+
+    @property
+    def kept_params(self) -> int:
+        """Parameters of the whole model under this plan."""
+        return self.spec.params - sum(linear.params - linear.params_at(rank) for linear, rank in self)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of these parameters in the model's own type."""
+        return self.kept_params * self.spec.bytes_per_param
+
+    @property
+    def keep(self) -> float:
+        """Share of the whole model's parameters that remains."""
+        return self.kept_params / self.spec.params
+
+    def within(self, block: BlockSpec) -> dict[str, int]:
+        """Return name -> rank of the linears of one block that are factorised."""
+        ranks = ((linear.name, self.ranks[linear.name]) for linear in block.linears)
+        return {name: rank for name, rank in ranks if rank is not None}
+
+    @property
+    def factorised(self) -> dict[str, int]:
+        """Name -> rank of all linears that are factorised."""
+        return {name: rank for name, rank in self.ranks.items() if rank is not None}
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON; `load` reads it back."""
+        rows = [
+            {"name": linear.name, "out": linear.out_features, "in": linear.in_features, "rank": rank}
+            for linear, rank in self
+        ]
+        write_json(path, {"version": VERSION, "architecture": self.spec.architecture, "linears": rows})
+
+    @classmethod
+    def load(cls, path: Path, spec: ModelSpec) -> "RankPlan":
+        """Read a plan and check it against the model that it is to be used for.
+
+        Linears of the model that the file does not name stay dense.
+
+        Raises:
+            RecipeError: the file is no plan, or names a linear, a shape or a rank that the model cannot have.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            rows = {row["name"]: (row["out"], row["in"], row["rank"]) for row in content["linears"]}
+            version = content["version"]
+        except FileNotFoundError:
+            raise RecipeError(f"{path}: no such rank plan") from None
+        except (ValueError, KeyError, TypeError):
+            raise RecipeError(f"{path}: not a rank plan (JSON with `version` and `linears` is needed)") from None
+        if version != VERSION:
+            raise RecipeError(f"{path}: rank plan of version {version}, this lillama reads version {VERSION}")
+        shapes = {linear.name: (linear.out_features, linear.in_features) for linear in spec.linears}
+        for name, (out_features, in_features, rank) in rows.items():
+            if name not in shapes:
+                raise RecipeError(f"{path}: linear {name} is not in the model{suggestion(name, shapes)}")
+            if shapes[name] != (out_features, in_features):
+                raise RecipeError(
+                    f"{path}: linear {name} is {out_features} x {in_features} in the plan, "
+                    f"{shapes[name][0]} x {shapes[name][1]} in the model"
+                )
+            if rank is not None and not (isinstance(rank, int) and 1 <= rank <= min(shapes[name])):
+                raise RecipeError(f"{path}: linear {name}: rank {rank} is not between 1 and {min(shapes[name])}")
+        return cls(spec, {name: rows[name][2] if name in rows else None for name in shapes})
+
+
+def budget(spec: ModelSpec, keep: float, scope: Scope) -> int:
+    """Return the parameters that the whole model may hold, for `keep` as a share of the model or of its blocks."""
+    return (
+        int(keep * spec.params) if scope == "model" else spec.params - spec.block_params + int(keep * spec.block_params)
+    )

@@ -1,0 +1,159 @@
+"""The run folder: every artefact of a compression has one place, is written atomically, and is found again by a resume.
+
+run.json                  what the run is: recipe, model, data (its identity), versions
+spec.json  plan.json      the model's blocks and linears; the rank of each linear
+calibration/              tokens and their manifest
+blocks/0003.safetensors   a finished block, in the model's stored type
+blocks/0003.json          how it was taught
+joint/                    the latest state of a joint schedule, while it goes on
+metrics.json              sizes, perplexities, time and memory of the finished run
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lillama.distill.trace import DistillLog
+from lillama.errors import OutputError
+from lillama.files import write_json
+from lillama.model.checkpoint import load_tensors, save_tensors
+from lillama.model.spec import ModelSpec
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run folder that belongs to this process while `opened` lasts.
+
+    Attributes:
+        path: of the folder.
+    """
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        """Place of the rank plan."""
+        return self.path / "plan.json"
+
+    @property
+    def calibration(self) -> Path:
+        """Folder of the calibration tokens."""
+        return self.path / "calibration"
+
+    @property
+    def scratch(self) -> Path:
+        """Folder of what may be lost."""
+        return self.path / "scratch"
+
+    @property
+    def joint(self) -> Path:
+        """Folder of the state of a joint schedule."""
+        return self.path / "joint"
+
+    def save_spec(self, spec: ModelSpec) -> None:
+        """Write the description of the model."""
+        write_json(self.path / "spec.json", {"version": VERSION} | asdict(spec))
+
+    def has_block(self, index: int) -> bool:
+        """Tell whether a block is finished."""
+        return self._log(index).is_file()
+
+    def save_block(self, index: int, state: Mapping[str, Tensor], log: DistillLog) -> None:
+        """Write a finished block: first its weights, then its log, which marks it as finished."""
+        self._weights(index).parent.mkdir(exist_ok=True)
+        save_tensors(self._weights(index), state)
+        write_json(self._log(index), {"version": VERSION} | asdict(log))
+
+    def load_block(self, index: int) -> dict[str, Tensor]:
+        """Read a finished block's weights."""
+        return load_tensors(self._weights(index))
+
+    def block_log(self, index: int) -> dict[str, Any]:
+        """Read a finished block's log."""
+        return json.loads(self._log(index).read_text(encoding="utf-8"))
+
+    def save_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write the figures of the finished run."""
+        write_json(self.path / "metrics.json", {"version": VERSION, **metrics})
+
+    def _weights(self, index: int) -> Path:
+        return self.path / "blocks" / f"{index:04}.safetensors"
+
+    def _log(self, index: int) -> Path:
+        return self.path / "blocks" / f"{index:04}.json"
+
+
+@contextmanager
+def opened(path: Path, identity: Mapping[str, Any], restart: bool = False) -> Iterator[RunDir]:
+    """Begin a run in a folder, or go on with the one that was begun there, and hold its lock meanwhile.
+
+    Args:
+        path: of the run folder.
+        identity: nested JSON values that say what is computed: recipe, model, data.
+        restart: whether to forget an earlier run in this folder.
+
+    Raises:
+        OutputError: the folder holds something else or another run, or another process works in it.
+    """
+    marker = path / "run.json"
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: this is a file; choose another run folder with --run")
+    foreign = path.is_dir() and not marker.is_file() and any(entry.name != "lock" for entry in path.iterdir())
+    if foreign:
+        raise OutputError(f"{path}: this folder holds something else than a run; choose another with --run")
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{path}: another process works in this run folder; wait for it, or use --run") from None
+        if marker.is_file() and not restart:
+            _refuse_other_run(marker, identity)
+        else:
+            _clear(path)
+            write_json(marker, {"version": VERSION, "identity": identity})
+        run = RunDir(path)
+        shutil.rmtree(run.scratch, ignore_errors=True)
+        try:
+            yield run
+        finally:
+            shutil.rmtree(run.scratch, ignore_errors=True)
+
+
+def _clear(path: Path) -> None:
+    (path / "run.json").unlink(missing_ok=True)  # first, so that a kill here leaves no run with parts missing
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            entry.unlink()
+
+
+def _refuse_other_run(marker: Path, identity: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(marker.read_text(encoding="utf-8"))["identity"]
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(f"{marker}: damaged; begin anew with --restart") from None
+    old, new = _flat(before), _flat(json.loads(json.dumps(identity)))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise OutputError(
+                f"{marker.parent}: this run was begun with {key} = {old.get(key)!r}, now it is {new.get(key)!r}; "
+                "use --restart to begin anew, or another folder with --run"
+            )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    parts = (_flat(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items())
+    return {key: item for part in parts for key, item in part.items()}

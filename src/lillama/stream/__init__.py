@@ -1,0 +1,1 @@
+"""Run a model block by block, with the weights of one block in memory."""

@@ -1,0 +1,110 @@
+"""Activations of all calibration sequences between two blocks, kept on the device, on the host or on disk."""
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lillama.errors import ResourceError
+from lillama.resources import free_memory
+
+Place = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where stores are put and how large they may be together.
+
+    Attributes:
+        device: that computes.
+        folder: for stores on disk.
+        device_bytes: budget on the device; without effect when the device is the CPU.
+        host_bytes: budget in the host's memory; what does not fit goes to disk.
+    """
+
+    device: torch.device
+    folder: Path
+    device_bytes: int
+    host_bytes: int
+
+    @classmethod
+    def on(cls, device: torch.device, folder: Path, activation_memory: int | None) -> "Shelf":
+        """Return a shelf with budgets of `activation_memory` bytes, or of a quarter of what is free."""
+        if activation_memory is not None:
+            return cls(device, folder, activation_memory, activation_memory)
+        return cls(device, folder, free_memory(device) // 4, free_memory(torch.device("cpu")) // 4)
+
+    def place(self, nbytes: int) -> Place:
+        """Return where stores of `nbytes` together go."""
+        if self.device.type != "cpu" and nbytes <= self.device_bytes:
+            return "device"
+        return "host" if nbytes <= self.host_bytes else "disk"
+
+
+class ActivationStore:
+    """A tensor (sequences x length x width) read and written by rows, wherever it lies.
+
+    On disk it is a memory-mapped file; each access maps it, copies its rows and unmaps it, so that resident memory stays
+    that of one micro-batch. The file's space is reserved when it is made.
+
+    Args:
+        shape: sequences, length, width.
+        dtype: of the activations.
+        shelf: device and folder.
+        place: as `Shelf.place` chose.
+        name: of the file, if on disk.
+
+    Raises:
+        ResourceError: the disk has no room.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, shelf: Shelf, place: Place, name: str) -> None:
+        self.shape, self.dtype, self.device, self.place = shape, dtype, shelf.device, place
+        self._path = shelf.folder / f"{name}.activations"
+        self._tensor: Tensor | None = None
+        if place == "disk":
+            _reserve(self._path, torch.Size(shape).numel() * dtype.itemsize)
+        else:
+            self._tensor = torch.empty(shape, dtype=dtype, device=shelf.device if place == "device" else "cpu")
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        """Return the rows (sequences x length x width) in memory of their own, on the device."""
+        view = self._view()
+        if isinstance(rows, Tensor):
+            return view[rows.to(view.device)].to(self.device)
+        return view[rows].to(self.device, copy=True)
+
+    def write(self, rows: slice, values: Tensor) -> None:
+        """Overwrite consecutive rows."""
+        self._view()[rows] = values.detach().to(self.dtype)
+
+    def remove(self) -> None:
+        """Give the store's memory or file back; it must not be used afterwards."""
+        self._tensor = None
+        if self.place == "disk":
+            self._path.unlink(missing_ok=True)
+
+    def _view(self) -> Tensor:
+        if self._tensor is not None:
+            return self._tensor
+        size = torch.Size(self.shape).numel()
+        return torch.from_file(str(self._path), shared=True, size=size, dtype=self.dtype).view(self.shape)
+
+
+def _reserve(path: Path, nbytes: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            path.unlink(missing_ok=True)
+            raise ResourceError(
+                f"{path.parent}: no room for {nbytes / 1e9:.1f} GB of activations; free space, choose another --run "
+                "folder, or lower --tokens"
+            ) from None

@@ -1,0 +1,175 @@
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.hub.conftest import RANKS, Saved, X, compress
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+from lillama.hub.quantizer import LowRankConfig
+from lillama.lowrank.install import low_rank_linears
+from lillama.lowrank.linear import LowRankLinear
+
+
+def load(folder: Path, **options: object) -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@pytest.fixture(params=["saved", "biased"])
+def either(request: pytest.FixtureRequest) -> Saved:
+    return request.getfixturevalue(request.param)
+
+
+@torch.no_grad()
+def test_round_trips_are_exact(either: Saved, tmp_path: Path) -> None:
+    model, report = AutoModelForCausalLM.from_pretrained(either.folder, output_loading_info=True)
+    assert type(model) is LlamaForCausalLM and not any(report.values())
+    assert {name: layer.rank for name, layer in low_rank_linears(model)} == RANKS
+    assert torch.equal(model(X).logits, either.logits)
+    model.save_pretrained(tmp_path / "again", max_shard_size="50kB")
+    assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 1
+    assert torch.equal(load(tmp_path / "again")(X).logits, either.logits)
+    section = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert section == {
+        "quant_method": "lillama",
+        "ranks": RANKS,
+        "format_version": 1,
+        "lillama_version": "0.1.0",
+        "recipe_hash": "cafe",
+    }
+
+
+def test_names_and_shapes_on_disk_are_public_for_ever(biased: Saved) -> None:
+    layer = "model.layers.0.mlp.down_proj"
+    tensors = load_file(biased.folder / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(layer)} == {
+        f"{layer}.left.weight": (64, 12),
+        f"{layer}.right.weight": (12, 160),
+        f"{layer}.bias": (64,),
+        f"{layer}.weight": (0,),
+    }
+
+
+@torch.no_grad()
+def test_bare_base_model_loads_and_saves(saved: Saved, tmp_path: Path) -> None:
+    base = AutoModel.from_pretrained(saved.folder)
+    assert torch.equal(base(X).last_hidden_state, saved.hidden)
+    base.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(X).last_hidden_state, saved.hidden)
+
+
+def test_another_head_loads(saved: Saved) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(saved.folder, num_labels=3)
+    assert dict(low_rank_linears(model)).keys() == RANKS.keys()
+    assert torch.equal(model.model(X).last_hidden_state, saved.hidden)
+
+
+@torch.no_grad()
+def test_a_part_of_the_model_loads(tmp_path: Path) -> None:
+    ranks = {"encoder.block.0.layer.0.SelfAttention.q": 4, "decoder.block.0.layer.0.SelfAttention.q": 4}
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, pad_token_id=0)
+    config.decoder_start_token_id = 0
+    model = T5ForConditionalGeneration(config).eval()
+    compress(model, ranks)
+    model.save_pretrained(tmp_path)
+    encoder = T5EncoderModel.from_pretrained(tmp_path)
+    assert [name for name, _ in low_rank_linears(encoder)] == list(ranks)[:1]
+    assert torch.equal(encoder(X).last_hidden_state, model.encoder(X).last_hidden_state)
+
+
+@torch.no_grad()
+def test_types_and_device_map(saved: Saved) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model = load(saved.folder, device_map="auto", dtype=dtype)
+        assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype}
+        torch.testing.assert_close(model(X).logits.float(), saved.logits, rtol=0, atol=0.25)
+    cast, loaded = load(saved.folder).to(torch.bfloat16).state_dict(), load(saved.folder, dtype="bfloat16").state_dict()
+    assert cast.keys() == loaded.keys() and all(torch.equal(cast[name], loaded[name]) for name in cast)
+    assert load(saved.folder).half().float().dtype == torch.float32
+
+
+@torch.no_grad()
+def test_generate_and_compile(saved: Saved) -> None:
+    model = load(saved.folder)
+    chosen = model.generate(X, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert chosen.shape == (1, X.shape[1] + 4)
+    assert chosen[0, X.shape[1]] == saved.logits[0, -1].argmax()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(X).logits, saved.logits)
+
+
+@torch.no_grad()
+def test_dequantize_gives_an_ordinary_model(either: Saved, tmp_path: Path) -> None:
+    dense = load(either.folder).dequantize()
+    assert not list(low_rank_linears(dense))
+    tolerance = 2e-5 if either.logits.dtype == torch.float32 else 0.2
+    torch.testing.assert_close(dense(X).logits, either.logits, rtol=0, atol=tolerance)
+    dense.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(load(tmp_path)(X).logits, dense(X).logits)
+
+
+def test_trainer_trains_the_factors(saved: Saved, tmp_path: Path) -> None:
+    model = load(saved.folder)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    rows = [{"input_ids": X[0], "labels": X[0]}] * 4
+    Trainer(model, arguments, train_dataset=rows).train()  # pyright: ignore
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {f"{name}.{side}.weight" for name in RANKS for side in ("left", "right")} <= moved
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own business
+@torch.no_grad()
+def test_peft_sees_both_factors(saved: Saved, tmp_path: Path) -> None:
+    model = peft.get_peft_model(load(saved.folder), peft.LoraConfig(target_modules="all-linear", r=2))
+    adapted = {name.removeprefix("base_model.model.") for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert {f"{name}.{side}.lora_A" for name in RANKS for side in ("left", "right")} <= adapted
+    assert torch.equal(model(X).logits, saved.logits)  # an untrained adapter adds nothing
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    logits = model(X).logits
+    assert not torch.allclose(logits, saved.logits)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(saved.folder), tmp_path / "adapter")
+    assert torch.equal(again(X).logits, logits)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(X).logits, logits, rtol=0, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(load(tmp_path / "merged")(X).logits, merged(X).logits)
+
+
+def test_a_newer_format_is_refused(saved: Saved, tmp_path: Path) -> None:
+    config = json.loads((saved.folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="newer lillama: upgrade"):
+        load(tmp_path)
+
+
+def test_a_dense_checkpoint_is_not_compressed_by_the_config(saved: Saved, tmp_path: Path) -> None:
+    load(saved.folder).dequantize().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pre-quantized"):
+        load(tmp_path, quantization_config=LowRankConfig(ranks=RANKS))
+
+
+def test_a_raw_read_of_the_weight_fails(saved: Saved) -> None:
+    layer = load(saved.folder).get_submodule("model.layers.1.self_attn.q_proj")
+    assert isinstance(layer, LowRankLinear)
+    with pytest.raises(RuntimeError):
+        torch.nn.functional.linear(torch.zeros(1, 64), layer.weight)
