@@ -1,5 +1,6 @@
 """The command line: parse, call the library, print. Errors are one line on standard error."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,13 +11,22 @@ from cyclopts import App, CycloptsError, Parameter
 from lillama.errors import LillamaError, RecipeError
 
 Many = Parameter(consume_multiple=True, negative=())
-Flag = Parameter(negative=())
+Flag = Parameter(negative=(), show_default=False)
+
+PATHS = (
+    PermissionError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+)  # the user named it
 
 app = App(
     name="lillama",
     help="Make a pretrained language model smaller: low-rank factors, taught block by block.",
     version_flags=["--version"],
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `run` tells of it
 )
 
 
@@ -119,6 +129,8 @@ def plan(
     ignore: Annotated[list[str] | None, Many] = None,
     seed: int | None = None,
     plan: Path | None = None,
+    run: Path | None = None,
+    restart: Annotated[bool, Flag] = False,
     device: str | None = None,
     micro_batch: int | None = None,
     json: Annotated[bool, Flag] = False,
@@ -149,6 +161,10 @@ def plan(
         Of every random choice.
     plan
         Rank plan to show instead of making one.
+    run
+        Taken, as `compress` takes it, but nothing is read or written there.
+    restart
+        Taken, as `compress` takes it, without effect.
     device
         Where the work would be done.
     micro_batch
@@ -237,23 +253,11 @@ def size(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    units = {
-        "": 1,
-        "B": 1,
-        "KB": 10**3,
-        "MB": 10**6,
-        "GB": 10**9,
-        "TB": 10**12,
-        "KIB": 2**10,
-        "MIB": 2**20,
-        "GIB": 2**30,
-    }
-    number = text.strip().rstrip("BbKkMmGgTtIi ")
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise RecipeError(f"size {text!r}: give bytes, or a number with KB, MB, GB, KiB, MiB or GiB") from None
+    parts = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    if parts is None:
+        raise RecipeError(f"size {text!r}: give bytes, or a number with KB, MB, GB, TB, KiB, MiB or GiB")
+    number, prefix, binary = parts.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
@@ -268,11 +272,11 @@ def run(work: Callable[[], Any]) -> int:
     except (CycloptsError, LillamaError) as error:
         return _fail(str(error), getattr(error, "exit_status", 2))
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from here", 1)
+        return _fail("interrupted; the same `compress` command goes on from here", 1)
     except BrokenPipeError:
         return 1
     except OSError as error:
-        return _fail(f"{error.filename or 'machine'}: {error.strerror or error}", 1)
+        return _fail(f"{error.filename or 'machine'}: {error.strerror or error}", 2 if isinstance(error, PATHS) else 1)
     return 0
 
 

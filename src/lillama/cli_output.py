@@ -17,10 +17,11 @@ from rich.table import Table
 
 from lillama.compression import Result
 from lillama.evaluate.perplexity import TextScore
+from lillama.hub.card import auto_class
 from lillama.prepare import Planned
 from lillama.progress import Progress, Report, silent
 
-WORDS = {"calibration": "calibration text", "blocks": "blocks", "steps": "steps", "perplexity": "perplexity"}
+WORDS = {"calibration": "calibration text", "blocks": "blocks", "steps": "  steps", "perplexity": "perplexity"}
 
 
 @contextmanager
@@ -28,10 +29,12 @@ def progress(quiet: bool) -> Iterator[Report]:
     """Yield a function that draws nested bars on standard error; it does nothing when that is no terminal."""
     transformers.utils.logging.disable_progress_bar()
     console = Console(stderr=True)
+    plain = quiet or not console.is_terminal
+    handler = logging.StreamHandler() if plain else RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+        level=logging.WARNING, format="warning: %(message)s" if plain else "%(message)s", handlers=[handler]
     )
-    if quiet or not console.is_terminal:
+    if plain:
         yield silent
         return
     columns = (
@@ -54,20 +57,21 @@ class Drawing:
 
     def __init__(self, bars: Bars) -> None:
         self.bars = bars
-        self._tasks: dict[str, tuple[TaskID, float, int]] = {}
+        self._tasks: dict[str, tuple[TaskID, float, Progress]] = {}
 
     def __call__(self, progress: Progress) -> None:
         """Draw one moment."""
-        task, start, done = self._tasks.get(progress.task, (None, time.monotonic(), 0))
-        if task is None:
-            task = self.bars.add_task(WORDS.get(progress.task, progress.task), note="")
-        elif progress.done < done:
+        now = time.monotonic()
+        if progress.task not in self._tasks:
+            task = self.bars.add_task(WORDS.get(progress.task, progress.task), total=progress.total, note="")
+            self._tasks[progress.task] = task, now, progress
+        task, start, first = self._tasks[progress.task]
+        if progress.done < self.bars.tasks[self.bars.task_ids.index(task)].completed:
             self.bars.reset(task)
-            start = time.monotonic()
-        self._tasks[progress.task] = task, start, progress.done
-        self.bars.update(
-            task, completed=progress.done, total=progress.total, note=_note(progress, time.monotonic() - start)
-        )
+            start, first = now, progress
+            self._tasks[progress.task] = task, start, first
+        note = _note(progress, progress.tokens - first.tokens, now - start)
+        self.bars.update(task, completed=progress.done, total=progress.total, note=note)
 
 
 def show(value: dict[str, Any], as_json: bool, draw: Callable[[], None]) -> None:
@@ -115,9 +119,8 @@ def compressed(result: Result) -> None:
     table.add_row("time", "", _duration(result.seconds), "")
     table.add_row("peak memory", "", _bytes(result.peak_bytes), "")
     _print(table)
-    sys.stdout.write(
-        f'import lillama, transformers; model = transformers.AutoModelForCausalLM.from_pretrained("{result.path}")\n'
-    )
+    loader = f"transformers.{auto_class(spec.architecture)}.from_pretrained({str(result.path)!r})"
+    sys.stdout.write(f"import lillama, transformers; model = {loader}\n")
 
 
 def scores(rows: list[TextScore]) -> None:
@@ -134,8 +137,9 @@ def _print(*tables: Table) -> None:
         console.print(table)
 
 
-def _note(progress: Progress, seconds: float) -> str:
-    rate = f"{progress.tokens / seconds:,.0f} tokens/s" if progress.tokens and seconds > 0 else ""
+def _note(progress: Progress, tokens: int, seconds: float) -> str:
+    """Return what stands beside a bar; the rate is that of the tokens since the bar's first moment."""
+    rate = f"{tokens / seconds:,.0f} tokens/s" if tokens > 0 and seconds > 0 else ""
     loss = f"loss {progress.loss:.5f}" if progress.loss is not None else ""
     return "  ".join(part for part in (progress.detail, loss, rate) if part)
 

@@ -1,5 +1,6 @@
 """From a model folder to a smaller one: prepare, gather tokens, teach, assemble, measure."""
 
+import logging
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from torch import Tensor
+from yaml import YAMLError
 
 from lillama.calibration.documents import read_text
 from lillama.calibration.gather import gather
@@ -19,17 +22,20 @@ from lillama.files import atomic_folder, write_json
 from lillama.hub.assemble import assemble
 from lillama.hub.card import Calibration, CardFacts, Measured, card
 from lillama.model.spec import BlockSpec
-from lillama.prepare import Job, Machine, checked_room, prepared
+from lillama.prepare import Job, Machine, checked_room, prepared, refuse_two_sizes
 from lillama.progress import Report, silent
 from lillama.ranks.plan import RankPlan
-from lillama.recipe import Recipe, chosen
+from lillama.recipe import Recipe, chosen, recipe_name
 from lillama.resources import peak_memory, shortage_explained
 from lillama.run import RunDir, opened
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import open_streamed
 from lillama.teach import Lesson, teach_jointly, teach_sequentially
 
+logger = logging.getLogger(__name__)
+
 RESULT = "lillama.json"
+TEACH = {"sequential": teach_sequentially, "joint": teach_jointly}
 
 
 @dataclass(frozen=True)
@@ -136,29 +142,29 @@ def compress(
 
     Examples:
         >>> from tempfile import mkdtemp
-        >>> result = compress("demo/model", mkdtemp(), keep=0.8, tokens=1024, seq_len=64, texts=["demo/text.txt"])
+        >>> result = compress("demo/model", mkdtemp(), keep=0.8, tokens=512, seq_len=64, texts=["demo/text.txt"])
         >>> result.plan.keep <= 0.8
         True
         >>> import lillama, transformers
         >>> smaller = transformers.AutoModelForCausalLM.from_pretrained(result.path)
     """
     start = time.monotonic()
-    out, machine = Path(out), machine or Machine()
-    keep = None if rank_plan else keep
+    out = Path(out)
+    refuse_two_sizes(keep, rank_plan)
     wanted = chosen(recipe, keep=keep, scope=scope, targets=targets, ignore=ignore, calibration=calibration,
                     tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
-    folder = Path(run) if run else out.with_name(f"{out.name}.run")
+    folder = _run_folder(out, run)
     _refuse_foreign(out)
     with shortage_explained():
         contents = {name: read_text(path) for name, path in named(texts).items()}
-        job = prepared(model, wanted, rank_plan, machine)
+        job = prepared(model, wanted, recipe_name(recipe), rank_plan, machine or Machine())
         windows = _windows(job, contents)
-        checked_room(job, folder.parent, _size(folder))
+        checked_room(job, out, folder, _size(folder))
         with opened(folder, job.identity(), restart) as opened_run:
             lesson = _lesson(job, opened_run, report)
-            if lesson.blocks:
-                schedules = {"sequential": teach_sequentially, "joint": teach_jointly}
-                schedules[wanted.distill.schedule](lesson)
+            if lesson.unfinished:
+                TEACH[wanted.distill.schedule](lesson)
+            opened_run.remove_joint()
             return _finished(lesson, out, windows, start)
 
 
@@ -174,7 +180,10 @@ def _lesson(job: Job, run: RunDir, report: Report) -> Lesson:
     if not (run.calibration / "manifest.json").is_file():
         config, folder = job.recipe.calibration, job.teacher.reader.folder
         gather(config, folder, job.tokenizer, job.recipe.seed, job.device, report).save(run.calibration)
-    return Lesson(job, TokenBlocks.load(run.calibration), run, report)
+    tokens = TokenBlocks.load(run.calibration)
+    if len(tokens.ids) == 1:
+        logger.warning("there is one calibration sequence only: states are chosen on what they were trained on")
+    return Lesson(job, tokens, run, report)
 
 
 def _finished(lesson: Lesson, out: Path, windows: Mapping[str, Windows], start: float) -> Result:
@@ -214,9 +223,9 @@ def _facts(lesson: Lesson, result: Result) -> CardFacts:
     job, manifest, spec = lesson.job, lesson.tokens.manifest, result.plan.spec
     logs = [lesson.run.block_log(block.index) for block in lesson.blocks if lesson.ranks(block)]
     return CardFacts(
-        base_model=job.model,
+        base_model=str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model,
         architecture=spec.architecture,
-        recipe_name="lillama",
+        recipe_name=job.recipe_name,
         recipe_text=job.recipe.as_yaml(),
         recipe_hash=job.recipe.hash,
         keep=job.recipe.keep,
@@ -227,7 +236,10 @@ def _facts(lesson: Lesson, result: Result) -> CardFacts:
         bytes_kept=result.plan.kept_bytes,
         dtype=spec.dtype,
         calibration=Calibration(
-            manifest.kind, tuple(source.path for source in manifest.sources), manifest.tokens, manifest.seq_len
+            manifest.kind,
+            tuple(source.path for source in manifest.sources) or ("written by the model itself",),
+            manifest.tokens,
+            manifest.seq_len,
         ),
         seed=job.recipe.seed,
         metrics=tuple(_row(pair) for pair in result.texts),
@@ -236,7 +248,22 @@ def _facts(lesson: Lesson, result: Result) -> CardFacts:
         seconds=result.seconds,
         peak_bytes=result.peak_bytes,
         versions=environment(),
+        **_rights(job.teacher.reader.folder),
     )
+
+
+def _rights(folder: Path) -> dict[str, Any]:
+    """Return licence and languages as the original's card tells them."""
+    if not (folder / "README.md").is_file():
+        return {}
+    try:
+        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, UnicodeDecodeError, YAMLError):
+        logger.info("%s: its front matter cannot be read; the new card names no licence", folder / "README.md")
+        return {}
+    languages = data.get("language") or []
+    languages = [languages] if isinstance(languages, str) else languages
+    return {"license": data.get("license"), "languages": tuple(map(str, languages))}
 
 
 def _row(pair: TextPair) -> Measured:
@@ -248,6 +275,17 @@ def _row(pair: TextPair) -> Measured:
 
 def _score(score: TextScore) -> dict[str, float]:
     return {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+
+
+def _run_folder(out: Path, run: str | Path | None) -> Path:
+    """Return the place of the run folder, beside `out` if nothing else is wanted."""
+    if out.name in ("", ".."):
+        raise OutputError(f"{out}: OUT is a folder to make; give it a name")
+    folder = Path(run) if run is not None else out.with_name(f"{out.name}.run")
+    inner, outer = folder.resolve(), out.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise OutputError(f"{folder}: run folder and OUT lie in each other; choose another --run")
+    return folder
 
 
 def _refuse_foreign(out: Path) -> None:

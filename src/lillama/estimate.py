@@ -44,17 +44,18 @@ def estimate(plan: RankPlan, recipe: Recipe, itemsize: int, micro_batch: int, ra
         rate: floating-point operations a second, from `matmul_rate`.
     """
     spec, tokens, config = plan.spec, recipe.calibration.tokens, recipe.distill
-    streams = 3 if config.stream != "teacher" else 2
+    own_stream = config.schedule == "sequential" and config.stream != "teacher"
     trained = [block for block in spec if plan.within(block)]
+    run = spec.blocks[: max((block.index for block in trained), default=-1) + 1]  # those above need not run
     memory = [_memory(block, plan, itemsize, micro_batch * recipe.calibration.seq_len) for block in trained]
     fed = 2 if config.stream == "both" else 1
-    passes = {
-        block.name: 2 * block.params + 2 * _kept(block, plan) * (1 + 3 * fed * config.epochs) for block in trained
-    }
-    flops = tokens * (sum(passes.values()) + (sum(map(_gram_flops, trained)) if recipe.init.needs_gram else 0))
+    forward = sum(2 * block.params + own_stream * 2 * _kept(block, plan) for block in run)
+    training = sum(2 * _kept(block, plan) * 3 * fed * config.epochs for block in trained)
+    grams = sum(map(_gram_flops, trained)) if recipe.init.needs_gram else 0
+    flops = tokens * (forward + training + grams)
     return Estimate(
         memory_bytes=sum(memory) if config.schedule == "joint" else max(memory, default=0),
-        activation_bytes=streams * tokens * spec.hidden_size * itemsize,
+        activation_bytes=(3 if own_stream else 2) * tokens * spec.hidden_size * itemsize,
         disk_bytes=plan.kept_bytes + sum(_kept(block, plan) for block in trained) * spec.bytes_per_param,
         flops=flops,
         seconds=None if rate is None else flops / (EFFICIENCY * rate),
@@ -74,7 +75,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def _memory(block: BlockSpec, plan: RankPlan, itemsize: int, micro_tokens: int) -> int:
     """Return the bytes of teacher, student under training, Grams and one micro-batch's activations of a block."""
-    grams = sum({linear.in_features: 8 * linear.in_features**2 for linear in block.linears}.values())
+    grams = 8 * sum(_gram_sizes(block))
     widths = sum(linear.in_features + 2 * linear.out_features + (plan[linear.name] or 0) for linear in block.linears)
     return block.params * itemsize + _kept(block, plan) * MASTER_BYTES + grams + micro_tokens * widths * itemsize
 
@@ -84,5 +85,11 @@ def _kept(block: BlockSpec, plan: RankPlan) -> int:
 
 
 def _gram_flops(block: BlockSpec) -> int:
-    """Return the operations a token costs: a forward pass, and one product for each width of inputs."""
-    return 2 * block.params + 2 * sum({linear.in_features**2 for linear in block.linears})
+    """Return the operations a token costs: a forward pass, and one product for each Gram."""
+    return 2 * block.params + 2 * sum(_gram_sizes(block))
+
+
+def _gram_sizes(block: BlockSpec) -> list[int]:
+    """Return the numbers in each Gram; linears of one module that are equally wide are taken to share their inputs."""
+    shared = {(linear.name.rpartition(".")[0], linear.in_features) for linear in block.linears}
+    return [width**2 for _, width in shared]

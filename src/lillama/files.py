@@ -38,26 +38,32 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     A folder that stood at `path` before is kept until the new one is complete.
     """
+    path = path.resolve()  # a link keeps leading to the folder, and the folder stays on its disk
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
-    if old.exists() and not path.exists():  # an earlier replacement was killed between its two renames
-        old.rename(path)
+    _bring_back(old, path)
     temporary.mkdir()
     try:
         yield temporary
         for file in temporary.rglob("*"):
             sync(file)
         sync(temporary)
-        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
         sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
+        _bring_back(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _bring_back(old: Path, path: Path) -> None:
+    """End a replacement that stopped between its two renames, or after both: the folder aside goes back, or goes."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

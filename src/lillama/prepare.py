@@ -1,7 +1,7 @@
 """Everything that is checked and decided before work begins: a compression as a value."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lillama.calibration.gather import load_tokenizer
+from lillama.calibration.pack import tokenizer_hash
 from lillama.calibration.sources import fingerprint
 from lillama.errors import RecipeError, ResourceError
 from lillama.estimate import Estimate, estimate, matmul_rate
 from lillama.files import digest
 from lillama.model.describe import describe, describe_model, refuse_quantized
-from lillama.model.source import load_config, locate
+from lillama.model.source import load_config, locate, refuse_too_long, stored_dtype
+from lillama.model.spec import ModelSpec
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe, chosen
 from lillama.resources import free_disk, free_memory, pick_device
@@ -114,17 +116,20 @@ def plan(
 
     Examples:
         >>> planned = plan("demo/model", keep=0.6)
-        >>> planned.plan.keep <= 0.6, planned.plan["model.layers.0.mlp.up_proj"]
-        (True, 80)
+        >>> planned.plan.spec.params, 0.595 < planned.plan.keep <= 0.6
+        (7999744, True)
+        >>> rank = planned.plan["model.layers.0.mlp.up_proj"]  # None would leave it dense
     """
-    wanted = chosen(recipe, keep=_keep(keep, rank_plan), scope=scope, targets=targets, ignore=ignore,
-                    calibration=calibration, tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
+    machine = machine or Machine()
+    refuse_two_sizes(keep, rank_plan)
+    _refuse_senseless(machine)
+    wanted = chosen(recipe, keep=keep, scope=scope, targets=targets, ignore=ignore, calibration=calibration,
+                    tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
     config = load_config(locate(model, weights=False))
-    spec = describe(config, wanted.targets, wanted.ignore)
-    ranks = RankPlan.load(Path(rank_plan), spec) if rank_plan else wanted.ranks(spec, wanted.keep, wanted.scope)
-    device = pick_device((machine or Machine()).device)
-    dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.float32
-    rows = (machine or Machine()).rows(wanted.calibration.seq_len, device)
+    ranks, wanted = _sized(describe(config, wanted.targets, wanted.ignore), wanted, rank_plan)
+    device = pick_device(machine.device)
+    dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
+    rows = machine.rows(wanted.calibration.seq_len, device)
     return Planned(ranks, wanted, estimate(ranks, wanted, dtype.itemsize, rows, matmul_rate(device, dtype)))
 
 
@@ -135,6 +140,7 @@ class Job:
     Attributes:
         model: as the user named it.
         recipe: what is computed.
+        recipe_name: as the user named it.
         teacher: the original.
         tokenizer: the original's.
         plan: rank of each linear.
@@ -144,6 +150,7 @@ class Job:
 
     model: str
     recipe: Recipe
+    recipe_name: str
     teacher: StreamedModel
     tokenizer: PreTrainedTokenizerBase
     plan: RankPlan
@@ -161,16 +168,18 @@ class Job:
         return self.machine.rows(self.recipe.calibration.seq_len, self.device)
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes this run this run: recipe, ranks, model, data; equal identities give equal results."""
+        """Return what makes this run this run: recipe, model, data, ranks; equal identities give equal results."""
         return {
             "recipe": self.recipe.as_dict(),
-            "plan": digest(dict(self.plan.ranks)),
-            "model": self.teacher.reader.fingerprint(),
+            "model": {"files": self.teacher.reader.fingerprint(), "tokenizer": tokenizer_hash(self.tokenizer)},
             "data": {source.path: fingerprint(source) for source in self.recipe.calibration.sources},
+            "plan": digest(dict(self.plan.ranks)),
         }
 
 
-def prepared(model: str | Path, recipe: Recipe, rank_plan: str | Path | None, machine: Machine) -> Job:
+def prepared(
+    model: str | Path, recipe: Recipe, recipe_name: str, rank_plan: str | Path | None, machine: Machine
+) -> Job:
     """Check model, recipe and machine, and decide the ranks; nothing is written.
 
     All weights are read once, tensor by tensor, so that a damaged file is found now and not hours later.
@@ -178,46 +187,74 @@ def prepared(model: str | Path, recipe: Recipe, rank_plan: str | Path | None, ma
     Raises:
         LillamaError: something cannot be used; the text says what and how to mend it.
     """
+    _refuse_senseless(machine)
     device = pick_device(machine.device)
     folder = locate(model)
-    refuse_quantized(load_config(folder))
+    config = load_config(folder)
+    refuse_quantized(config)
+    refuse_too_long(recipe.calibration.seq_len, config)
+    tokenizer = load_tokenizer(folder)
     teacher = open_streamed(folder, device)
-    spec = describe_model(teacher.skeleton, recipe.targets, recipe.ignore)
-    ranks = RankPlan.load(Path(rank_plan), spec) if rank_plan else recipe.ranks(spec, recipe.keep, recipe.scope)
+    ranks, recipe = _sized(describe_model(teacher.skeleton, recipe.targets, recipe.ignore), recipe, rank_plan)
     for name in teacher.names.values():
         teacher.reader.read(name)
-    tokenizer = load_tokenizer(folder)
     rows = machine.rows(recipe.calibration.seq_len, device)
     needs = estimate(ranks, recipe, teacher.dtype.itemsize, rows)
-    return Job(str(model), recipe, teacher, tokenizer, ranks, machine, needs)
+    return Job(str(model), recipe, recipe_name, teacher, tokenizer, ranks, machine, needs)
 
 
-def checked_room(job: Job, folder: Path, present: int) -> None:
+def checked_room(job: Job, out: Path, run: Path, present: int) -> None:
     """Refuse a compression that the machine has no room for.
 
     Args:
         job: to be done.
-        folder: where result and run folder will lie.
+        out: folder of the result.
+        run: run folder.
         present: bytes that an earlier, unfinished run has written already.
 
     Raises:
         ResourceError: disk or memory does not suffice.
     """
-    disk = job.needs.disk_bytes - present
-    if disk > free_disk(folder):
-        raise ResourceError(
-            f"{folder}: {disk / 1e9:.2f} GB of disk are needed for result and run folder, {free_disk(folder) / 1e9:.2f} "
-            "GB are free; free some, or put OUT or the run folder (--run) on another disk"
-        )
+    result, rest = job.plan.kept_bytes, job.needs.disk_bytes - job.plan.kept_bytes - present
+    needed = {out: result, run: rest} if _disk(out) != _disk(run) else {run: result + rest}
+    for folder, nbytes in needed.items():
+        if nbytes > free_disk(folder):
+            raise ResourceError(
+                f"{folder}: {nbytes / 1e6:,.0f} MB of disk are needed for result and run folder, "
+                f"{free_disk(folder) / 1e6:,.0f} MB are free; free some, or put OUT or the run folder (--run) on another disk"
+            )
     memory = job.needs.memory_bytes
     if job.recipe.distill.schedule == "sequential" and memory > free_memory(job.device):
         raise ResourceError(
-            f"about {memory / 1e9:.2f} GB of memory are needed on {job.device}, {free_memory(job.device) / 1e9:.2f} GB are "
+            f"about {memory / 1e6:,.0f} MB of memory are needed on {job.device}, {free_memory(job.device) / 1e6:,.0f} MB are "
             "free; lower --micro-batch or --seq-len, or choose another --device"
         )
 
 
-def _keep(keep: float | None, rank_plan: str | Path | None) -> float | None:
+def _disk(path: Path) -> int:
+    """Return the number of the disk that a path lies on, or will lie on."""
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
+
+
+def refuse_two_sizes(keep: float | None, rank_plan: str | Path | None) -> None:
+    """Raise `RecipeError` where both `keep` and a rank plan would decide the size."""
     if keep is not None and rank_plan is not None:
-        raise RecipeError("give keep or a rank plan, not both; the plan decides the size")
-    return keep
+        raise RecipeError(f"keep {keep} and rank plan {rank_plan}: both decide the size; give one of them")
+
+
+def _refuse_senseless(machine: Machine) -> None:
+    least = {"micro_batch": (machine.micro_batch, 1), "activation_memory": (machine.activation_memory, 0),
+             "shard_bytes": (machine.shard_bytes, 1)}  # fmt: skip
+    for name, (value, smallest) in least.items():
+        if value is not None and value < smallest:
+            raise RecipeError(f"{name} is {value}; it must be at least {smallest}")
+
+
+def _sized(spec: ModelSpec, recipe: Recipe, rank_plan: str | Path | None) -> tuple[RankPlan, Recipe]:
+    """Return the ranks by recipe, or those of a file and the recipe with the size that they lead to."""
+    if rank_plan is None:
+        return recipe.ranks(spec, recipe.keep, recipe.scope), recipe
+    ranks = RankPlan.load(Path(rank_plan), spec)
+    return ranks, replace(recipe, keep=ranks.keep, scope="model")

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, with_config
 
 from lillama.calibration.gather import CalibrationConfig, parse_sources
 from lillama.distill.config import DistillConfig
+from lillama.distill.losses import Loss
 from lillama.errors import RecipeError, suggestion
 from lillama.files import digest
 from lillama.lowrank.initialize import Initialiser, Whitened
@@ -40,7 +41,7 @@ class Recipe:
 
     Examples:
         >>> Recipe().distill.stream
-        'both'
+        'student'
         >>> recipe = load_recipe("paper", {"keep": 0.7, "distill": {"epochs": 2}})
         >>> recipe.keep, recipe.distill.epochs, recipe.init.name
         (0.7, 2, 'svd')
@@ -84,11 +85,11 @@ def load_recipe(recipe: "str | Path | Recipe" = "default", overrides: Mapping[st
         RecipeError: no such recipe, an unknown key (the nearest is suggested), or a value of the wrong type.
     """
     if isinstance(recipe, Recipe):
-        tree, origin = recipe.as_dict(), "recipe"
+        base = recipe
     else:
         path = recipe_file(str(recipe))
-        tree, origin = _read(path), path.name
-    return _validated(_merged(tree, overrides or {}), origin)
+        base = _validated(_merged(Recipe().as_dict(), _read(path)), f"{path}: ")
+    return _validated(_merged(base.as_dict(), overrides or {}), "")
 
 
 def chosen(
@@ -109,6 +110,11 @@ def chosen(
     inner = {"sources": sources, "tokens": tokens, "seq_len": seq_len}
     given = {key: value for key, value in top.items() if value is not None}
     return load_recipe(recipe, given | {"calibration": {k: v for k, v in inner.items() if v is not None}})
+
+
+def recipe_name(recipe: "str | Path | Recipe") -> str:
+    """Return what a reader knows a recipe by: the name, or the file's name, that it was asked for."""
+    return "(a Recipe in Python)" if isinstance(recipe, Recipe) else Path(recipe).name
 
 
 def recipe_names() -> list[str]:
@@ -135,7 +141,7 @@ def _folder():
 
 
 @cache
-def _adapter() -> TypeAdapter[Recipe]:
+def _adapter() -> Any:
     return TypeAdapter(Recipe)
 
 
@@ -153,34 +159,55 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        same = (
+        if (
             isinstance(value, Mapping)
             and isinstance(old, Mapping)
             and value.get("name", old.get("name")) == old.get("name")
-        )
-        merged[key] = _merged(old, value) if same else value
+        ):
+            merged[key] = _merged(old, value)
+        else:
+            merged[key] = value
     return merged
 
 
 def _validated(tree: Tree, origin: str) -> Recipe:
+    """Turn nested values into a recipe; `origin` begins the text of an error."""
     try:
-        return _adapter().validate_python(tree)
+        recipe = _adapter().validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        place = [str(part) for part in first["loc"]]
+        place = [str(part) for part in first["loc"] if part not in _strategy_names()]
         key = ".".join(place)
         if first["type"] == "unexpected_keyword_argument":
-            raise RecipeError(f"{origin}: unknown key {key}{suggestion(place[-1], _known_keys())}") from None
-        raise RecipeError(f"{origin}: {key} is {first['input']!r}: {first['msg']}") from None
+            raise RecipeError(f"{origin}unknown key {key}{suggestion(place[-1], _keys(Recipe))}") from None
+        if first["type"] == "union_tag_invalid":
+            context = first.get("ctx", {})
+            found, known = str(context["tag"]), context["expected_tags"].replace("'", "").split(", ")
+            choice = f"it must be one of {', '.join(known)}{suggestion(found, known)}"
+            raise RecipeError(f"{origin}{key}.name is {found!r}: {choice}") from None
+        expected = first["msg"].replace("Input should be ", "it must be ")
+        raise RecipeError(f"{origin}{key} is {first['input']!r}: {expected}") from None
+    numbers = {"tokens": recipe.calibration.tokens, "seq_len": recipe.calibration.seq_len}
+    for key, value in numbers.items():
+        if value < 1:
+            raise RecipeError(f"{origin}calibration.{key} is {value}: it must be at least 1")
+    return recipe
 
 
-def _known_keys() -> set[str]:
-    def walk(value: Any) -> set[str]:
-        if not is_dataclass(value):
-            return set()
-        return {name.name for name in fields(value)}.union(*(walk(getattr(value, name.name)) for name in fields(value)))
+def _keys(kind: Any) -> set[str]:
+    """Return the names of all fields of a dataclass, and of the dataclasses that its annotations speak of."""
+    inner = [_keys(part) for part in get_args(kind)]
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        inner += [{part.name} | _keys(hints[part.name]) for part in fields(kind)]
+    return set[str]().union(*inner)
 
-    return walk(Recipe()) | {"multiple_of", "min_rank", "step", "damping", "path", "field", "weight", "split", "config"}
+
+@cache
+def _strategy_names() -> frozenset[str]:
+    """Return the names of all strategies: where a value went wrong, pydantic names them beside the keys."""
+    strategies = (*get_args(Allocator), *get_args(Initialiser), *get_args(Loss))
+    return frozenset(strategy.name for strategy in strategies)
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,6 +1,7 @@
 """What the machine has: free memory and disk, the peak that was used, and plain words when they run out."""
 
 import errno
+import re
 import resource
 import shutil
 import sys
@@ -15,7 +16,9 @@ from safetensors import SafetensorError
 from lillama.errors import ResourceError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory|_ALLOC_FAILED", re.IGNORECASE)
 REMEDY = "lower --micro-batch or --activation-memory, or choose another --device"
+DISK_REMEDY = "free some, or put OUT and the run folder (--run) on another disk; the same command then goes on"
 
 
 def pick_device(wanted: str | None) -> torch.device:
@@ -29,9 +32,9 @@ def pick_device(wanted: str | None) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        torch.zeros(1, device=device).item()  # fails on the meta device too
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ResourceError(f"device {wanted} cannot be used: {reason}; choose another --device") from None
     return device
 
@@ -52,9 +55,13 @@ def free_disk(path: Path) -> int:
 
 def peak_memory() -> int:
     """Return the largest resident memory of this process so far, in bytes; on CUDA that of the device is added."""
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    status = Path("/proc/self/status")  # on Linux `getrusage` would count the parent's peak before `exec` too
+    if status.is_file():
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 + device
     unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + device
 
 
 @contextmanager
@@ -64,19 +71,19 @@ def shortage_explained() -> Iterator[None]:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise ResourceError(f"out of memory; {REMEDY}") from None
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise ResourceError(f"{error.filename or 'disk'}: no space left; {_disk_remedy()}") from None
-    except SafetensorError as error:
-        if "No space left" not in str(error) and "File too large" not in str(error):
-            raise
-        raise ResourceError(f"no space left on the disk; {_disk_remedy()}") from None
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise ResourceError(f"out of memory; {REMEDY}") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        number = _error_number(error)
+        if number in FULL:
+            place = getattr(error, "filename", None) or "disk"
+            raise ResourceError(f"{place}: no space left; {DISK_REMEDY}") from None
+        if number == errno.ENOMEM or NO_MEMORY.search(str(error)):
+            raise ResourceError(f"out of memory; {REMEDY}") from None
+        raise
 
 
-def _disk_remedy() -> str:
-    return "free some, or put OUT and the run folder (--run) on another disk; the same command then goes on"
+def _error_number(error: Exception) -> int | None:
+    """Return the system's number of an error; safetensors has it in its text alone, as `(os error 28)`."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None

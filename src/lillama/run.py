@@ -11,6 +11,7 @@ metrics.json              sizes, perplexities, time and memory of the finished r
 
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +22,14 @@ from typing import Any
 from torch import Tensor
 
 from lillama.distill.trace import DistillLog
-from lillama.errors import OutputError
+from lillama.errors import LillamaError, OutputError
 from lillama.files import write_json
 from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.model.spec import ModelSpec
 
 VERSION = 1
+MARKER, LOCK = "run.json", "lock"
+OWN = {LOCK, "spec.json", "plan.json", "metrics.json", "calibration", "blocks", "joint", "scratch"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,10 @@ class RunDir:
         """Read a finished block's log."""
         return json.loads(self._log(index).read_text(encoding="utf-8"))
 
+    def remove_joint(self) -> None:
+        """Remove the state of a joint schedule, once every block is finished."""
+        shutil.rmtree(self.joint, ignore_errors=True)
+
     def save_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write the figures of the finished run."""
         write_json(self.path / "metrics.json", {"version": VERSION, **metrics})
@@ -96,46 +103,76 @@ class RunDir:
 def opened(path: Path, identity: Mapping[str, Any], restart: bool = False) -> Iterator[RunDir]:
     """Begin a run in a folder, or go on with the one that was begun there, and hold its lock meanwhile.
 
+    A run that is refused before it has its calibration tokens leaves nothing behind.
+
     Args:
         path: of the run folder.
-        identity: nested JSON values that say what is computed: recipe, model, data.
+        identity: nested JSON values that say what is computed: recipe, model, data. Where several differ from those of an
+            earlier run, the first one is the one that a refusal names first.
         restart: whether to forget an earlier run in this folder.
 
     Raises:
         OutputError: the folder holds something else or another run, or another process works in it.
     """
-    marker = path / "run.json"
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path}: this is a file; choose another run folder with --run")
-    foreign = path.is_dir() and not marker.is_file() and any(entry.name != "lock" for entry in path.iterdir())
-    if foreign:
-        raise OutputError(f"{path}: this folder holds something else than a run; choose another with --run")
+    _refuse_foreign(path)
     path.mkdir(parents=True, exist_ok=True)
-    with (path / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{path}: another process works in this run folder; wait for it, or use --run") from None
+    with _locked(path):
+        marker = path / MARKER
         if marker.is_file() and not restart:
             _refuse_other_run(marker, identity)
+            _sweep(path)
         else:
             _clear(path)
             write_json(marker, {"version": VERSION, "identity": identity})
         run = RunDir(path)
-        shutil.rmtree(run.scratch, ignore_errors=True)
         try:
             yield run
+        except LillamaError:
+            if not run.calibration.exists():
+                shutil.rmtree(path)
+            raise
         finally:
             shutil.rmtree(run.scratch, ignore_errors=True)
 
 
+def _refuse_foreign(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: this is a file; choose another run folder with --run")
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set[str]()
+    killed_early = LOCK in names and all(name in OWN or name.endswith(".tmp") for name in names)
+    if names and MARKER not in names and not killed_early:
+        raise OutputError(f"{path}: this folder holds something else than a run; choose another with --run")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with (path / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{path}: another process works in this run folder; wait for it, or use --run") from None
+        yield
+
+
 def _clear(path: Path) -> None:
-    (path / "run.json").unlink(missing_ok=True)  # first, so that a kill here leaves no run with parts missing
+    (path / MARKER).unlink(missing_ok=True)  # first, so that a kill here leaves no run with parts missing
     for entry in path.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.name != "lock":
+        elif entry.name != LOCK:
             entry.unlink()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed process left half-written, and bring back what it was about to replace."""
+    for old in path.glob(".*.old"):
+        if not (place := old.with_name(old.name.removeprefix(".").removesuffix(".old"))).exists():
+            old.rename(place)
+    for left in [*path.rglob(".*.tmp"), *path.glob(".*.old"), path / "scratch"]:
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _refuse_other_run(marker: Path, identity: Mapping[str, Any]) -> None:
@@ -144,11 +181,11 @@ def _refuse_other_run(marker: Path, identity: Mapping[str, Any]) -> None:
     except (ValueError, KeyError, TypeError):
         raise OutputError(f"{marker}: damaged; begin anew with --restart") from None
     old, new = _flat(before), _flat(json.loads(json.dumps(identity)))
-    for key in sorted(old.keys() | new.keys()):
+    for key in [*new, *old]:
         if old.get(key) != new.get(key):
             raise OutputError(
-                f"{marker.parent}: this run was begun with {key} = {old.get(key)!r}, now it is {new.get(key)!r}; "
-                "use --restart to begin anew, or another folder with --run"
+                f"{marker.parent}: this run was begun with {key} = {_shown(old.get(key))}, now it is "
+                f"{_shown(new.get(key))}; use --restart to begin anew, or another folder with --run"
             )
 
 
@@ -157,3 +194,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     parts = (_flat(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items())
     return {key: item for part in parts for key, item in part.items()}
+
+
+def _shown(value: Any) -> str:
+    """Return a value for the reader; of a long hash the beginning is enough."""
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value) else repr(value)

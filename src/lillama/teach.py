@@ -1,7 +1,6 @@
 """The two schedules of local distillation over a whole model: block by block, or all blocks on every batch."""
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import nn
 from lillama.calibration.pack import TokenBlocks
 from lillama.distill.block import Rows, distill_block, step_total
 from lillama.distill.grams import collect_grams
-from lillama.distill.joint import Bench, JointData, JointTraining
+from lillama.distill.joint import SNAPSHOT_SECONDS, Bench, JointData, JointTraining
 from lillama.distill.learner import Learner
 from lillama.distill.streams import Streams
 from lillama.distill.trace import DistillLog
@@ -59,6 +58,11 @@ class Lesson:
         return spec.blocks[: last + 1]
 
     @property
+    def unfinished(self) -> tuple[BlockSpec, ...]:
+        """The blocks that are to be compressed and are not yet."""
+        return tuple(block for block in self.blocks if self.ranks(block) and not self.run.has_block(block.index))
+
+    @property
     def rows(self) -> Rows:
         """Training and held-out sequences."""
         return Rows.split(len(self.tokens.ids), self.job.recipe.distill.held_out, self.job.recipe.seed)
@@ -75,8 +79,14 @@ class Lesson:
         """Write a finished student in the type that the original is stored in."""
         if not log.improved and log.steps:
             logger.warning("%s: training did not improve on the initialisation, which is kept", block.name)
-        dtype = self.teacher.reader.dtype(self.teacher.names[f"{block.linears[0].name}.weight"])
-        self.run.save_block(block.index, {name: t.to(dtype) for name, t in student.state_dict().items()}, log)
+        state = {name: tensor.to(self._stored(block, name)) for name, tensor in student.state_dict().items()}
+        self.run.save_block(block.index, state, log)
+
+    def _stored(self, block: BlockSpec, name: str) -> torch.dtype:
+        """Return the type in which the original stores a student's tensor, or the weight that a factor stands for."""
+        dense = name.removesuffix(".left.weight").removesuffix(".right.weight")
+        full = f"{block.name}.{name if dense == name else f'{dense}.weight'}"
+        return self.teacher.reader.dtype(self.teacher.names[full])
 
     def finished(self, block: BlockSpec) -> nn.Module:
         """Return a finished student as it was written, to compute with."""
@@ -124,17 +134,15 @@ def initial_student(lesson: Lesson, block: BlockSpec, teacher: nn.Module, stream
 
 def _taught(lesson: Lesson, block: BlockSpec, student: nn.Module, streams: Streams) -> DistillLog:
     config, rows = lesson.job.recipe.distill, lesson.rows
-    lr, unit = config.peak_lr(lesson.job.plan.spec.hidden_size), config.loss.unit(streams.target.read(rows.held_out))
-    learner = Learner(student, config, lr, step_total(rows, config), unit)
     data = streams.data(block.index, config.stream)
+    lr, unit = config.peak_lr(lesson.job.plan.spec.hidden_size), data.unit(config.loss, rows.held_out)
+    learner = Learner(student, config, lr, step_total(rows, config), unit)
     return distill_block(learner, block.name, data, rows, lesson.seed(block), lesson.report)
 
 
-def teach_jointly(lesson: Lesson, snapshot_seconds: float | None = None) -> None:
-    """Let all blocks take a step on every batch, as published."""
+def teach_jointly(lesson: Lesson, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
+    """Let all blocks take a step on every batch, as published; note the state every `snapshot_seconds`."""
     trained = {block.index: block for block in lesson.blocks if lesson.ranks(block)}
-    if all(lesson.run.has_block(index) for index in trained):
-        return
     config, rows = lesson.job.recipe.distill, lesson.rows
     initial, units = _initial_students(lesson, trained)
     lr = config.peak_lr(lesson.job.plan.spec.hidden_size)
@@ -148,19 +156,18 @@ def teach_jointly(lesson: Lesson, snapshot_seconds: float | None = None) -> None
     training = JointTraining(
         names={index: block.name for index, block in trained.items()},
         last=max(trained),
-        teacher=lesson.teacher.block,
+        teacher=_teacher_blocks(lesson),
         bench=Bench(learner, lesson.run.scratch, _resident(lesson, trained)),
         data=JointData(streams.calls, streams.teacher, lesson.tokens.mask, lesson.job.micro_batch),
         rows=rows,
         config=config,
         seed=lesson.job.recipe.seed,
         folder=lesson.run.joint,
-        **({} if snapshot_seconds is None else {"snapshot_seconds": snapshot_seconds}),
+        snapshot_seconds=snapshot_seconds,
     )
     for index, taught, log in training.run(lesson.report):
         lesson.save(trained[index], taught.student, log)
     streams.remove()
-    shutil.rmtree(lesson.run.joint, ignore_errors=True)
 
 
 def _initial_students(
@@ -180,7 +187,7 @@ def _initial_students(
         if block.index in trained:
             student = initial_student(lesson, block, teacher, streams)
             save_tensors(folder / f"initial-{block.index:04}.safetensors", student.state_dict())
-            units[block.index] = config.loss.unit(streams.target.read(rows.held_out))
+            units[block.index] = streams.data(block.index, "teacher").unit(config.loss, rows.held_out)
         streams.move_on(block.index, None)
     streams.remove()
 
@@ -190,6 +197,23 @@ def _initial_students(
         return restored_copy(template, ranks, state, lesson.teacher.device, torch.float32)
 
     return initial, units
+
+
+def _teacher_blocks(lesson: Lesson) -> Callable[[int], nn.Module]:
+    """Return what gives a teacher's block; the first ones, as many as a quarter of the free memory holds, are read once."""
+    teacher, kept = lesson.teacher, dict[int, nn.Module]()
+    largest = max(block.params for block in lesson.blocks) * teacher.dtype.itemsize
+    room = free_memory(teacher.device) // 4 // largest
+
+    def block(index: int) -> nn.Module:
+        if index in kept:
+            return kept[index]
+        read = teacher.block(index)
+        if index < room:
+            kept[index] = read
+        return read
+
+    return block
 
 
 def _resident(lesson: Lesson, trained: Mapping[int, BlockSpec]) -> int:

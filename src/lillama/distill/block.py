@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lillama.distill.config import DistillConfig
 from lillama.distill.learner import Learner, MicroBatch
+from lillama.distill.losses import Loss
 from lillama.distill.trace import DistillLog, Trace
 from lillama.errors import TrainingError
 from lillama.progress import Progress, Report
@@ -38,10 +39,12 @@ class Rows:
 
     @classmethod
     def split(cls, total: int, share: float, seed: int) -> "Rows":
-        """Hold out a random share of `total` sequences, at least one; a single sequence serves for both."""
+        """Hold out a random share of `total` sequences, at least one and not all; a single sequence serves for both."""
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-        count = max(1, round(share * total))
-        return cls(order[count:].sort().values if total > 1 else order, order[:count].sort().values)
+        if total == 1:
+            return cls(order, order)
+        count = min(max(1, round(share * total)), total - 1)
+        return cls(order[count:].sort().values, order[:count].sort().values)
 
     def epoch(self, seed: int, epoch: int, batch_size: int) -> list[Tensor]:
         """Return the batches of one epoch, shuffled anew; the last may be smaller."""
@@ -84,6 +87,11 @@ class BlockData:
             mask = None if self.mask is None else self.mask[part].to(self.target.device)
             call = self.calls.select(self.index, part, self.target.device)
             yield MicroBatch(call, inputs, self.target.read(part), mask)
+
+    def unit(self, loss: Loss, rows: Int[Tensor, " n"]) -> float:
+        """Return the unit of a loss, measured on the real tokens of some sequences of the target."""
+        units = [(micro.tokens, loss.unit(micro.real_targets)) for micro in self.micro_batches(rows) if micro.tokens]
+        return sum(tokens * unit for tokens, unit in units) / sum(tokens for tokens, _ in units)
 
 
 def distill_block(

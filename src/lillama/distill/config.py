@@ -32,11 +32,11 @@ class DistillConfig:
     """
 
     schedule: Literal["sequential", "joint"] = "sequential"
-    stream: Literal["teacher", "student", "both"] = "both"
+    stream: Literal["teacher", "student", "both"] = "student"
     loss: Annotated[Loss, Field(discriminator="name")] = field(default_factory=Mse)
     epochs: Annotated[int, Field(ge=0)] = 4
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    lr: Annotated[float, Field(gt=0)] = 2e-3
     lr_width: Annotated[int, Field(ge=1)] | None = 256
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lillama.lowrank.factors import Gram
 from lillama.stream.calls import BlockCall
 
-Run = tuple[BlockCall, Float[Tensor, "sequences length width"], Bool[Tensor, "sequences length"] | None]
+Run = tuple[BlockCall, Float[Tensor, "_ _ width"], Bool[Tensor, "_ _"] | None]  # sequences x length (x width)
 
 
 @torch.no_grad()

@@ -108,6 +108,7 @@ class JointTraining:
         config: of the distillation.
         seed: of the order of the batches.
         folder: for states to resume from.
+        snapshot_seconds: between two of these states.
     """
 
     names: Mapping[int, str]

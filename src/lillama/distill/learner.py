@@ -33,6 +33,11 @@ class MicroBatch:
         """Number of real tokens."""
         return self.target.shape[0] * self.target.shape[1] if self.mask is None else int(self.mask.sum())
 
+    @property
+    def real_targets(self) -> Float[Tensor, "tokens width"]:
+        """The target at the real tokens."""
+        return self.target.flatten(0, 1) if self.mask is None else self.target[self.mask]
+
 
 class Learner:
     """A student block under training.
@@ -70,7 +75,7 @@ class Learner:
         for micro in batch:
             for stream in micro.inputs:
                 loss = self._loss(micro, stream) / tokens
-                loss.backward()
+                (loss * self._weight(micro)).backward()
                 losses[stream] = losses.get(stream, 0) + loss.detach()
         if self.config.clip is not None:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip)
@@ -134,8 +139,11 @@ class Learner:
         """Return the sum of the loss over the real tokens of one stream."""
         output = self._run(micro.call, micro.inputs[stream])
         losses = self.config.loss(output.float(), micro.target.float())
-        weight = 2.0 if self.config.stream == "both" and len(micro.inputs) == 1 else 1.0
-        return (losses if micro.mask is None else losses[micro.mask]).sum() * (weight / self.unit)
+        return (losses if micro.mask is None else losses[micro.mask]).sum() / self.unit
+
+    def _weight(self, micro: MicroBatch) -> float:
+        """Return how often a stream counts: twice where both are wanted, but the student's is still the teacher's."""
+        return 2.0 if self.config.stream == "both" and len(micro.inputs) == 1 else 1.0
 
     def _run(self, call: BlockCall, hidden: Tensor) -> Tensor:
         if hidden.dtype == torch.float32:

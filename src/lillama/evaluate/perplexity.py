@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lillama.calibration.documents import read_text
 from lillama.calibration.gather import load_tokenizer
-from lillama.errors import CalibrationError
-from lillama.model.source import locate
+from lillama.errors import CalibrationError, ModelError
+from lillama.model.source import locate, refuse_too_long
 from lillama.progress import Progress, Report, silent
 from lillama.resources import pick_device, shortage_explained
 from lillama.stream.calls import CallTable
@@ -74,8 +74,10 @@ def cut(name: str, text: str, tokenizer: PreTrainedTokenizerBase, length: int) -
     """Tokenise a text without special tokens and cut it into windows; a shorter text is one window.
 
     Raises:
-        CalibrationError: the text has fewer than two tokens.
+        CalibrationError: windows or text have fewer than two tokens.
     """
+    if length < 2:
+        raise CalibrationError(f"seq_len is {length}; windows of at least two tokens are needed to measure perplexity")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise CalibrationError(f"{name}: {len(ids)} tokens; a text of at least two is needed to measure perplexity")
@@ -134,6 +136,8 @@ def _score(
         total += losses.double().cpu()
     tokens = windows.ids[:, 1:].numel()
     nll = total.item() / tokens
+    if not math.isfinite(nll):
+        raise ModelError(f"{windows.name}: the model's logits are not finite on this text; try another --device")
     return TextScore(windows.name, tokens, nll, nll / math.log(2) * windows.tokens_per_byte)
 
 
@@ -175,7 +179,8 @@ def perplexity(
         tokenizer = load_tokenizer(path)
         contents = {name: read_text(file) for name, file in named(texts).items()}
         streamed = open_streamed(path, chosen)
-        length = seq_len or default_length(streamed)
+        length = default_length(streamed) if seq_len is None else seq_len
+        refuse_too_long(length, streamed.skeleton.config)
         windows = {name: cut(name, text, tokenizer, length) for name, text in contents.items()}
         return score_texts(streamed, windows, Shelf.on(chosen, Path(folder), activation_memory), report)
 

@@ -19,7 +19,7 @@ def compressed_copy(
     grams: Mapping[str, Gram],
     generator: torch.Generator,
 ) -> nn.Module:
-    """Return a copy of a block with low-rank linears, in fp32, on the teacher's device.
+    """Return a copy of a block with low-rank linears, its parameters in fp32, on the teacher's device.
 
     Args:
         template: the block without weights, on the meta device; it is left as it is.
@@ -42,7 +42,7 @@ def compressed_copy(
     device = next(teacher.parameters()).device
     state = {name: tensor.detach().to(device, torch.float32, copy=True).contiguous() for name, tensor in state.items()}
     student.load_state_dict(state | _buffers(teacher), strict=False, assign=True)
-    return student.requires_grad_(False)
+    return student.to(device).requires_grad_(False)
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -66,4 +66,4 @@ def restored_copy(
     student = copy.deepcopy(template)
     install(student, ranks)
     student.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
-    return student.eval().requires_grad_(False)
+    return student.to(device).eval().requires_grad_(False)

@@ -1,10 +1,13 @@
 """Best low-rank approximations of a weight: pure functions on tensors, computed in fp64."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+LEAST_DAMPING = 1e-12  # keeps the square root of a rank-deficient Gram invertible
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Gram:
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add a batch of inputs in place."""
-        x = x.float()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         self.sum += (x.T @ x).to(self.sum.device)
         self.count += len(x)
 
@@ -60,7 +63,7 @@ def truncated_svd(weight: Float[Tensor, "out in"], rank: int) -> Factors:
         weight: `W`, of any floating-point type.
         rank: from 1 to min(out, in).
     """
-    u, s, vh = torch.linalg.svd(_exact(weight), full_matrices=False)
+    u, s, vh = _svd(_exact(weight))
     root = s[:rank].sqrt()
     return Factors(u[:, :rank] * root, root[:, None] * vh[:rank])
 
@@ -79,19 +82,19 @@ def whitened_svd(
         weight: `W`, of any floating-point type.
         gram: symmetric, positive semi-definite; any scale.
         rank: from 1 to min(out, in).
-        damping: this share of the Gram's mean eigenvalue is added to its diagonal.
+        damping: this share of the Gram's mean eigenvalue is added to its diagonal, and at least 1e-12 of it.
     """
     w, g = _exact(weight), _exact(gram)
     out_features, in_features = w.shape
     mean_eigenvalue = g.trace() / in_features
-    floor = damping * mean_eigenvalue if mean_eigenvalue > 0 else torch.ones_like(mean_eigenvalue)
+    floor = max(damping, LEAST_DAMPING) * mean_eigenvalue if mean_eigenvalue > 0 else torch.ones_like(mean_eigenvalue)
     if out_features <= in_features:
-        left = torch.linalg.eigh(w @ g @ w.T + floor * (w @ w.T)).eigenvectors[:, -rank:].flip(1)
+        left = _leading(w @ g @ w.T + floor * (w @ w.T), rank)
         return _balanced(left, left.T @ w)
-    eigenvalues, q = torch.linalg.eigh(g)
+    eigenvalues, q = _eigh(g)
     eigenvalues = eigenvalues.clamp(min=0) + floor
     white = (w @ q) * eigenvalues.sqrt()
-    v = torch.linalg.eigh(white.T @ white).eigenvectors[:, -rank:].flip(1)
+    v = _leading(white.T @ white, rank)
     return _balanced(white @ v, (v / eigenvalues.sqrt()[:, None]).T @ q.T)
 
 
@@ -104,7 +107,24 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.detach().to(exact_device(tensor.device), torch.float64)
 
 
-def _balanced(left: Tensor, right: Tensor) -> Factors:
+def _svd(matrix: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor, Tensor]:
+    result = torch.linalg.svd(matrix, full_matrices=False)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return cast(tuple[Tensor, Tensor, Tensor], result)
+
+
+def _eigh(matrix: Float[Tensor, "n n"]) -> tuple[Tensor, Tensor]:
+    result = torch.linalg.eigh(matrix)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return cast(tuple[Tensor, Tensor], result)
+
+
+def _leading(matrix: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n rank"]:
+    """Return the eigenvectors of the largest eigenvalues, the largest first."""
+    _, vectors = _eigh(matrix)
+    return vectors[:, -rank:].flip(1)
+
+
+def _balanced(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]) -> Factors:
     tiny = torch.finfo(left.dtype).tiny
-    ratio = (right.norm(dim=1).clamp(min=tiny) / left.norm(dim=0).clamp(min=tiny)).sqrt()
+    left_norms, right_norms = left.square().sum(dim=0).sqrt(), right.square().sum(dim=1).sqrt()
+    ratio = (right_norms.clamp(min=tiny) / left_norms.clamp(min=tiny)).sqrt()
     return Factors(left * ratio, right / ratio[:, None])

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 
@@ -14,12 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lillama.errors import ModelError, suggestion
-from lillama.files import atomic_file, write_json
+from lillama.files import atomic_file, digest, file_digest, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+CHECKED_AT_ONCE = 1 << 24  # numbers
+FETCH_AGAIN = "fetch the model again"
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class CheckpointReader:
         Raises:
             ModelError: no weights, only pickled weights, a missing shard, or an index entry outside the folder.
         """
-        if (self.folder / INDEX).is_file():
-            return tuple(self.folder / name for name in sorted(set(_weight_map(self.folder / INDEX).values())))
+        if self._index is not None:
+            return tuple(self.folder / name for name in sorted(set(self._index.values())))
         if (self.folder / SINGLE).is_file():
             return (self.folder / SINGLE,)
         pickled = [name for name in PICKLES if (self.folder / name).exists()]
@@ -65,17 +65,24 @@ class CheckpointReader:
     @cached_property
     def entries(self) -> Mapping[str, Entry]:
         """Name of every stored tensor -> its entry."""
+        index = self._index or {}
         entries: dict[str, Entry] = {}
         for file in self.files:
-            with _opened(file) as shard:
+            with _opened(file, FETCH_AGAIN) as shard:
                 for name in shard.keys():  # noqa: SIM118  (a safetensors handle, not a dict)
-                    view = shard.get_slice(name)
-                    entries[name] = Entry(file, tuple(view.get_shape()), view.get_dtype())
-        if (self.folder / INDEX).is_file():
-            for name, file in _weight_map(self.folder / INDEX).items():
-                if name not in entries or entries[name].file.name != file:
-                    raise ModelError(f"{self.folder / INDEX}: tensor {name} is not in {file}; the folder is incomplete")
+                    if index.get(name, file.name) == file.name:
+                        view = shard.get_slice(name)
+                        entries[name] = Entry(file, tuple(view.get_shape()), view.get_dtype())
+        for name, file in index.items():
+            if name not in entries:
+                raise ModelError(f"{self.folder / INDEX}: tensor {name} is not in {file}; {FETCH_AGAIN}")
         return entries
+
+    @cached_property
+    def _index(self) -> Mapping[str, str] | None:
+        """Name of every tensor -> name of its file, as the index says; None if there is no index."""
+        path = self.folder / INDEX
+        return _weight_map(path) if path.is_file() else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,25 +114,17 @@ class CheckpointReader:
             ModelError: the tensor is missing, not floating-point, or holds NaN or infinite values.
         """
         self.dtype(name)
-        with _opened(self._entry(name).file) as shard:
+        with _opened(self._entry(name).file, FETCH_AGAIN) as shard:
             tensor = shard.get_tensor(name)
-        if not torch.isfinite(tensor).all():
+        if not all(piece.isfinite().all() for piece in tensor.flatten().split(CHECKED_AT_ONCE)):
             raise ModelError(
                 f"{self._entry(name).file.name}: tensor {name} holds NaN or infinite values; get a sound copy"
             )
         return tensor.to(device, dtype or tensor.dtype, copy=True)
 
     def fingerprint(self) -> str:
-        """Return a hash of the headers and of samples of the content, in hexadecimal; reads about 1 MiB a file."""
-        state = sha256()
-        for file in self.files:
-            size = file.stat().st_size
-            state.update(f"{file.name} {size}".encode())
-            with file.open("rb") as stream:
-                for sample in range(SAMPLES):
-                    stream.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                    state.update(stream.read(SAMPLE_BYTES))
-        return state.hexdigest()
+        """Return a hash of `config.json` and of every byte of the weights, in hexadecimal."""
+        return digest({file.name: file_digest(file) for file in (self.folder / "config.json", *self.files)})
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
@@ -190,28 +189,34 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of one safetensors file into memory of their own."""
-    with _opened(path) as file:
+    """Read all tensors of one safetensors file, as `save_tensors` writes it, into memory of their own.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    with _opened(path, "begin anew with --restart") as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
-def _opened(file: Path) -> safe_open:
+def _opened(file: Path, remedy: str) -> safe_open:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except FileNotFoundError:
-        raise ModelError(f"{file}: the index names this file, but it is missing; fetch the model again") from None
+        raise ModelError(f"{file}: this file of weights is missing; {remedy}") from None
     except SafetensorError as error:
-        raise ModelError(f"{file}: damaged or truncated ({error}); fetch it again") from None
+        if "os error" in str(error):  # the machine's trouble, not the file's
+            raise
+        raise ModelError(f"{file}: damaged or truncated ({error}); {remedy}") from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{index}: not a readable index of weights; fetch it again") from None
+        raise ModelError(f"{index}: not a readable index of weights; {FETCH_AGAIN}") from None
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ModelError(f"{index}: tensor {name} points outside the folder ({file}); refuse such a model")
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+            raise ModelError(f"{index}: tensor {name} points outside the folder ({file}); such a model is not read")
     return weight_map
 
 

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lillama.errors import ModelError
 from lillama.model.skeleton import skeleton
-from lillama.model.source import quantization
+from lillama.model.source import quantization, stored_dtype
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 
 
@@ -49,7 +48,7 @@ def describe_model(model: PreTrainedModel, targets: Sequence[str] = ("*",), igno
     )
     if not any(block.linears for block in blocks):
         raise ModelError(f"targets {', '.join(targets)} without {', '.join(ignore) or 'nothing'}: no linear matches")
-    dtype = model.config.dtype or torch.float32
+    dtype = stored_dtype(model.config)
     return ModelSpec(
         architecture=type(model).__name__,
         hidden_size=model.config.get_text_config().hidden_size,
@@ -76,7 +75,8 @@ def find_stack(model: nn.Module) -> str:
     """Return the name of the outermost `nn.ModuleList` whose members hold linears.
 
     Raises:
-        ModelError: there is none or more than one, or blocks hold fused expert tensors.
+        ModelError: there is none or more than one, or blocks hold fused expert tensors. A parameter counts as such if it
+            has three dimensions, none of size 1 (as the kernels of depthwise convolutions have).
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [
@@ -90,7 +90,7 @@ def find_stack(model: nn.Module) -> str:
         found = ", ".join(name for name, _ in outermost) or "none"
         raise ModelError(f"{kind}: one stack of blocks with linears is needed, found {found}; not supported yet")
     name, stack = outermost[0]
-    fused = next((n for n, p in stack.named_parameters() if p.dim() == 3 and "expert" in n), None)
+    fused = next((n for n, p in stack.named_parameters() if p.dim() == 3 and 1 not in p.shape), None)
     if fused is not None:
         raise ModelError(
             f"{kind}: {name}.{fused} is a fused tensor of experts; mixtures of experts are not supported yet"

@@ -3,12 +3,15 @@
 import copy
 import logging
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from lillama.errors import ModelError, suggestion
 from lillama.model.checkpoint import CheckpointReader
@@ -20,19 +23,27 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """Build the model that a configuration names, with its parameters on the meta device and its buffers real.
 
     Raises:
-        ModelError: transformers has no such class.
+        ModelError: transformers has no such class, or it cannot be built with these values.
     """
-    architecture = (config.architectures or ["(none)"])[0]
+    if not config.architectures:
+        raise ModelError(
+            'config.json: `architectures` names no model class; add it, for example as ["SomeForCausalLM"]'
+        )
+    architecture = config.architectures[0]
     model_class = getattr(transformers, architecture, None)
-    if model_class is None:
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         known = [name for name in dir(transformers) if name.endswith(("ForCausalLM", "ForConditionalGeneration"))]
         raise ModelError(
             f"config.json: architectures names {architecture}, which transformers {transformers.__version__} does not "
             f"have{suggestion(architecture, known)}; upgrade transformers, or the model needs remote code, which is "
             "not run"
         )
-    with init_empty_weights(include_buffers=False):
-        model = model_class(copy.deepcopy(config))
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = model_class(copy.deepcopy(config))
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"config.json: {architecture} cannot be built with these values: {reason}") from None
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
@@ -41,16 +52,17 @@ def stored_names(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, 
     """Map every stored tensor of the skeleton to its name in the checkpoint.
 
     Shared parameters appear once, under the name that the model gives first. A checkpoint of the bare base model (names
-    without `model.`) serves too.
+    without `model.`) serves too, and names that transformers itself renames while it loads.
 
     Raises:
         ModelError: a tensor is missing, has another shape, or a type that cannot be read.
     """
     prefix = f"{model.base_model_prefix}."
+    present = _renamed(model, reader)
     names: dict[str, str] = {}
     for name, wanted in _stored(model):
-        found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in reader.entries), None)
-        found = found or _tied_name(model, name, reader)
+        candidates = chain((name, name.removeprefix(prefix), prefix + name), _tied_names(model, name))
+        found = next((present[n] for n in candidates if n in present), None)
         if found is None:
             raise ModelError(f"{reader.folder}: tensor {name} is missing from the weights; fetch the model again")
         if reader.shape(found) != tuple(wanted.shape):
@@ -103,8 +115,19 @@ def _stored(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept and buffer.numel())
 
 
-def _tied_name(model: PreTrainedModel, name: str, reader: CheckpointReader) -> str | None:
-    """Return the stored name of a parameter that is saved under the name of one it is tied to."""
-    parameter = model.get_parameter(name) if name in dict(model.named_parameters()) else None
-    same = (n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter)
-    return next((n for n in same if n in reader.entries), None)
+def _renamed(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, str]:
+    """Map every name in the checkpoint, and what transformers makes of it when it loads, to the name in the checkpoint."""
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    names: dict[str, str] = {}
+    for stored in reader.entries:
+        name = stored
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        names[name] = stored
+    return names | {stored: stored for stored in reader.entries}
+
+
+def _tied_names(model: PreTrainedModel, name: str) -> Iterator[str]:
+    """Yield the names of parameters that the named one is tied to, for it may be saved under any of them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    yield from (other for other, parameter in parameters.items() if parameter is parameters.get(name))

@@ -1,8 +1,9 @@
 """From what the user names (a local folder or a hub id) to a folder and a configuration."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoConfig, PretrainedConfig
@@ -47,9 +48,21 @@ def load_config(folder: Path) -> PretrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = next((line for line in str(error).strip().splitlines() if line), type(error).__name__)
         raise ModelError(f"{folder / 'config.json'}: transformers cannot use this configuration: {reason}") from None
+
+
+def refuse_too_long(seq_len: int, config: PretrainedConfig) -> None:
+    """Raise `ModelError` where sequences are longer than the model's context."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)  # not all models bound it
+    if longest is not None and seq_len > longest:
+        raise ModelError(f"seq_len is {seq_len}, but the model has {longest} positions; lower --seq-len")
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """Return the type that a configuration says its weights are stored in; fp32 if it says none."""
+    return cast(torch.dtype, config.dtype) or torch.float32  # transformers has turned a name into the type already
 
 
 def quantization(config: PretrainedConfig) -> dict[str, Any] | None:

@@ -15,7 +15,8 @@ from lillama.model.spec import LinearSpec, ModelSpec
 from lillama.ranks.plan import RankPlan, Scope, budget
 
 Ranks = dict[str, int | None]
-TOLERANCE = 0.005  # a budget is met from below within this share of the model
+TOLERANCE = 0.005  # a budget is met from below within this share of the model, or of its blocks
+PRINTED = 10_000  # the smallest reachable keep is named in steps of 1 / PRINTED
 
 
 @with_config(extra="forbid")
@@ -134,11 +135,12 @@ def _exhaust(
     _refuse_unreachable(RankPlan(spec, smallest), target, keep, scope)
     ranks = _dense(spec)
     excess = spec.params - target
+    tolerance = TOLERANCE * (spec.params if scope == "model" else spec.block_params)
     for linear in order:
         if excess <= 0 or smallest[linear.name] is None:
             continue
         allowed = (linear.params - excess) / (linear.out_features + linear.in_features)
-        rank = _candidate(linear, allowed, min_rank, step, TOLERANCE * spec.params)
+        rank = _candidate(linear, allowed, min_rank, step, tolerance)
         ranks[linear.name] = rank
         excess -= linear.params - linear.params_at(rank)
     return RankPlan(spec, ranks)
@@ -170,7 +172,8 @@ def _refuse_unreachable(smallest: RankPlan, target: int, keep: float, scope: Sco
     whole, kept = spec.params, smallest.kept_params
     if scope == "blocks":
         whole, kept = spec.block_params, kept - (spec.params - spec.block_params)
-    reachable = math.ceil(kept / whole * 10_000) / 10_000
+    steps = -(-kept * PRINTED // whole)
+    reachable = (steps if int(steps / PRINTED * whole) >= kept else steps + 1) / PRINTED  # the product may round down
     raise BudgetError(
         f"keep {keep} of the {scope} is not reachable: the smallest reachable keep is {reachable:.4f} "
         f"({100 * (1 - kept / whole):.1f} % removed); raise --keep, lower the recipe's smallest rank or add targets"

@@ -85,8 +85,8 @@ class RankPlan:
             content = json.loads(path.read_text(encoding="utf-8"))
             rows = {row["name"]: (row["out"], row["in"], row["rank"]) for row in content["linears"]}
             version = content["version"]
-        except FileNotFoundError:
-            raise RecipeError(f"{path}: no such rank plan") from None
+        except OSError as error:
+            raise RecipeError(f"{path}: no such rank plan ({error.strerror})") from None
         except (ValueError, KeyError, TypeError):
             raise RecipeError(f"{path}: not a rank plan (JSON with `version` and `linears` is needed)") from None
         if version != VERSION:
@@ -100,8 +100,10 @@ class RankPlan:
                     f"{path}: linear {name} is {out_features} x {in_features} in the plan, "
                     f"{shapes[name][0]} x {shapes[name][1]} in the model"
                 )
-            if rank is not None and not (isinstance(rank, int) and 1 <= rank <= min(shapes[name])):
-                raise RecipeError(f"{path}: linear {name}: rank {rank} is not between 1 and {min(shapes[name])}")
+            if rank is not None and not (type(rank) is int and 1 <= rank <= min(shapes[name])):
+                raise RecipeError(
+                    f"{path}: linear {name}: rank {rank} is not a whole number from 1 to {min(shapes[name])}"
+                )
         return cls(spec, {name: rows[name][2] if name in rows else None for name in shapes})
 
 

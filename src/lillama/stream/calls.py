@@ -4,7 +4,7 @@ Nothing is assumed of a block's signature but that the hidden state is its first
 `hidden_states`, and that it returns the new one alone or first in a tuple.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lillama.errors import ModelError
+from lillama.stream.store import RowTable
 
 HIDDEN = "hidden_states"
 
@@ -39,9 +40,23 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Rowwise:
-    """Stands in a captured call for a tensor with one row for each calibration sequence."""
+    """Stands in a captured call for a tensor that grows with the number of sequences.
+
+    Attributes:
+        key: of the table that holds its rows.
+        dim: the dimension that grows; for `n` sequences it has size `n * k`, the `k` of a sequence side by side.
+    """
 
     key: int
+    dim: int
+
+    def rows(self, tensor: Tensor, count: int) -> Tensor:
+        """Return a tensor of `count` sequences as rows: count x (the tensor's shape, with `k` at `dim`)."""
+        return tensor.unflatten(self.dim, (count, tensor.shape[self.dim] // count)).movedim(self.dim, 0)
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """Undo `rows`."""
+        return rows.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
 
 
 @dataclass
@@ -49,13 +64,13 @@ class CallTable:
     """The calls of all blocks for all calibration sequences; tensors that blocks or sequences share are held once.
 
     Attributes:
-        calls: one for each block; a tensor that differs between sequences is replaced by `Rowwise`.
-        rows: for each `Rowwise`, all its rows (sequences x ...).
+        calls: one for each block; a tensor that grows with the number of sequences is replaced by `Rowwise`.
+        tables: for each key of a `Rowwise`, its rows.
         rests: for each class of block, what it returns after the hidden state, or None if it returns that alone.
     """
 
     calls: list[BlockCall] = field(default_factory=list)
-    rows: dict[int, Tensor] = field(default_factory=dict)
+    tables: dict[int, RowTable] = field(default_factory=dict)
     rests: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
 
     def select(self, index: int, rows: slice | Tensor, device: torch.device) -> BlockCall:
@@ -63,10 +78,7 @@ class CallTable:
         call = self.calls[index]
 
         def fill(leaf: Any) -> Any:
-            if not isinstance(leaf, Rowwise):
-                return leaf
-            table = self.rows[leaf.key]
-            return table[rows.to(table.device) if isinstance(rows, Tensor) else rows].to(device)
+            return leaf.joined(self.tables[leaf.key].read(rows)).to(device) if isinstance(leaf, Rowwise) else leaf
 
         return map_call(fill, call)
 
@@ -87,6 +99,14 @@ def split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor
 def map_call(function: Callable[[Any], Any], call: BlockCall) -> BlockCall:
     """Apply a function to every leaf of a call's arguments, inside tuples, lists and dicts too."""
     return BlockCall(tuple(_map(function, a) for a in call.args), _map(function, call.kwargs), call.positional)
+
+
+def leaves(calls: Iterable[BlockCall]) -> list[Any]:
+    """Return the leaves of all arguments, in order."""
+    found: list[Any] = []
+    for call in calls:
+        map_call(found.append, call)
+    return found
 
 
 def first(output: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """Activations of all calibration sequences between two blocks, kept on the device, on the host or on disk."""
 
-import errno
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lillama.errors import ResourceError
-from lillama.resources import free_memory
+from lillama.resources import FULL, free_disk, free_memory
 
 Place = Literal["device", "host", "disk"]
 
@@ -46,13 +46,13 @@ class Shelf:
 
 
 class ActivationStore:
-    """A tensor (sequences x length x width) read and written by rows, wherever it lies.
+    """A tensor (sequences x length x width, or other) read and written by rows, wherever it lies.
 
     On disk it is a memory-mapped file; each access maps it, copies its rows and unmaps it, so that resident memory stays
     that of one micro-batch. The file's space is reserved when it is made.
 
     Args:
-        shape: sequences, length, width.
+        shape: sequences, length, width; or sequences and whatever belongs to each.
         dtype: of the activations.
         shelf: device and folder.
         place: as `Shelf.place` chose.
@@ -62,8 +62,10 @@ class ActivationStore:
         ResourceError: the disk has no room.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, shelf: Shelf, place: Place, name: str) -> None:
-        self.shape, self.dtype, self.device, self.place = shape, dtype, shelf.device, place
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, shelf: Shelf, place: Place, name: str) -> None:
+        self.shape, self.dtype, self.name = shape, dtype, name
+        self.shelf, self.device = shelf, shelf.device
+        self.place: Place = place
         self._path = shelf.folder / f"{name}.activations"
         self._tensor: Tensor | None = None
         if place == "disk":
@@ -72,7 +74,7 @@ class ActivationStore:
             self._tensor = torch.empty(shape, dtype=dtype, device=shelf.device if place == "device" else "cpu")
 
     def read(self, rows: slice | Tensor) -> Tensor:
-        """Return the rows (sequences x length x width) in memory of their own, on the device."""
+        """Return the rows (of the store's shape but for their number) in memory of their own, on the device."""
         view = self._view()
         if isinstance(rows, Tensor):
             return view[rows.to(view.device)].to(self.device)
@@ -97,14 +99,55 @@ class ActivationStore:
 
 def _reserve(path: Path, nbytes: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    refusal = ResourceError(
+        f"{path.parent}: no room for {nbytes / 1e9:.1f} GB of activations; free space, choose another --run folder, or "
+        "lower --tokens"
+    )
     with path.open("wb") as file:
+        if sys.platform == "darwin":  # has no posix_fallocate
+            if nbytes > free_disk(path):
+                raise refusal
+            file.truncate(nbytes)
+            return
         try:
             os.posix_fallocate(file.fileno(), 0, nbytes)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
             path.unlink(missing_ok=True)
-            raise ResourceError(
-                f"{path.parent}: no room for {nbytes / 1e9:.1f} GB of activations; free space, choose another --run "
-                "folder, or lower --tokens"
-            ) from None
+            if error.errno not in FULL:
+                raise
+            raise refusal from None
+
+
+class RowTable:
+    """One tensor for each sequence; while all are equal only one is held, then they lie where the activations lie.
+
+    Args:
+        beside: the activations of the same sequences.
+        name: of the file, if on disk.
+    """
+
+    def __init__(self, beside: ActivationStore, name: str) -> None:
+        self._beside, self._name = beside, name
+        self._first: Tensor | None = None
+        self._store: ActivationStore | None = None
+
+    def write(self, rows: slice, values: Tensor) -> None:
+        """Set the tensors of some sequences; slices come in order, from the first sequence on."""
+        if self._first is None:
+            self._first = values[:1].clone()
+        if self._store is None:
+            if bool((values == self._first).all()):
+                return
+            shape = (self._beside.shape[0], *values.shape[1:])
+            self._store = ActivationStore(shape, values.dtype, self._beside.shelf, self._beside.place, self._name)
+            self._store.write(slice(0, rows.start), self._first)
+        self._store.write(rows, values)
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        """Return the tensors of some sequences, stacked, on the device."""
+        if self._store is not None:
+            return self._store.read(rows)
+        assert self._first is not None
+        total = self._beside.shape[0]
+        count = len(rows) if isinstance(rows, Tensor) else len(range(*rows.indices(total)))
+        return self._first.expand(count, *self._first.shape[1:]).contiguous()

@@ -12,13 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lillama.errors import ModelError
 from lillama.lowrank.install import install
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import find_stack, refuse_quantized
 from lillama.model.skeleton import filled, skeleton, stored_names
-from lillama.model.source import load_config, quantization
-from lillama.stream.calls import BlockCall, CallTable, Rowwise, map_call, split_call
-from lillama.stream.store import ActivationStore
+from lillama.model.source import load_config, quantization, stored_dtype
+from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves, map_call, split_call
+from lillama.stream.store import ActivationStore, RowTable
 
 Forward = Callable[[int, nn.Module, tuple[Any, ...], Mapping[str, Any]], Any]
 
@@ -69,8 +70,8 @@ class StreamedModel:
             head: whether the output layer is read too, if it does not share the input embeddings.
         """
         wanted = {k: v for k, v in self.names.items() if not k.startswith(f"{self.stack}.")}
-        if not head:
-            output = self.skeleton.get_output_embeddings()
+        output = self.skeleton.get_output_embeddings()
+        if not head and output is not None and output.weight is not self.skeleton.get_input_embeddings().weight:
             unwanted = {name for name, module in self.skeleton.named_modules() if module is output}
             wanted = {k: v for k, v in wanted.items() if k.rpartition(".")[0] not in unwanted}
         model = filled(self.skeleton, "", wanted, self.reader, self.device, self.dtype)
@@ -97,8 +98,7 @@ def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype | None 
     model = skeleton(config)
     if found is not None:
         install(model, found["ranks"])
-    stored = config.dtype or torch.float32
-    computed = dtype or (torch.float32 if device.type == "cpu" else stored)
+    computed = dtype or (torch.float32 if device.type == "cpu" else stored_dtype(config))
     return StreamedModel(model, CheckpointReader(folder), device, computed)
 
 
@@ -115,26 +115,27 @@ def begin(
     hidden: ActivationStore,
     micro_batch: int,
 ) -> CallTable:
-    """Run what comes before the blocks: write the first block's inputs to `hidden`, return how the blocks are called."""
-    outside = model.outside(head=False)
-    table = CallTable()
-    probe = torch.tensor([0, min(1, len(ids) - 1), 0])  # three rows: a tensor with three rows has one for each sequence
-    captured = _capture(model, outside, table, ids[probe], mask[probe] if mask is not None else None)
-    keys: dict[int, int] = {}
+    """Run what comes before the blocks: write the first block's inputs to `hidden`, return how the blocks are called.
 
-    def mark(leaf: Any) -> Any:
-        rowwise = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == len(probe)
-        return Rowwise(keys.setdefault(id(leaf), len(keys))) if rowwise else leaf
+    Models pass no mask at all when no sequence of a batch is padded. The most padded sequence therefore goes along with
+    every batch, so that all batches call the blocks in the same way.
+    """
+    outside, table = model.outside(head=False), CallTable()
+    padded = [] if mask is None or bool(mask.all()) else [int(mask.sum(dim=1).argmin())]
 
-    table.calls = [map_call(mark, call) for _, call in captured]
-    pieces: dict[int, list[Tensor]] = {key: [] for key in keys.values()}
+    def capture(rows: list[int]) -> tuple[Tensor, list[BlockCall]]:
+        return _capture(model, outside, table, ids[rows], None if mask is None else mask[rows])
+
+    row = padded or [0]
+    table.calls = _marked(capture(2 * row)[1], capture(3 * row)[1])
     for rows in row_slices(len(ids), micro_batch):
-        batch = _capture(model, outside, table, ids[rows], mask[rows] if mask is not None else None)
-        hidden.write(rows, batch[0][0])
-        if pieces:
-            for key, tensor in _rowwise_leaves(table.calls, [call for _, call in batch]).items():
-                pieces[key].append(tensor.cpu())
-    table.rows = {key: torch.cat(tensors) for key, tensors in pieces.items()}
+        chosen = [*range(rows.start, rows.stop), *padded]
+        count = rows.stop - rows.start
+        inputs, calls = capture(chosen)
+        hidden.write(rows, inputs[:count])
+        for mark, leaf in _rowwise_leaves(table.calls, calls).items():
+            values = mark.rows(leaf, len(chosen))[:count]
+            table.tables.setdefault(mark.key, RowTable(hidden, f"{hidden.name}-call-{mark.key}")).write(rows, values)
     return table
 
 
@@ -165,7 +166,14 @@ def finish(
         ids: the sequences' token ids.
         mask: true at real tokens.
         hidden: the last block's outputs.
+
+    Raises:
+        ModelError: the model has no language-modelling head.
     """
+    if outside.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(outside).__name__} has no language-modelling head; give a model for causal language modelling"
+        )
 
     def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return _returned(hidden, calls.rests[type(block)])
@@ -180,8 +188,12 @@ def _capture(
     table: CallTable,
     ids: Tensor,
     mask: Tensor | None,
-) -> list[tuple[Tensor, BlockCall]]:
-    """Run the outside of the model with blocks that pass their input on; return what each block was given."""
+) -> tuple[Tensor, list[BlockCall]]:
+    """Run the outside of the model with blocks that pass their input on.
+
+    Returns:
+        the hidden state that enters the first block, and how each block is called.
+    """
     captured: list[tuple[Tensor, BlockCall]] = []
 
     def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -196,7 +208,7 @@ def _capture(
 
     with _blocks_replaced(model, outside, forward), suppress(_AllCaptured):
         outside(**_inputs(model, ids, mask))
-    return captured
+    return captured[0][0], [call for _, call in captured]
 
 
 @contextmanager
@@ -221,13 +233,21 @@ def _returned(hidden: Tensor, rest: tuple[Any, ...] | None) -> Any:
     return hidden if rest is None else (hidden, *rest)
 
 
-def _rowwise_leaves(templates: list[BlockCall], calls: list[BlockCall]) -> dict[int, Tensor]:
+def _marked(two: list[BlockCall], three: list[BlockCall]) -> list[BlockCall]:
+    """Return calls for two sequences with every tensor replaced by `Rowwise` that is longer in those for three."""
+    keys: dict[int, int] = {}
+    others = iter(leaves(three))
+
+    def mark(leaf: Any) -> Any:
+        other = next(others)
+        sizes = enumerate(zip(leaf.shape, other.shape, strict=True)) if isinstance(leaf, Tensor) else ()
+        grown = [dim for dim, (size, larger) in sizes if 3 * size == 2 * larger != 0]
+        return Rowwise(keys.setdefault(id(leaf), len(keys)), grown[0]) if grown else leaf
+
+    return [map_call(mark, call) for call in two]
+
+
+def _rowwise_leaves(templates: list[BlockCall], calls: list[BlockCall]) -> dict[Rowwise, Tensor]:
     """Collect the tensors of captured calls that stand where the templates have a `Rowwise`."""
-    found: dict[int, Tensor] = {}
-    for template, call in zip(templates, calls, strict=True):
-        marks: list[Any] = []
-        leaves: list[Any] = []
-        map_call(marks.append, template)
-        map_call(leaves.append, call)
-        found |= {m.key: leaf for m, leaf in zip(marks, leaves, strict=True) if isinstance(m, Rowwise)}
-    return found
+    pairs = zip(leaves(templates), leaves(calls), strict=True)
+    return {mark: leaf for mark, leaf in pairs if isinstance(mark, Rowwise)}

@@ -1,0 +1,165 @@
+"""Theorems of the best low-rank approximation, plain and in the norm that a Gram matrix defines."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lillama.lowrank.factors import Factors, Gram, truncated_svd, whitened_svd
+
+SHAPES = [(7, 12), (12, 7), (9, 9)]
+RANKS = [1, 3, 6]
+
+
+def weight_and_gram(out: int, width: int, seed: int, samples: int = 100) -> tuple[Tensor, Tensor]:
+    """A random weight, and the Gram of correlated inputs of very unequal variance."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    scales = torch.logspace(0, -2, width, dtype=torch.float64)
+    x = torch.randn(samples, width, **draw) * scales @ torch.randn(width, width, **draw)
+    return torch.randn(out, width, **draw), x.T @ x
+
+
+def product(factors: Factors) -> Tensor:
+    return factors.left @ factors.right
+
+
+def gram_error(difference: Tensor, gram: Tensor) -> float:
+    """`||D G^(1/2)||_F^2 = trace(D G D^T)`."""
+    return (difference @ gram @ difference.T).trace().item()
+
+
+def root(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_truncated_svd_attains_the_eckart_young_bound(shape: tuple[int, int], rank: int) -> None:
+    weight, _ = weight_and_gram(*shape, seed=1)
+    bound = torch.linalg.svdvals(weight)[rank:].square().sum()
+    factors = truncated_svd(weight, rank)
+    assert factors.left.shape == (shape[0], rank) and factors.right.shape == (rank, shape[1])
+    torch.testing.assert_close((weight - product(factors)).square().sum(), bound)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_whitened_svd_attains_the_bound_of_the_gram_norm(shape: tuple[int, int], rank: int) -> None:
+    weight, gram = weight_and_gram(*shape, seed=2)
+    bound = torch.linalg.svdvals(weight @ root(gram))[rank:].square().sum().item()
+    found = gram_error(weight - product(whitened_svd(weight, gram, rank, damping=0.0)), gram)
+    assert found == pytest.approx(bound, rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    out=st.integers(2, 10),
+    width=st.integers(2, 10),
+    samples=st.integers(1, 30),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_whitening_is_at_least_as_good_as_plain_svd(
+    out: int, width: int, samples: int, seed: int, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(1, min(out, width)))
+    weight, gram = weight_and_gram(out, width, seed, samples)
+    whitened = gram_error(weight - product(whitened_svd(weight, gram, rank)), gram)
+    plain = gram_error(weight - product(truncated_svd(weight, rank)), gram)
+    assert whitened <= plain * (1 + 1e-4) + 2e-6 * gram_error(weight, gram)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["full", "deficient", "zero"])
+@pytest.mark.parametrize("damping", [1e-6, 0.0])
+def test_full_rank_gives_the_weight_back(shape: tuple[int, int], kind: str, damping: float) -> None:
+    weight, gram = weight_and_gram(*shape, seed=3, samples=4 if kind == "deficient" else 100)
+    factors = whitened_svd(weight, gram * (kind != "zero"), min(shape), damping)
+    torch.testing.assert_close(product(factors), weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(product(truncated_svd(weight, min(shape))), weight)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gram_of_zeros_gives_plain_svd(shape: tuple[int, int]) -> None:
+    weight, gram = weight_and_gram(*shape, seed=4)
+    torch.testing.assert_close(product(whitened_svd(weight, 0 * gram, 3)), product(truncated_svd(weight, 3)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gram_of_few_samples_is_met_exactly_from_its_rank_on(shape: tuple[int, int]) -> None:
+    weight, gram = weight_and_gram(*shape, seed=5, samples=3)
+    factors = whitened_svd(weight, gram, 3)
+    assert all(tensor.isfinite().all() for tensor in (factors.left, factors.right))
+    assert gram_error(weight - product(factors), gram) < 1e-5 * gram_error(weight, gram)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1e-12, 3.0, 1e15])
+def test_the_scale_of_the_gram_does_not_matter(shape: tuple[int, int], scale: float) -> None:
+    weight, gram = weight_and_gram(*shape, seed=6)
+    torch.testing.assert_close(
+        product(whitened_svd(weight, scale * gram, 4)), product(whitened_svd(weight, gram, 4)), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_low_precision_weight_is_factorised_in_fp64(shape: tuple[int, int]) -> None:
+    weight, gram = weight_and_gram(*shape, seed=7)
+    low = weight.bfloat16()
+    for factors, wanted in (
+        (whitened_svd(low, gram.float(), 4), whitened_svd(low.double(), gram.float().double(), 4)),
+        (truncated_svd(low, 4), truncated_svd(low.double(), 4)),
+    ):
+        assert factors.left.dtype == factors.right.dtype == torch.float64
+        torch.testing.assert_close(product(factors), product(wanted))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pairs_have_equal_norms_and_come_in_falling_order(shape: tuple[int, int]) -> None:
+    weight, gram = weight_and_gram(*shape, seed=8)
+    for factors in (whitened_svd(weight, gram, 5), truncated_svd(weight, 5)):
+        torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1))
+    left, right = truncated_svd(weight, 5).left, truncated_svd(weight, 5).right
+    torch.testing.assert_close(left.norm(dim=0) * right.norm(dim=1), torch.linalg.svdvals(weight)[:5])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_smaller_rank_is_the_beginning_of_a_larger_one(shape: tuple[int, int]) -> None:
+    weight, gram = weight_and_gram(*shape, seed=9)
+    small, large = whitened_svd(weight, gram, 2), whitened_svd(weight, gram, 5)
+    torch.testing.assert_close(product(small), large.left[:, :2] @ large.right[:2], rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_of_zeros_has_finite_factors() -> None:
+    for shape in SHAPES:
+        _, gram = weight_and_gram(*shape, seed=1)
+        zeros = torch.zeros(shape)
+        for factors in (whitened_svd(zeros, gram, 3), truncated_svd(zeros, 3)):
+            assert not product(factors).any() and product(factors).isfinite().all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99), dtype=st.sampled_from(
+    [torch.float64, torch.float32, torch.bfloat16]
+))  # fmt: skip
+def test_a_gram_in_pieces_is_the_direct_sum_in_any_order(sizes: list[int], seed: int, dtype: torch.dtype) -> None:
+    x = torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    forth, back = Gram.zeros(5, x.device), Gram.zeros(5, x.device)
+    for piece in x.split(sizes):
+        forth.add(piece)
+    for piece in reversed(x.split(sizes)):
+        back.add(piece)
+    exact = x.double().T @ x.double()
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    assert forth.sum.dtype == torch.float64 and forth.count == len(x)
+    for gram in (forth, back):
+        torch.testing.assert_close(gram.sum, exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
+        torch.testing.assert_close(gram.mean(), gram.sum / len(x))
+
+
+def test_a_gram_of_nothing_has_no_mean() -> None:
+    with pytest.raises(ValueError, match="no inputs"):
+        Gram.zeros(3, torch.device("cpu")).mean()

@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from lillama.errors import ModelError
+from lillama.model import source
+from lillama.model.source import load_config, locate, quantization, stored_dtype
+
+
+def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert locate(tmp_path) == tmp_path == locate(str(tmp_path), weights=False)
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json in this folder"):
+        locate(tmp_path)
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="this is a file; give the model's folder"):
+        locate(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "a b", "/absent"])
+def test_what_is_neither_folder_nor_hub_id_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="no such folder, and not a hub id"):
+        locate(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: Any, **kwargs: Any) -> str:
+        raise huggingface_hub.errors.OfflineModeIsEnabled("Cannot reach the hub.\nOffline mode is enabled.")
+
+    monkeypatch.setattr(source, "snapshot_download", offline)
+    with pytest.raises(ModelError, match=r"org/name: no such folder, and the hub did not give it \(Cannot reach") as e:
+        locate("org/name")
+    assert "\n" not in str(e.value)
+
+
+def test_only_the_configuration_is_fetched_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(source, "snapshot_download", lambda _, allow_patterns: asked.append(allow_patterns) or "/tmp")
+    locate("org/name", weights=False)
+    locate("org/name")
+    assert asked[0] == ["config.json"] and "*.safetensors" in asked[1]
+    assert not any("bin" in pattern or ".pt" in pattern for pattern in asked[1])
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"model_type": "no_such_type"}', '{"model_type": "llama", "dtype": "foo"}']
+)
+def test_a_configuration_that_cannot_be_used_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json: transformers cannot use this configuration") as refusal:
+        load_config(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_stored_type_and_the_quantisation_are_read(tmp_path: Path) -> None:
+    quantized = {"quant_method": "lillama", "ranks": {"a": 1}}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "dtype": "bfloat16", "quantization_config": quantized})
+    )
+    config = load_config(tmp_path)
+    assert stored_dtype(config) == torch.bfloat16 and quantization(config) == quantized
+    assert stored_dtype(LlamaConfig()) == torch.float32 and quantization(LlamaConfig()) is None

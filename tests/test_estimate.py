@@ -1,0 +1,112 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lillama.estimate import EFFICIENCY, estimate, matmul_rate
+from lillama.lowrank.initialize import Svd, Whitened
+from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
+from lillama.ranks.plan import RankPlan
+from lillama.recipe import Recipe
+
+Plan = Callable[..., RankPlan]
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Make a plan for blocks of two linears, `up` (3w x w) and `down` (w x 3w), and w other parameters."""
+
+    def make(
+        width: int = 64, blocks: int = 3, rank: int | None = 10, factorised: tuple[int, ...] | None = None
+    ) -> RankPlan:
+        made = tuple(
+            BlockSpec(
+                f"layers.{i}",
+                i,
+                6 * width**2 + width,
+                (LinearSpec(f"layers.{i}.up", 3 * width, width), LinearSpec(f"layers.{i}.down", width, 3 * width)),
+            )
+            for i in range(blocks)
+        )
+        spec = ModelSpec("Any", width, "bfloat16", 2, sum(block.params for block in made) + 1000, made)
+        chosen = range(blocks) if factorised is None else factorised
+        return RankPlan(
+            spec, {x.name: rank if block.index in chosen else None for block in made for x in block.linears}
+        )
+
+    return make
+
+
+def recipe(stream: str = "both", epochs: int = 4, schedule: str = "sequential", gram: bool = False) -> Recipe:
+    """A recipe over 1000 tokens."""
+    base = Recipe()
+    return replace(
+        base,
+        init=Whitened() if gram else Svd(),
+        distill=replace(base.distill, stream=stream, epochs=epochs, schedule=schedule),
+        calibration=replace(base.calibration, tokens=1000, seq_len=50),
+    )
+
+
+def test_operations_are_those_counted_by_hand(plan: Plan) -> None:
+    dense, kept = 6 * 64**2 + 64, 10 * 2 * 4 * 64 + 64
+    one = estimate(plan(blocks=1), recipe("teacher", epochs=1), 4, 2)
+    assert one.flops == 1000 * (2 * dense + 3 * 2 * kept)  # the teacher once; forward and twice as much backward
+    both = estimate(plan(blocks=1), recipe("both", epochs=4), 4, 2)
+    assert both.flops == 1000 * (2 * dense + 2 * kept + 4 * 2 * 3 * 2 * kept)  # and the student's stream moves on
+    whitened = estimate(plan(blocks=1), recipe("teacher", epochs=1, gram=True), 4, 2)
+    assert whitened.flops - one.flops == 1000 * (2 * dense + 2 * (64**2 + 192**2))
+
+
+def test_blocks_above_the_last_one_do_not_run_and_dense_ones_below_do(plan: Plan) -> None:
+    wanted = recipe("teacher")
+    first, last = (estimate(plan(factorised=(i,)), wanted, 4, 2).flops for i in (0, 2))
+    assert last - first == 1000 * 2 * 2 * (6 * 64**2 + 64)
+    assert first == estimate(plan(blocks=1), wanted, 4, 2).flops
+
+
+def test_memory_grows_with_the_block_and_not_with_the_depth(plan: Plan) -> None:
+    small, wide, deep = (
+        estimate(plan(width, blocks), recipe(), 4, 2) for width, blocks in ((64, 3), (128, 3), (64, 30))
+    )
+    assert wide.memory_bytes > small.memory_bytes == deep.memory_bytes
+    assert deep.disk_bytes > small.disk_bytes and deep.activation_bytes == small.activation_bytes
+
+
+def test_memory_holds_at_least_teacher_student_and_grams(plan: Plan) -> None:
+    dense, kept = 6 * 64**2 + 64, 10 * 2 * 4 * 64 + 64
+    found = estimate(plan(), recipe(), 4, 1).memory_bytes
+    assert found > 4 * dense + 16 * kept + 8 * (64**2 + 192**2)
+    assert estimate(plan(), recipe(), 4, 8).memory_bytes > found > estimate(plan(), recipe(), 2, 1).memory_bytes
+
+
+def test_a_joint_schedule_holds_all_blocks(plan: Plan) -> None:
+    one, all_blocks = (estimate(plan(), recipe(schedule=s), 4, 2).memory_bytes for s in ("sequential", "joint"))
+    assert all_blocks == 3 * one
+
+
+@pytest.mark.parametrize(("stream", "schedule", "stores"), [
+    ("teacher", "sequential", 2), ("both", "sequential", 3), ("student", "sequential", 3), ("both", "joint", 2),
+])  # fmt: skip
+def test_activations_are_one_store_for_each_stream_and_one_for_the_target(
+    stream: str, schedule: str, stores: int, plan: Plan
+) -> None:
+    assert estimate(plan(), recipe(stream, schedule=schedule), 4, 2).activation_bytes == stores * 1000 * 64 * 4
+
+
+def test_disk_holds_the_result_and_the_finished_blocks(plan: Plan) -> None:
+    made = plan()
+    assert estimate(made, recipe(), 4, 2).disk_bytes == made.kept_bytes + 2 * 3 * (10 * 2 * 4 * 64 + 64)
+
+
+def test_a_plan_that_changes_nothing_costs_nothing(plan: Plan) -> None:
+    found = estimate(plan(rank=None), recipe(), 4, 2, rate=1.0)
+    assert found.flops == 0 and found.memory_bytes == 0 and found.seconds == 0
+
+
+def test_seconds_follow_from_the_measured_rate(plan: Plan) -> None:
+    assert estimate(plan(), recipe(), 4, 2).seconds is None
+    found = estimate(plan(), recipe(), 4, 2, rate=1e9)
+    assert found.seconds == pytest.approx(found.flops / (EFFICIENCY * 1e9))
+    assert matmul_rate(torch.device("cpu"), torch.float32) > 1e8

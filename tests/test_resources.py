@@ -1,0 +1,116 @@
+import errno
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from lillama.errors import ResourceError
+from lillama.resources import free_disk, free_memory, peak_memory, pick_device, shortage_explained
+
+MEMORY = ["--micro-batch", "--activation-memory", "--device"]
+DISK = ["--run"]
+
+
+def system_error(number: int, file: str | None = None) -> OSError:
+    return OSError(number, os.strerror(number), file) if file else OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("error", "options"),
+    [
+        (MemoryError(), MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation"), MEMORY),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 12"), MEMORY),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), MEMORY),
+        (RuntimeError("unable to mmap 8 bytes from file </x>: Cannot allocate memory (12)"), MEMORY),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), MEMORY),
+        (system_error(errno.ENOMEM), MEMORY),
+        (SafetensorError("I/O error: Cannot allocate memory (os error 12)"), MEMORY),
+        (system_error(errno.ENOSPC, "/big/file"), ["/big/file", *DISK]),
+        (system_error(errno.ENOSPC), DISK),
+        (system_error(errno.EDQUOT), DISK),
+        (system_error(errno.EFBIG), DISK),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), DISK),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), DISK),
+        (SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"), DISK),
+    ],
+    ids=repr,
+)
+def test_every_shortage_becomes_one_line_that_names_an_option(error: Exception, options: list[str]) -> None:
+    with pytest.raises(ResourceError) as explained, shortage_explained():
+        raise error
+    text = str(explained.value)
+    assert "\n" not in text and all(option in text for option in options)
+    assert explained.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x"),
+        RuntimeError("size mismatch"),
+        FileNotFoundError(errno.ENOENT, "gone"),
+        system_error(errno.EIO),
+        SafetensorError("Error while deserializing header: header too small"),
+        SafetensorError("I/O error: Permission denied (os error 13)"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+def test_all_other_errors_pass_through(error: BaseException) -> None:
+    with pytest.raises(type(error)) as passed, shortage_explained():
+        raise error
+    assert passed.value is error
+
+
+def test_a_real_shortage_of_memory_is_recognised() -> None:
+    with pytest.raises(ResourceError, match="out of memory"), shortage_explained():
+        torch.empty(1 << 60)
+
+
+def test_a_real_full_disk_is_recognised(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the end of a disk; it is lifted again, and holds in no other process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"no space left.*--run"), shortage_explained():
+            save_file({"a": torch.ones(100_000)}, tmp_path / "a.safetensors")
+        with pytest.raises(ResourceError, match=r"no space left.*--run"), shortage_explained():
+            (tmp_path / "a.txt").write_bytes(bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_no_shortage_no_error() -> None:
+    with shortage_explained():
+        pass
+
+
+@pytest.mark.parametrize("name", ["no_such_device", "meta", "vulkan", "hpu", "cuda:999", ""])
+def test_a_device_that_cannot_compute_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ResourceError, match="choose another --device") as refusal:
+        pick_device(name)
+    assert "\n" not in str(refusal.value) and name in str(refusal.value)
+
+
+def test_a_device_is_taken_by_name_or_found() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    assert pick_device(None) == (found or torch.device("cpu"))
+
+
+def test_what_is_free_and_what_was_used_are_bytes(tmp_path: Path) -> None:
+    assert free_disk(tmp_path / "not" / "yet" / "there") == pytest.approx(free_disk(tmp_path), rel=0.05)
+    assert free_disk(Path("relative/not/there")) > 0
+    before = peak_memory()
+    ballast = torch.ones(30_000_000)
+    assert 10**6 < free_memory(torch.device("cpu")) < 10**15
+    assert peak_memory() >= before > 10**7 and ballast.sum() > 0
