@@ -64,6 +64,19 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + device
 
 
+def readable(count: float) -> str:
+    """Return a number of bytes in words.
+
+    >>> readable(15_999_488)
+    '16 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 @contextmanager
 def shortage_explained() -> Iterator[None]:
     """Turn the many errors of a full disk or memory into a `ResourceError` that names the remedy."""

@@ -52,13 +52,13 @@ def test_body_tells_all_facts() -> None:
     for told in [
         "# Tiny-1B, 80% of its parameters",
         "| parameters | 1,000,000,000 | 799,500,000 | 80.0 % |",
-        "| weights in bfloat16 | 2.00 GB | 1.60 GB | 80.0 % |",
+        "| weights in bfloat16 | 2 GB | 1.6 GB | 80.0 % |",
         "| perplexity, wikitext-2 (280,000 tokens) | 10.000 | 11.500 | +15.0 % |",
         "| bits per byte, wikitext-2 | 0.8000 | 0.8400 | +5.0 % |",
         "Recipe `default`, hash `cafe0123`, seed 7; asked to keep 80 % (whole model)",
         "files, wiki.txt, dialogues.jsonl; 524,288 tokens in sequences of 2048",
         "16 compressed, of which 1 kept their initialisation",
-        "20.6 minutes, peak memory 7.00 GB; lillama 0.1.0, torch 2.13.0",
+        "20.6 minutes, peak memory 7 GB; lillama 0.1.0, torch 2.13.0",
         f"```yaml\n{FACTS.recipe_text}```",
         "import lillama\nfrom transformers import AutoModelForCausalLM",
     ]:

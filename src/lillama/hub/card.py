@@ -11,6 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers.models.auto import modeling_auto
 
+from lillama.resources import readable
+
 Loading = Literal["package", "portable", "dense"]
 
 BEGIN, END = "<!-- lillama: loading -->", "<!-- lillama: end of loading -->"
@@ -134,7 +136,7 @@ def card(facts: CardFacts) -> str:
     environment = Environment(
         loader=PackageLoader("lillama.hub", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["gigabytes"] = lambda count: f"{count / 1e9:.2f} GB"
+    environment.filters["readable"] = readable
     body = environment.get_template("card.md.jinja").render(
         facts=facts, loading=_section("package", facts.architecture)
     )

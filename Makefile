@@ -1,0 +1,55 @@
+# Every target makes .venv when it is not there yet. `make` alone lists the targets.
+#
+#   make demo PYTHON=python3.12      another Python (3.11 or newer)
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo      PyTorch without CUDA, a much smaller download
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+# The matrices of the small models here are too small to share among threads; processes run side by side instead.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.PHONY: help demo test check docs bench-quality bench-memory clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.ready  ## compress the model in demo/model at two sizes and compare what they write
+	@PATH="$(abspath $(BIN)):$$PATH" bash demo/demo.sh
+
+test: $(VENV)/.ready  ## run all tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.ready  ## lint, formatting, types, import floors, the recipe table of the docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python docs/recipe_table.py --check
+
+docs: $(VENV)/.ready-docs  ## write the recipe table and build the documentation in site/
+	$(BIN)/python docs/recipe_table.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench-quality: $(VENV)/.ready  ## perplexity of every recipe, into bench/results/ (hours)
+	$(ONE_THREAD) $(BIN)/python bench/quality.py
+
+bench-memory: $(VENV)/.ready  ## peak memory against depth, into bench/results/
+	$(ONE_THREAD) $(BIN)/python bench/memory.py
+
+clean:  ## remove what the targets made, .venv excepted
+	rm -rf demo/out site dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests bench docs demo -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@echo "Installing into $(VENV) (once, a few minutes; PyTorch is large)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) "torch>=2.6"
+	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(INSTALL) -e ".[docs]"
+	@touch $@

@@ -1,0 +1,157 @@
+"""Peak resident memory of `lillama compress` above a bare import, on made-up Llamas of equal blocks but unequal depth.
+
+    python bench/memory.py            # writes bench/results/memory.{json,md}
+
+The yardstick is what one block needs: teacher block + student block + fp32 masters, gradients and two moments + Grams + what
+autograd keeps of one micro-batch (measured). Activations between blocks lie on disk.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+DEPTHS = (12, 24, 48)
+HIDDEN, FFN, HEADS, VOCABULARY, SEQ_LEN, ROWS = 1024, 4096, 8, 512, 256, 9
+KEEP, MICRO_BATCH = 0.7, 8
+
+
+def make_model(folder: Path, depth: int) -> None:
+    """Write a random fp32 Llama, block by block, with a byte-level tokenizer and a text."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from lillama.model.checkpoint import CheckpointWriter
+    from lillama.model.skeleton import skeleton
+
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=depth, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, vocab_size=VOCABULARY, max_position_embeddings=SEQ_LEN, tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"], dtype="float32",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    with CheckpointWriter(folder, 1_000_000_000) as writer:
+        for name, parameter in skeleton(config).named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02
+            writer.write(name, torch.ones(parameter.shape) if parameter.dim() == 1 else noise)
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def compress(folder: Path) -> dict[str, Any]:
+    """Compress in this process; return the peak above the import, and the yardstick."""
+    import torch
+
+    import lillama
+    import lillama.compression
+    from lillama.prepare import Machine
+    from lillama.recipe import load_recipe
+    from lillama.resources import peak_memory
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    before = peak_memory()
+    recipe = load_recipe("default", {"distill": {"epochs": 1, "batch_size": MICRO_BATCH}})
+    result = lillama.compress(
+        folder / "model", folder / "out", keep=KEEP, recipe=recipe, calibration=[str(folder / "text.txt")],
+        tokens=ROWS * SEQ_LEN, seq_len=SEQ_LEN,
+        machine=Machine("cpu", micro_batch=MICRO_BATCH, activation_memory=0, shard_bytes=100_000_000),
+    )  # fmt: skip
+    return {"peak_bytes": peak_memory() - before, "import_bytes": before, "yardstick": yardstick(folder, result.plan)}
+
+
+def yardstick(folder: Path, plan: Any) -> dict[str, int]:
+    """Return the bytes that one block needs, by part."""
+    import torch
+
+    from lillama.lowrank.install import install
+    from lillama.stream.store import ActivationStore, Shelf
+    from lillama.stream.streamed import begin, open_streamed
+
+    model = open_streamed(folder / "model", torch.device("cpu"))
+    spec = plan.spec.blocks[0]
+    ranks = {name.removeprefix(f"{spec.name}."): rank for name, rank in plan.within(spec).items()}
+    shelf = Shelf(torch.device("cpu"), folder, 0, 1 << 40)
+    hidden = ActivationStore((MICRO_BATCH, SEQ_LEN, HIDDEN), torch.float32, shelf, "host", "hidden")
+    call = begin(model, torch.zeros(MICRO_BATCH, SEQ_LEN, dtype=torch.long), None, hidden, MICRO_BATCH).select(
+        0, slice(0, MICRO_BATCH), torch.device("cpu")
+    )
+    student = model.block(0)
+    install(student, ranks)
+    student.requires_grad_(True)
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or keep(t), lambda t: t):
+        call(student, hidden.read(slice(0, MICRO_BATCH))).sum()
+    params = sum(parameter.numel() for parameter in student.parameters())
+    inputs = {"qkv": HIDDEN, "o": HIDDEN, "gate-up": HIDDEN, "down": FFN}
+    return {
+        "teacher": 4 * spec.params,
+        "student": 4 * params,
+        "masters, gradients, moments": 16 * params,
+        "grams": sum(8 * width**2 for width in inputs.values()),
+        "micro-batch": sum(kept.values()),
+    }
+
+
+def main() -> None:
+    """Run each depth in a process of its own."""
+    if len(sys.argv) > 1:
+        print(json.dumps(compress(Path(sys.argv[1]))))
+        return
+    found = {}
+    for depth in DEPTHS:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "model").mkdir()
+            make_model(Path(folder) / "model", depth)
+            (Path(folder) / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+            weights = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+            done = subprocess.run(
+                [sys.executable, __file__, folder], check=True, stdout=subprocess.PIPE, text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            found[depth] = json.loads(done.stdout.strip().splitlines()[-1]) | {"weight_bytes": weights}
+            found[depth]["ratio"] = found[depth]["peak_bytes"] / sum(found[depth]["yardstick"].values())
+            print(depth, found[depth], flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "memory.json").write_text(json.dumps({"version": 1, "depths": found}, indent=2) + "\n")
+    (RESULTS / "memory.md").write_text(table(found))
+    print(table(found))
+
+
+def table(found: dict[int, dict[str, Any]]) -> str:
+    """Return the results as Markdown."""
+    parts = next(iter(found.values()))["yardstick"]
+    text = (
+        "# Peak memory of a compression\n\n"
+        f"Random fp32 Llamas of hidden size {HIDDEN}, FFN {FFN}; keep {KEEP}; micro-batch {MICRO_BATCH} x {SEQ_LEN} tokens; "
+        "activations on disk. Peak resident memory above a bare import. Written by `python bench/memory.py`.\n\n"
+        f"One block needs {sum(parts.values()) / 1e6:,.0f} MB: "
+        + ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
+        + ".\n\n| blocks | weights, MB | peak above import, MB | peak / one block's need |\n|---:|---:|---:|---:|\n"
+    )
+    for depth, row in found.items():
+        text += (
+            f"| {depth} | {row['weight_bytes'] / 1e6:,.0f} | {row['peak_bytes'] / 1e6:,.0f} | {row['ratio']:.2f} |\n"
+        )
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Tiny trained-looking models and text for all tests that need a model folder."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lillama.recipe import Recipe, load_recipe
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # large, so that every block does something to its inputs
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+MakeModel = Callable[..., Path]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<s>", "</s>", *letters])}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+def save_model(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
+    """Write a Llama of random weights and its tokenizer."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE | changes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Return a function that writes a model folder of its own, which a test may damage."""
+    return lambda *args, **changes: save_model(tmp_path_factory.mktemp("models") / "tiny", *args, **changes)
+
+
+@pytest.fixture(scope="session")
+def tiny(make_model: MakeModel) -> Path:
+    """A model folder that tests only read."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 6000 bytes that tests only read."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefghij", k=chance.randint(1, 6))) for _ in range(40)]
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(" ".join(chance.choices(words, k=2000))[:6000], encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def quick(text: Path) -> Callable[..., Recipe]:
+    """Return a function that makes recipes of a second or less; nested changes replace values."""
+
+    def make(**changes: Any) -> Recipe:
+        base = load_recipe(
+            Recipe(),
+            {
+                "keep": 0.7,
+                "ranks": {"name": "uniform", "multiple_of": 1},
+                "init": {"name": "whitened"},
+                "distill": {
+                    "schedule": "sequential", "stream": "both", "loss": {"name": "mse"}, "epochs": 2, "batch_size": 8,
+                    "lr": 2e-3, "lr_width": None, "lr_schedule": "cosine", "warmup": 0.05, "betas": [0.9, 0.999],
+                    "weight_decay": 0.0, "clip": 1.0, "held_out": 0.1,
+                },
+                "calibration": {"sources": [{"path": str(text)}], "tokens": 1280, "seq_len": 32},
+            },
+        )  # fmt: skip
+        return load_recipe(base, changes)
+
+    return make

@@ -1,0 +1,38 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from lillama.distill.config import DistillConfig
+
+PLAIN = DistillConfig(lr_schedule="constant", warmup=0.0)
+
+
+def factors(steps: int, **changes: object) -> list[float]:
+    config = replace(PLAIN, **changes)
+    return [config.lr_factor(step, steps) for step in range(steps)]
+
+
+def test_constant():
+    assert factors(5) == [1, 1, 1, 1, 1]
+
+
+def test_cosine_falls_from_one_towards_zero():
+    rates = factors(4, lr_schedule="cosine")
+    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
+
+
+def test_warm_up_rises_linearly_then_the_schedule_begins():
+    assert factors(10, warmup=0.4)[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    rates = factors(10, warmup=0.4, lr_schedule="cosine")
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert rates[5:] == sorted(rates[5:], reverse=True) and 0 < rates[-1] < 0.1
+
+
+def test_the_shortest_warm_up_is_one_step():
+    assert factors(3, warmup=0.01) == [1, 1, 1]
+
+
+def test_rate_by_width():
+    assert replace(PLAIN, lr=1e-3, lr_width=256).peak_lr(1024) == pytest.approx(2.5e-4)
+    assert replace(PLAIN, lr=1e-3, lr_width=None).peak_lr(1024) == 1e-3

@@ -1,0 +1,220 @@
+"""The joint schedule against a plain reimplementation, and against itself with little memory or after a kill."""
+
+import copy
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from lillama.distill.block import Rows, batches, step_total
+from lillama.distill.joint import Bench, JointData, JointTraining
+from lillama.distill.learner import Learner
+from lillama.distill.losses import L1Cosine
+from lillama.errors import TrainingError
+from lillama.progress import silent
+from lillama.stream.calls import BlockCall, CallTable
+
+ROWS, TRAINED, BLOCKS = Rows.split(24, 0.2, seed=0), (0, 2), 3
+
+
+@dataclass
+class Class:
+    """Three teachers, of which the first and the last are compressed."""
+
+    toy: object
+    config: object
+    teachers: list = field(default_factory=list)
+    students: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for index in range(BLOCKS):
+            torch.manual_seed(index)
+            self.teachers.append(type(self.toy.teacher)().requires_grad_(False))
+        for index in TRAINED:
+            self.students[index] = type(self.toy)(self.toy.folder, self.teachers[index]).student()
+
+    def learner(self, index):
+        return Learner(
+            copy.deepcopy(self.students[index]), self.config, self.config.lr, step_total(ROWS, self.config), 1.0
+        )
+
+    def training(self, resident=9, name="joint", snapshot_seconds=1e9):
+        hidden = self.toy.data().teacher
+        return JointTraining(
+            names={index: f"layers.{index}" for index in TRAINED},
+            last=max(TRAINED),
+            teacher=lambda index: self.teachers[index],
+            bench=Bench(self.learner, self.toy.folder / f"{name}-bench", resident),
+            data=JointData(CallTable([BlockCall()] * BLOCKS), hidden, None, 3),
+            rows=ROWS,
+            config=self.config,
+            seed=5,
+            folder=self.toy.folder / name,
+            snapshot_seconds=snapshot_seconds,
+        )
+
+
+def finished(training):
+    return {index: ({n: t.clone() for n, t in learner.state().items()}, log)
+            for index, learner, log in training.run(silent)}  # fmt: skip
+
+
+def assert_same_bits(first, second):
+    for index in TRAINED:
+        assert first[index][1] == second[index][1]
+        for name, tensor in first[index][0].items():
+            assert torch.equal(tensor, second[index][0][name]), (index, name)
+
+
+@pytest.fixture
+def school(toy):
+    return Class(toy, toy.config(epochs=2, lr=2e-3, lr_schedule="cosine", clip=1.0))
+
+
+@pytest.mark.parametrize("stream", ["teacher", "student", "both"])
+def test_equals_a_plain_reimplementation(toy, stream):
+    school = Class(toy, toy.config(stream=stream, epochs=1, lr=1e-3))
+    results = finished(school.training())
+    students = {index: copy.deepcopy(student).requires_grad_() for index, student in school.students.items()}
+    optimisers = {index: torch.optim.AdamW(s.parameters(), lr=1e-3, weight_decay=0.0) for index, s in students.items()}
+    x, loss = toy.data().teacher.read(torch.arange(24)), L1Cosine()
+
+    def held_out():
+        with torch.no_grad():
+            above, own, totals = x[ROWS.held_out], x[ROWS.held_out], {}
+            for index in range(BLOCKS):
+                target = school.teachers[index](above)[0]
+                block = students.get(index, school.teachers[index])
+                parts = [loss(block(above)[0], target).mean(), loss(block(own)[0], target).mean()]
+                totals[index] = {"teacher": parts[0], "student": parts[1], "both": sum(parts)}[stream].item()
+                above, own = target, block(own)[0]
+        return totals
+
+    initial = held_out()
+    for rows in batches(ROWS, school.config, 5):
+        above = own = x[rows]
+        for index in range(BLOCKS):
+            target = school.teachers[index](above)[0]
+            if index in students:
+                fed = {"teacher": [above], "student": [own], "both": [above, own]}[stream]
+                sum(loss(students[index](hidden)[0], target).mean() for hidden in fed).backward()
+                optimisers[index].step()
+                optimisers[index].zero_grad()
+            with torch.no_grad():
+                own = students.get(index, school.teachers[index])(own)[0]
+            above = target
+    final = held_out()
+    half = {"teacher": 1, "student": 1, "both": 2}[stream]
+    for index, student in students.items():
+        state, log = results[index]
+        doubled = half if index == 0 else 1  # before the streams part, one loss is logged and counts twice
+        assert log.initial * doubled == pytest.approx(initial[index], rel=1e-5)
+        assert log.improved and log.best_step == log.steps == step_total(ROWS, school.config)
+        assert log.final * doubled == pytest.approx(final[index], rel=1e-4)
+        for name, parameter in student.named_parameters():
+            torch.testing.assert_close(state[name], parameter.detach(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("resident", [0, 1])
+def test_learners_that_wait_in_files_learn_the_same(school, resident):
+    assert_same_bits(finished(school.training()), finished(school.training(resident, "small")))
+    assert list((school.toy.folder / "small-bench").glob("learner-*"))
+
+
+@pytest.mark.parametrize("resident", [1, 9])
+def test_a_killed_training_goes_on_to_the_same_bits(school, resident):
+    whole = finished(school.training())
+    for stop in (1, 4, 7):
+        name = f"stopped-{stop}-{resident}"
+        steps = itertools.count(1)
+
+        class Killed(Exception):
+            pass
+
+        class Stopped(JointTraining):
+            def _step(self, batch, traces, steps=steps, stop=stop, Killed=Killed):
+                if next(steps) == stop + 1:
+                    raise Killed
+                return super()._step(batch, traces)
+
+        training = school.training(resident, name, snapshot_seconds=-1)
+        with pytest.raises(Killed):
+            finished(Stopped(**vars(training)))
+        assert (school.toy.folder / name / "state.json").is_file()
+        counted = school.training(resident, name)
+        step, taken = counted._step, []
+        counted._step = lambda batch, traces, step=step, taken=taken: taken.append(1) or step(batch, traces)
+        assert_same_bits(whole, finished(counted))
+        assert len(taken) == step_total(ROWS, school.config) - stop
+
+
+def test_a_killed_training_remembers_its_best_state(school, monkeypatch):
+    """The best state may lie before the snapshot: here the rate first helps and then harms."""
+    monkeypatch.setattr(type(school.config), "lr_factor", lambda self, step, steps: 1.0 if step < steps / 2 else 300.0)
+    whole = finished(school.training())
+    assert all(0 < log.best_step < log.steps for _, log in whole.values())
+    last = step_total(ROWS, school.config)
+    snapshot_at(monkeypatch, last - 1)
+    finished(school.training(name="again", snapshot_seconds=-1))
+    assert_same_bits(whole, finished(school.training(name="again")))
+
+
+def snapshot_at(monkeypatch, step):
+    real = JointTraining._snapshot
+    monkeypatch.setattr(JointTraining, "_snapshot", lambda self, *args: real(self, *args) if args[2] == step else None)
+
+
+@pytest.mark.parametrize("resident", [1, 9])
+def test_a_bad_loss_costs_one_block_half_its_rate(school, monkeypatch, resident):
+    spoil(monkeypatch, school, times=1)
+    results = finished(school.training(resident))
+    assert results[2][1].retried and results[2][1].lr == school.config.lr / 2
+    assert not results[0][1].retried
+    assert results[2][1].final < results[2][1].initial < math.inf
+
+
+def test_a_killed_retry_goes_on_to_the_same_bits(school, monkeypatch):
+    spoil(monkeypatch, school, times=1)
+    whole = finished(school.training())
+    spoil(monkeypatch, school, times=1)
+    last = step_total(ROWS, school.config)
+    snapshot_at(monkeypatch, last - 2)
+    finished(school.training(name="again", snapshot_seconds=-1))
+    assert_same_bits(whole, finished(school.training(name="again")))
+
+
+def test_a_retry_that_waits_in_a_file_learns_the_same(school, monkeypatch):
+    spoil(monkeypatch, school, times=1)
+    whole = finished(school.training())
+    spoil(monkeypatch, school, times=1)
+    assert_same_bits(whole, finished(school.training(1, "small")))
+
+
+def test_a_second_bad_loss_is_an_error(school, monkeypatch):
+    spoil(monkeypatch, school, times=2)
+    with pytest.raises(TrainingError, match=r"layers\.2: .*step \d"):
+        finished(school.training())
+
+
+def spoil(monkeypatch, school, times):
+    """Let the second step of the last block's student break it, `times` times after its start at a rate."""
+    monkeypatch.undo()
+    step, done = Learner.step, []
+
+    def spoilt(self, batch):
+        losses = step(self, batch)
+        if self.unit == 1.5 and self.lr not in done and len(done) < times:
+            done.append(self.lr)
+            with torch.no_grad():
+                next(self.student.parameters()).fill_(math.nan)
+        return losses
+
+    def learner(index):
+        made = Class.learner(school, index)
+        made.unit = 1.5 if index == 2 else 1.0
+        return made
+
+    monkeypatch.setattr(Learner, "step", spoilt)
+    monkeypatch.setattr(school, "learner", learner, raising=False)
