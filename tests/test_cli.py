@@ -71,7 +71,7 @@ def test_evaluate_json_is_the_contract(tiny, text, capsys):
 def test_evaluate_of_a_result_agrees_with_the_table(tiny, recipe, text, tmp_path, capsys):
     run("compress", tiny, tmp_path / "out", "--recipe", recipe, "--text", text, "--json")
     after = json.loads(capsys.readouterr().out)["texts"][0]["after"]
-    run("evaluate", tmp_path / "out", "--text", text, "--seq-len", "32", "--json")
+    run("evaluate", tmp_path / "out", "--text", text, "--json")
     (score,) = json.loads(capsys.readouterr().out)["texts"]
     assert {key: score[key] for key in after} == after
 

@@ -70,7 +70,7 @@ def test_end_to_end(make_model, quick, text, tmp_path, case, schedule):
     assert loaded.dtype == next(iter(dense.values())).dtype
     (pair,) = result.texts
     for folder, score in ((model, pair.before), (result.path, pair.after)):
-        perplexity, bits = reference(folder, text, 32)
+        perplexity, bits = reference(folder, text, loaded.config.max_position_embeddings)
         assert score.perplexity == pytest.approx(perplexity, rel=1e-6 if loaded.dtype == torch.float32 else 1e-5)
         assert score.bits_per_byte == pytest.approx(bits, rel=1e-6 if loaded.dtype == torch.float32 else 1e-5)
     assert not (result.run / "joint").exists() and not (result.run / "scratch").exists()

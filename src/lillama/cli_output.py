@@ -20,6 +20,7 @@ from lillama.evaluate.perplexity import TextScore
 from lillama.hub.card import auto_class
 from lillama.prepare import Planned
 from lillama.progress import Progress, Report, silent
+from lillama.resources import readable
 
 WORDS = {"calibration": "calibration text", "blocks": "blocks", "steps": "  steps", "perplexity": "perplexity"}
 
@@ -85,20 +86,24 @@ def show(value: dict[str, Any], as_json: bool, draw: Callable[[], None]) -> None
 def planned(plan: Planned) -> None:
     """Print a rank plan and what it needs."""
     spec, ranks, needs = plan.plan.spec, plan.plan, plan.estimate
-    table = Table("linear", *(f"block {index}" for index in _some(len(spec.blocks))), title=spec.architecture)
-    for linear in spec.blocks[0].linears:
-        inner = linear.name.removeprefix(f"{spec.blocks[0].name}.")
-        names = [f"{spec.blocks[index].name}.{inner}" for index in _some(len(spec.blocks))]
+    shown = [spec.blocks[index] for index in _some(len(spec.blocks))]
+    table = Table("linear", *(f"block {block.index}" for block in shown), title=spec.architecture)
+    kinds = {linear.name.removeprefix(f"{block.name}."): linear for block in spec for linear in block.linears}
+    for inner, linear in kinds.items():
+        cells = (ranks.ranks.get(f"{block.name}.{inner}") for block in shown)
         table.add_row(
-            f"{inner} ({linear.out_features} x {linear.in_features})", *(_rank(ranks.ranks.get(n)) for n in names)
+            f"{inner} ({linear.out_features} x {linear.in_features})",
+            *("dense" if r is None else str(r) for r in cells),
         )
     facts = Table(show_header=False)
     facts.add_row("parameters", f"{spec.params:,} -> {ranks.kept_params:,} ({ranks.keep:.2%} kept)")
     facts.add_row(
-        "bytes", f"{_bytes(spec.params * spec.bytes_per_param)} -> {_bytes(ranks.kept_bytes)} in {spec.dtype}"
+        "bytes", f"{readable(spec.params * spec.bytes_per_param)} -> {readable(ranks.kept_bytes)} in {spec.dtype}"
     )
-    facts.add_row("memory", f"about {_bytes(needs.memory_bytes)}, and {_bytes(needs.activation_bytes)} of activations")
-    facts.add_row("disk", f"about {_bytes(needs.disk_bytes)} for result and run folder")
+    facts.add_row(
+        "memory", f"about {readable(needs.memory_bytes)}, and {readable(needs.activation_bytes)} of activations"
+    )
+    facts.add_row("disk", f"about {readable(needs.disk_bytes)} for result and run folder")
     facts.add_row("time", f"about {_duration(needs.seconds or 0)} on this machine")
     _print(table, facts)
 
@@ -108,7 +113,9 @@ def compressed(result: Result) -> None:
     spec, ranks = result.plan.spec, result.plan
     table = Table("", "original", "compressed", "", title=str(result.path))
     table.add_row("parameters", f"{spec.params:,}", f"{ranks.kept_params:,}", f"{ranks.keep:.1%}")
-    table.add_row("bytes", _bytes(spec.params * spec.bytes_per_param), _bytes(ranks.kept_bytes), f"{ranks.keep:.1%}")
+    table.add_row(
+        "bytes", readable(spec.params * spec.bytes_per_param), readable(ranks.kept_bytes), f"{ranks.keep:.1%}"
+    )
     for pair in result.texts:
         before, after = pair.before, pair.after
         change = after.perplexity / before.perplexity - 1
@@ -117,7 +124,7 @@ def compressed(result: Result) -> None:
         )
         table.add_row(f"bits per byte, {before.name}", f"{before.bits_per_byte:.4f}", f"{after.bits_per_byte:.4f}", "")
     table.add_row("time", "", _duration(result.seconds), "")
-    table.add_row("peak memory", "", _bytes(result.peak_bytes), "")
+    table.add_row("peak memory", "", readable(result.peak_bytes), "")
     _print(table)
     loader = f"transformers.{auto_class(spec.architecture)}.from_pretrained({str(result.path)!r})"
     sys.stdout.write(f"import lillama, transformers; model = {loader}\n")
@@ -149,23 +156,8 @@ def _some(count: int) -> list[int]:
     return sorted({0, count // 2, count - 1})
 
 
-def _rank(rank: int | None) -> str:
-    return "dense" if rank is None else str(rank)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    for most, unit, name in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < most:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:.1f} h"

@@ -215,7 +215,7 @@ def _measured(lesson: Lesson, folder: Path, windows: Mapping[str, Windows]) -> t
 
 
 def _windows(job: Job, contents: Mapping[str, str]) -> dict[str, Windows]:
-    length = min(default_length(job.teacher), max(job.recipe.calibration.seq_len, 2))
+    length = default_length(job.teacher)
     return {name: cut(name, text, job.tokenizer, length) for name, text in contents.items()}
 
 

@@ -11,6 +11,9 @@ from lillama.recipe import Recipe
 
 TRIAL_SIZE, TRIAL_SECONDS = 1024, 0.2
 EFFICIENCY = 0.6  # of the measured matmul rate that a training step is assumed to reach
+JOINT_BYTES = (
+    36  # a parameter in the files of the joint schedule: initial state, and two snapshots while one replaces the other
+)
 MASTER_BYTES = 20  # a parameter under training in fp32: itself, gradient, two moments, best state
 
 
@@ -44,9 +47,11 @@ def estimate(plan: RankPlan, recipe: Recipe, itemsize: int, micro_batch: int, ra
         rate: floating-point operations a second, from `matmul_rate`.
     """
     spec, tokens, config = plan.spec, recipe.calibration.tokens, recipe.distill
-    own_stream = config.schedule == "sequential" and config.stream != "teacher"
+    joint = config.schedule == "joint"
+    own_stream = not joint and config.stream != "teacher"
     trained = [block for block in spec if plan.within(block)]
     run = spec.blocks[: max((block.index for block in trained), default=-1) + 1]  # those above need not run
+    kept = sum(_kept(block, plan) for block in trained)
     memory = [_memory(block, plan, itemsize, micro_batch * recipe.calibration.seq_len) for block in trained]
     fed = 2 if config.stream == "both" else 1
     forward = sum(2 * block.params + own_stream * 2 * _kept(block, plan) for block in run)
@@ -54,9 +59,9 @@ def estimate(plan: RankPlan, recipe: Recipe, itemsize: int, micro_batch: int, ra
     grams = sum(map(_gram_flops, trained)) if recipe.init.needs_gram else 0
     flops = tokens * (forward + training + grams)
     return Estimate(
-        memory_bytes=sum(memory) if config.schedule == "joint" else max(memory, default=0),
+        memory_bytes=sum(memory) if joint else max(memory, default=0),
         activation_bytes=(3 if own_stream else 2) * tokens * spec.hidden_size * itemsize,
-        disk_bytes=plan.kept_bytes + sum(_kept(block, plan) for block in trained) * spec.bytes_per_param,
+        disk_bytes=plan.kept_bytes + kept * (spec.bytes_per_param + (JOINT_BYTES if joint else 0)),
         flops=flops,
         seconds=None if rate is None else flops / (EFFICIENCY * rate),
     )

@@ -1,5 +1,6 @@
 """What the machine has: free memory and disk, the peak that was used, and plain words when they run out."""
 
+import ctypes
 import errno
 import re
 import resource
@@ -17,7 +18,7 @@ from lillama.errors import ResourceError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory|_ALLOC_FAILED", re.IGNORECASE)
-REMEDY = "lower --micro-batch or --activation-memory, or choose another --device"
+REMEDY = "lower --seq-len, --activation-memory or, in compress, --micro-batch, or choose another --device"
 DISK_REMEDY = "free some, or put OUT and the run folder (--run) on another disk; the same command then goes on"
 
 
@@ -62,6 +63,13 @@ def peak_memory() -> int:
         return int(line.split()[1]) * 1024 + device
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + device
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system; glibc would keep much of it, more after every block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def readable(count: float) -> str:

@@ -19,7 +19,7 @@ from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.model.spec import BlockSpec
 from lillama.prepare import Job
 from lillama.progress import Progress, Report
-from lillama.resources import free_memory
+from lillama.resources import free_memory, trim_memory
 from lillama.run import RunDir
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import StreamedModel
@@ -113,6 +113,7 @@ def teach_sequentially(lesson: Lesson) -> None:
             if not lesson.run.has_block(block.index):
                 student = initial_student(lesson, block, teacher, streams)
                 del teacher
+                trim_memory()
                 log = _taught(lesson, block, student, streams)
                 lesson.save(block, student, log)
                 del student
@@ -120,6 +121,8 @@ def teach_sequentially(lesson: Lesson) -> None:
         elif streams.parted:
             student = teacher
         streams.move_on(block.index, student)
+        del student
+        trim_memory()
     lesson.report(Progress("blocks", total, total))
     streams.remove()
 

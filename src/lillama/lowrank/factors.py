@@ -45,16 +45,6 @@ class Gram:
         self.sum += (x.T @ x).to(self.sum.device)
         self.count += len(x)
 
-    def mean(self) -> Float[Tensor, "in in"]:
-        """Return the mean of `x x^T`.
-
-        Raises:
-            ValueError: no input was added.
-        """
-        if not self.count:
-            raise ValueError("a Gram matrix of no inputs has no mean")
-        return self.sum / self.count
-
 
 def truncated_svd(weight: Float[Tensor, "out in"], rank: int) -> Factors:
     """Return the factors that minimise `||W - left @ right||_F` (Eckart-Young), `sqrt(S)` on both sides.

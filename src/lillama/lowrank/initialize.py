@@ -45,7 +45,7 @@ class Whitened:
         """Return the factors of a weight at a rank."""
         if gram is None:
             raise ValueError("the whitened initialisation needs the Gram matrix of the inputs")
-        return whitened_svd(weight, gram.mean(), rank, self.damping)
+        return whitened_svd(weight, gram.sum, rank, self.damping)
 
 
 @with_config(extra="forbid")

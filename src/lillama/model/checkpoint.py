@@ -177,7 +177,7 @@ class CheckpointWriter:
         write_json(self.folder / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": weight_map})
 
     def _close_shard(self) -> None:
-        save_file(self._pending, _temporary(self.folder, len(self._shards)), metadata={"format": "pt"})
+        _save(self._pending, _temporary(self.folder, len(self._shards)))
         self._shards.append(tuple(self._pending))
         self._pending = {}
 
@@ -185,7 +185,7 @@ class CheckpointWriter:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a few tensors to one safetensors file, atomically."""
     with atomic_file(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        _save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -196,6 +196,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     with _opened(path, "begin anew with --restart") as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    file.touch()  # safetensors makes files that only their owner may read; this one gets the mode that is usual here
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _opened(file: Path, remedy: str) -> safe_open:
