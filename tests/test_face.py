@@ -56,8 +56,7 @@ def test_examples(name, monkeypatch, tmp_path):
     assert not runner.failures
 
 
-def test_the_main_functions_have_examples():
-    homes = {"compress": "compression", "plan": "prepare", "perplexity": "evaluate.perplexity", "describe": "model.describe",
-             "Recipe": "recipe"}  # fmt: skip
-    for name, home in homes.items():
-        assert any(test.name.endswith(f".{name}") for test in examples(f"lillama.{home}")), name
+@pytest.mark.parametrize("name", lillama.__all__)
+def test_every_public_name_has_an_example(name):
+    value = getattr(lillama, name)
+    assert any(test.name == f"{value.__module__}.{value.__qualname__}" for test in examples(value.__module__))

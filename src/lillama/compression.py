@@ -58,6 +58,13 @@ class Result:
         texts: perplexities before and after.
         seconds: that this call took; less than the whole if it resumed an earlier one.
         peak_bytes: largest memory of this process.
+
+    Examples:
+        >>> from lillama import plan
+        >>> planned = plan("demo/model", keep=0.8)
+        >>> result = Result(Path("small"), Path("small.run"), planned.plan, planned.recipe, (), 60.0, 500_000_000)
+        >>> result.as_json()["params"]
+        {'dense': 7999744, 'kept': 6399744}
     """
 
     path: Path
@@ -165,6 +172,7 @@ def compress(
             if lesson.unfinished:
                 TEACH[wanted.distill.schedule](lesson)
             opened_run.remove_joint()
+            _warn_of_kept_initialisations(lesson)
             return _finished(lesson, out, windows, start)
 
 
@@ -184,6 +192,17 @@ def _lesson(job: Job, run: RunDir, report: Report) -> Lesson:
     if len(tokens.ids) == 1:
         logger.warning("there is one calibration sequence only: states are chosen on what they were trained on")
     return Lesson(job, tokens, run, report)
+
+
+def _warn_of_kept_initialisations(lesson: Lesson) -> None:
+    logs = [lesson.run.block_log(block.index) for block in lesson.blocks if lesson.ranks(block)]
+    kept = [log["block"] for log in logs if log["steps"] and not log["improved"]]
+    if kept:
+        logger.warning(
+            "%d of %d blocks keep their initialisation, for training did not improve on it (%s); more calibration "
+            "tokens may help",
+            len(kept), len(logs), ", ".join(kept),
+        )  # fmt: skip
 
 
 def _finished(lesson: Lesson, out: Path, windows: Mapping[str, Windows], start: float) -> Result:

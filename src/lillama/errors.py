@@ -9,6 +9,14 @@ class LillamaError(Exception):
 
     Attributes:
         exit_status: what the command line returns: 2 for what the user can mend, 1 for a failure of the machine.
+
+    Examples:
+        >>> import lillama
+        >>> try:
+        ...     lillama.plan("demo/model", keep=1.5)
+        ... except lillama.LillamaError as error:
+        ...     print(error.exit_status, error)
+        2 keep is 1.5: it must be less than or equal to 1
     """
 
     exit_status = 2

@@ -35,6 +35,12 @@ class Machine:
         activation_memory: bytes of activations between blocks that may lie in memory, more goes to disk; None takes a
             quarter of what is free.
         shard_bytes: largest size of a weight file of the result.
+
+    Examples:
+        >>> Machine(device="cpu", micro_batch=4).rows(seq_len=256, device=torch.device("cpu"))
+        4
+        >>> Machine().rows(seq_len=256, device=torch.device("cpu"))
+        16
     """
 
     device: str | None = None

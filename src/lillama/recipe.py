@@ -83,6 +83,14 @@ def load_recipe(recipe: "str | Path | Recipe" = "default", overrides: Mapping[st
 
     Raises:
         RecipeError: no such recipe, an unknown key (the nearest is suggested), or a value of the wrong type.
+
+    Examples:
+        >>> load_recipe("default", {"distill": {"epochs": 8}}).distill.epochs
+        8
+        >>> load_recipe("defualt")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        lillama.errors.RecipeError: recipe defualt: neither a file nor one of default, paper, paper-bottom; did you mean ...
     """
     if isinstance(recipe, Recipe):
         base = recipe

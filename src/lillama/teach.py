@@ -78,7 +78,7 @@ class Lesson:
     def save(self, block: BlockSpec, student: nn.Module, log: DistillLog) -> None:
         """Write a finished student in the type that the original is stored in."""
         if not log.improved and log.steps:
-            logger.warning("%s: training did not improve on the initialisation, which is kept", block.name)
+            logger.info("%s: training did not improve on the initialisation, which is kept", block.name)
         state = {name: tensor.to(self._stored(block, name)) for name, tensor in student.state_dict().items()}
         self.run.save_block(block.index, state, log)
 

@@ -36,6 +36,10 @@ class TextScore:
         tokens: tokens predicted.
         nll: mean negative log-likelihood of a token, in nats.
         bits_per_byte: the same in bits, for each UTF-8 byte of the text instead of each token.
+
+    Examples:
+        >>> round(TextScore("novel", tokens=1000, nll=3.0, bits_per_byte=1.1).perplexity, 2)
+        20.09
     """
 
     name: str

@@ -18,7 +18,7 @@ FOLDERS = ("additional_chat_templates",)
 LEFT, RIGHT, TOMBSTONE = ".left.weight", ".right.weight", ".weight"
 
 
-def export(source: Path, destination: Path, format: Literal["dense", "portable"]) -> None:
+def export(source: str | Path, destination: str | Path, format: Literal["dense", "portable"]) -> None:
     """Write a compressed model in a form that loads without lillama.
 
     Args:
@@ -30,7 +30,15 @@ def export(source: Path, destination: Path, format: Literal["dense", "portable"]
     Raises:
         OutputError: `destination` exists, or `format` is neither of the two.
         ModelError: `source` is not a model compressed by lillama, or it is damaged.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> from lillama import compress, load_recipe
+        >>> untaught = load_recipe("default", {"distill": {"epochs": 0}})
+        >>> result = compress("demo/model", mkdtemp(), keep=0.8, recipe=untaught, tokens=256, seq_len=64)
+        >>> export(result.path, f"{result.path}-dense", "dense")
     """
+    source, destination = Path(source), Path(destination)
     if format not in FORMATS:
         raise OutputError(f"{format!r} is not an export format; choose one of {', '.join(FORMATS)}")
     if destination.exists():

@@ -22,6 +22,12 @@ def install(model: nn.Module, ranks: Mapping[str, int]) -> None:
 
     Raises:
         ModelError: a name is not a dense linear of the model, or a rank is below 1.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 96))
+        >>> install(model, {"0": 8})
+        >>> model[0].rank, model[0].left.weight.shape
+        (8, torch.Size([96, 8]))
     """
     modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
     linears = {name: layer for name, layer in modules if isinstance(layer, nn.Linear)}

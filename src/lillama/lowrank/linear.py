@@ -22,6 +22,13 @@ class LowRankLinear(nn.Module):
         bias: whether a bias is added.
         device: of the parameters.
         dtype: of the parameters.
+
+    Examples:
+        >>> layer = LowRankLinear(64, 96, rank=8, bias=True)
+        >>> layer(torch.zeros(2, 64)).shape
+        torch.Size([2, 96])
+        >>> {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+        {'bias': (96,), 'weight': (0,), 'right.weight': (8, 64), 'left.weight': (96, 8)}
     """
 
     bias: nn.Parameter | None
@@ -90,6 +97,13 @@ def low_rank_linears(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
 
 
 def merge(model: nn.Module) -> None:
-    """Multiply every `LowRankLinear` of `model` back into a dense `nn.Linear`, in place."""
+    """Multiply every `LowRankLinear` of `model` back into a dense `nn.Linear`, in place.
+
+    Examples:
+        >>> model = nn.Sequential(LowRankLinear(64, 96, rank=8, bias=False))
+        >>> merge(model)
+        >>> model[0]
+        Linear(in_features=64, out_features=96, bias=False)
+    """
     for name, layer in list(low_rank_linears(model)):
         model.set_submodule(name, layer.dense())

@@ -62,6 +62,12 @@ class ModelSpec:
         bytes_per_param: of that type.
         params: stored parameters of the whole model; shared ones count once.
         blocks: from input to output.
+
+    Examples:
+        >>> block = BlockSpec("layers.0", 0, 7300, (LinearSpec("layers.0.up", 120, 60),))
+        >>> spec = ModelSpec("Toy", 60, "float32", 4, 10000, (block,))
+        >>> spec.block_params, [linear.break_even_rank for linear in spec.linears]
+        (7300, [40.0])
     """
 
     architecture: str
