@@ -21,6 +21,7 @@ from lillama.evaluate.perplexity import TextScore, Windows, cut, default_length,
 from lillama.files import atomic_folder, write_json
 from lillama.hub.assemble import assemble
 from lillama.hub.card import Calibration, CardFacts, Measured, card
+from lillama.hub.export import FOLDERS
 from lillama.model.spec import BlockSpec
 from lillama.prepare import Job, Machine, checked_room, prepared, refuse_two_sizes
 from lillama.progress import Report, silent
@@ -107,15 +108,15 @@ def compress(
     *,
     keep: float | None = None,
     recipe: str | Path | Recipe = "default",
-    calibration: Sequence[str] | None = None,
+    calibration: str | Path | Sequence[str | Path] | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
     scope: str | None = None,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
     seed: int | None = None,
     rank_plan: str | Path | None = None,
-    texts: Sequence[str | Path] = (),
+    texts: str | Path | Sequence[str | Path] = (),
     run: str | Path | None = None,
     restart: bool = False,
     machine: Machine | None = None,
@@ -156,7 +157,7 @@ def compress(
         >>> smaller = transformers.AutoModelForCausalLM.from_pretrained(result.path)
     """
     start = time.monotonic()
-    out = Path(out)
+    out = Path(out).expanduser()
     refuse_two_sizes(keep, rank_plan)
     wanted = chosen(recipe, keep=keep, scope=scope, targets=targets, ignore=ignore, calibration=calibration,
                     tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
@@ -300,7 +301,7 @@ def _run_folder(out: Path, run: str | Path | None) -> Path:
     """Return the place of the run folder, beside `out` if nothing else is wanted."""
     if out.name in ("", ".."):
         raise OutputError(f"{out}: OUT is a folder to make; give it a name")
-    folder = Path(run) if run is not None else out.with_name(f"{out.name}.run")
+    folder = Path(run).expanduser() if run is not None else out.with_name(f"{out.name}.run")
     inner, outer = folder.resolve(), out.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise OutputError(f"{folder}: run folder and OUT lie in each other; choose another --run")
@@ -311,6 +312,16 @@ def _refuse_foreign(out: Path) -> None:
     """Refuse an `out` that holds something else than an earlier result of ours."""
     if out.exists() and not (out / RESULT).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out}: exists and is not an earlier result of lillama; remove it or choose another OUT")
+    outer = next((folder for folder in out.resolve().parents if (folder / RESULT).is_file()), None)
+    if outer is not None:
+        raise OutputError(
+            f"{out}: lies in {outer}, a result of lillama that would be replaced as a whole; choose another OUT"
+        )
+    inner = (
+        [entry.name for entry in out.iterdir() if entry.is_dir() and entry.name not in FOLDERS] if out.is_dir() else []
+    )
+    if inner:
+        raise OutputError(f"{out}: holds the folder {inner[0]}, which would be lost; move it, or choose another OUT")
 
 
 def _size(folder: Path) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lillama.calibration.gather import load_tokenizer
 from lillama.calibration.pack import tokenizer_hash
-from lillama.calibration.sources import fingerprint
+from lillama.calibration.sources import Source, check_exists, fingerprint
 from lillama.errors import RecipeError, ResourceError
 from lillama.estimate import Estimate, estimate, matmul_rate
 from lillama.files import digest
@@ -20,6 +20,7 @@ from lillama.model.spec import ModelSpec
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe, chosen
 from lillama.resources import free_disk, free_memory, pick_device
+from lillama.stream.store import Shelf
 from lillama.stream.streamed import StreamedModel, open_streamed
 
 CPU_TOKENS, ACCELERATOR_TOKENS = 4096, 16384  # computed at once, if the user does not say
@@ -91,12 +92,12 @@ def plan(
     *,
     keep: float | None = None,
     recipe: str | Path | Recipe = "default",
-    calibration: Sequence[str] | None = None,
+    calibration: str | Path | Sequence[str | Path] | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
     scope: str | None = None,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
     seed: int | None = None,
     rank_plan: str | Path | None = None,
     machine: Machine | None = None,
@@ -131,6 +132,8 @@ def plan(
     _refuse_senseless(machine)
     wanted = chosen(recipe, keep=keep, scope=scope, targets=targets, ignore=ignore, calibration=calibration,
                     tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
+    for source in wanted.calibration.sources:
+        check_exists(source)
     config = load_config(locate(model, weights=False))
     ranks, wanted = _sized(describe(config, wanted.targets, wanted.ignore), wanted, rank_plan)
     device = pick_device(machine.device)
@@ -178,7 +181,7 @@ class Job:
         return {
             "recipe": self.recipe.as_dict(),
             "model": {"files": self.teacher.reader.fingerprint(), "tokenizer": tokenizer_hash(self.tokenizer)},
-            "data": {source.path: fingerprint(source) for source in self.recipe.calibration.sources},
+            "data": {_part(source): fingerprint(source) for source in self.recipe.calibration.sources},
             "plan": digest(dict(self.plan.ranks)),
         }
 
@@ -222,6 +225,8 @@ def checked_room(job: Job, out: Path, run: Path, present: int) -> None:
         ResourceError: disk or memory does not suffice.
     """
     result, rest = job.plan.kept_bytes, job.needs.disk_bytes - job.plan.kept_bytes - present
+    if Shelf.on(job.device, run, job.machine.activation_memory).place(job.needs.activation_bytes) == "disk":
+        rest += job.needs.activation_bytes
     needed = {out: result, run: rest} if _disk(out) != _disk(run) else {run: result + rest}
     for folder, nbytes in needed.items():
         if nbytes > free_disk(folder):
@@ -235,6 +240,12 @@ def checked_room(job: Job, out: Path, run: Path, present: int) -> None:
             f"about {memory / 1e6:,.0f} MB of memory are needed on {job.device}, {free_memory(job.device) / 1e6:,.0f} MB are "
             "free; lower --micro-batch or --seq-len, or choose another --device"
         )
+
+
+def _part(source: Source) -> str:
+    """Return what names a source in the identity of a run: two may share a path and differ in the split."""
+    split = None if source.split == "train" else source.split
+    return ":".join(part for part in (source.path, source.config, split) if part)
 
 
 def _disk(path: Path) -> int:

@@ -55,7 +55,7 @@ class Recipe:
     init: Annotated[Initialiser, Field(discriminator="name")] = field(default_factory=Whitened)
     distill: DistillConfig = field(default_factory=DistillConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def as_dict(self) -> Tree:
         """Return the recipe as nested JSON values, every key written out."""
@@ -105,16 +105,17 @@ def chosen(
     *,
     keep: float | None = None,
     scope: str | None = None,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] | None = None,
-    calibration: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[str | Path] | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
     seed: int | None = None,
 ) -> Recipe:
     """Return a recipe with the options replaced that are not None, as the command line gives them."""
-    sources = None if calibration is None else [asdict(source) for source in parse_sources(calibration)]
-    top = {"keep": keep, "scope": scope, "targets": targets, "ignore": ignore, "seed": seed}
+    words = listed(calibration)
+    sources = None if words is None else [asdict(source) for source in parse_sources(words)]
+    top = {"keep": keep, "scope": scope, "targets": listed(targets), "ignore": listed(ignore), "seed": seed}
     inner = {"sources": sources, "tokens": tokens, "seq_len": seq_len}
     given = {key: value for key, value in top.items() if value is not None}
     return load_recipe(recipe, given | {"calibration": {k: v for k, v in inner.items() if v is not None}})
@@ -123,6 +124,13 @@ def chosen(
 def recipe_name(recipe: "str | Path | Recipe") -> str:
     """Return what a reader knows a recipe by: the name, or the file's name, that it was asked for."""
     return "(a Recipe in Python)" if isinstance(recipe, Recipe) else Path(recipe).name
+
+
+def listed(values: str | Path | Sequence[str | Path] | None) -> list[str] | None:
+    """Return texts or paths as a list of texts; a single one is a list of one, None stays None."""
+    if values is None:
+        return None
+    return [str(values)] if isinstance(values, str | Path) else [str(value) for value in values]
 
 
 def recipe_names() -> list[str]:

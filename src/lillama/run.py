@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from lillama.distill.trace import DistillLog
-from lillama.errors import LillamaError, OutputError
+from lillama.errors import OutputError
 from lillama.files import write_json
 from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.model.spec import ModelSpec
@@ -127,7 +127,7 @@ def opened(path: Path, identity: Mapping[str, Any], restart: bool = False) -> It
         run = RunDir(path)
         try:
             yield run
-        except LillamaError:
+        except Exception:
             if not run.calibration.exists():
                 shutil.rmtree(path)
             raise

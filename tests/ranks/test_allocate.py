@@ -71,8 +71,7 @@ def test_the_budget_is_met_from_below_within_half_a_percent_or_one_rank(
     spec = drawn(sketch)
     plan, keep = reached(allocate, spec, keep, scope)
     whole = spec.params if scope == "model" else spec.block_params
-    grain = allocate.multiple_of if isinstance(allocate, Uniform) else 1
-    coarsest = max(grain * (linear.out_features + linear.in_features) for linear in spec.linears)
+    coarsest = max(linear.out_features + linear.in_features for linear in spec.linears)
     shortfall = keep * whole - (plan.kept_params - (spec.params - whole))
     assert -1e-6 <= shortfall <= max(TOLERANCE * whole, coarsest) + 1
     assert set(plan.ranks) == {linear.name for linear in spec.linears}
@@ -87,10 +86,22 @@ def test_no_linear_is_stored_in_more_numbers_than_dense(
     plan, _ = reached(allocate, drawn(sketch), keep, scope)
     for linear, rank in plan:
         assert rank is None or (rank >= 1 and linear.params_at(rank) < linear.params)
-        if rank is not None and isinstance(allocate, Uniform):
-            assert rank % allocate.multiple_of == 0
-        elif rank is not None:
-            assert rank >= allocate.min_rank
+        if rank is not None:
+            assert rank >= (allocate.multiple_of if isinstance(allocate, Uniform) else allocate.min_rank)
+
+
+def test_uniform_ranks_are_multiples_where_the_budget_allows_it(made_up: Callable[..., ModelSpec]) -> None:
+    spec = made_up(16, {"up": (512, 256), "down": (256, 512)})
+    for multiple in (8, 16):
+        plan = Uniform(multiple_of=multiple)(spec, 0.7)
+        assert plan.factorised and all(rank % multiple == 0 for rank in plan.factorised.values())
+
+
+def test_uniform_refines_its_multiple_on_a_small_model(made_up: Callable[..., ModelSpec]) -> None:
+    spec = made_up(1, {"up": (300, 200)})
+    plan = Uniform(multiple_of=64)(spec, 0.8)
+    assert 0.8 - TOLERANCE <= plan.keep <= 0.8
+    assert any(rank % 64 for rank in plan.factorised.values())
 
 
 @every_allocator

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Annotated, Any, TextIO, cast
+
+from pydantic import Field
 
 from lillama.errors import CalibrationError, suggestion
 from lillama.files import digest, file_digest
@@ -40,7 +42,7 @@ class Source:
     field: str | None = None
     config: str | None = None
     split: str = "train"
-    weight: float = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 def fingerprint(source: Source) -> str:
@@ -49,6 +51,7 @@ def fingerprint(source: Source) -> str:
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():
+        check_exists(source)
         return _revision(source.path)
     files = sorted(path.rglob("*.arrow")) if is_saved(path) else data_files(path, source)
     return digest({file.relative_to(path).as_posix(): file_digest(file) for file in files})
@@ -225,6 +228,12 @@ def _kind(path: Path) -> str:
 def is_saved(folder: Path) -> bool:
     """Tell whether `datasets.save_to_disk` made the folder."""
     return any((folder / name).is_file() for name in SAVED)
+
+
+def check_exists(source: Source) -> None:
+    """Raise `CalibrationError` for a source that is neither here nor has the form of a hub id."""
+    if not Path(source.path).exists() and not is_hub_id(source.path):
+        raise CalibrationError(f"{source.path}: no such file; check the path")
 
 
 def is_hub_id(path: str) -> bool:

@@ -151,7 +151,7 @@ def _rows(windows: Windows, tokens: int) -> int:
 
 def perplexity(
     model: str | Path,
-    texts: Sequence[str | Path],
+    texts: str | Path | Sequence[str | Path],
     *,
     seq_len: int | None = None,
     device: str | None = None,
@@ -189,8 +189,8 @@ def perplexity(
         return score_texts(streamed, windows, Shelf.on(chosen, Path(folder), activation_memory), report)
 
 
-def named(texts: Sequence[str | Path]) -> dict[str, Path]:
+def named(texts: str | Path | Sequence[str | Path]) -> dict[str, Path]:
     """Return name -> path of text files; the name is the file's, or the whole path where two files share one."""
-    paths = [Path(text) for text in texts]
+    paths = [Path(text) for text in ([texts] if isinstance(texts, str | Path) else texts)]
     stems = [path.name.split(".txt")[0] for path in paths]
     return {stem if stems.count(stem) == 1 else str(path): path for stem, path in zip(stems, paths, strict=True)}

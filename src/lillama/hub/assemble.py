@@ -39,7 +39,7 @@ def assemble(
     carry_along(reader.folder, folder)
     config = json.loads((reader.folder / "config.json").read_text(encoding="utf-8"))
     low_rank = LowRankConfig(ranks=dict(ranks), lillama_version=version("lillama"), recipe_hash=recipe_hash)
-    write_json(folder / "config.json", config | {"quantization_config": low_rank.to_dict()})
+    write_json(folder / "config.json", config | ({"quantization_config": low_rank.to_dict()} if ranks else {}))
     outside = [name for name in names if not any(name.startswith(f"{block.name}.") for block in spec)]
     with CheckpointWriter(folder, shard_bytes) as writer:
         for name in outside:

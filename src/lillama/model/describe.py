@@ -47,7 +47,8 @@ def describe_model(model: PreTrainedModel, targets: Sequence[str] = ("*",), igno
         for index, block in enumerate(model.get_submodule(stack).children())
     )
     if not any(block.linears for block in blocks):
-        raise ModelError(f"targets {', '.join(targets)} without {', '.join(ignore) or 'nothing'}: no linear matches")
+        without = f" without {', '.join(ignore)}" if ignore else ""
+        raise ModelError(f"targets {', '.join(targets)}{without}: no linear matches; give globs such as 'mlp.*'")
     dtype = stored_dtype(model.config)
     return ModelSpec(
         architecture=type(model).__name__,

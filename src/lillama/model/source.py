@@ -24,7 +24,7 @@ def locate(model: str | Path, weights: bool = True) -> Path:
     Raises:
         ModelError: no such folder, and no such model on the hub or no way to reach it.
     """
-    path = Path(model)
+    path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path}: no config.json in this folder; a Hugging Face model folder is needed")

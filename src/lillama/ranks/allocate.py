@@ -27,7 +27,8 @@ class Uniform:
     The share is the largest that meets the budget; what rounding leaves over goes to the first linears, one multiple each.
 
     Attributes:
-        multiple_of: every rank is a multiple of this.
+        multiple_of: every rank is a multiple of this; halved for what is left over where the model is so small that the
+            budget would be missed by more than 0.5 %.
     """
 
     name: Literal["uniform"] = "uniform"
@@ -50,7 +51,15 @@ class Uniform:
                 low, ranks = share, trial
             else:
                 high = share
-        return RankPlan(spec, self._spend(spec, ranks, target) if target < spec.params else _dense(spec))
+        if target == spec.params:
+            return RankPlan(spec, _dense(spec))
+        step = self.multiple_of
+        ranks = _spend(spec, ranks, target, step)
+        tolerance = TOLERANCE * (spec.params if scope == "model" else spec.block_params)
+        while step > 1 and target - RankPlan(spec, ranks).kept_params > tolerance:
+            step //= 2
+            ranks = _spend(spec, ranks, target, step)
+        return RankPlan(spec, ranks)
 
     def _ranks(self, linears: Iterable[LinearSpec], share: float) -> Ranks:
         return {linear.name: self._rank(linear, share * linear.break_even_rank) for linear in linears}
@@ -58,20 +67,6 @@ class Uniform:
     def _rank(self, linear: LinearSpec, wanted: float) -> int | None:
         rank = max(1, math.ceil(wanted / self.multiple_of)) * self.multiple_of
         return rank if linear.params_at(rank) < linear.params else None
-
-    def _spend(self, spec: ModelSpec, ranks: Ranks, target: int) -> Ranks:
-        spare = target - RankPlan(spec, ranks).kept_params
-        spent = dict(ranks)
-        for linear in spec.linears:
-            rank = spent[linear.name]
-            if rank is None:
-                continue
-            more = self._rank(linear, rank + self.multiple_of)
-            cost = linear.params_at(more) - linear.params_at(rank)
-            if cost <= spare:
-                spent[linear.name] = more
-                spare -= cost
-        return spent
 
 
 @with_config(extra="forbid")
@@ -155,6 +150,22 @@ def _candidate(linear: LinearSpec, allowed: float, min_rank: int, step: int, tol
         step //= 2
 
 
+def _spend(spec: ModelSpec, ranks: Ranks, target: int, step: int) -> Ranks:
+    """Give what is left of a budget to the first linears, `step` ranks each, or the way back to dense."""
+    spare = target - RankPlan(spec, ranks).kept_params
+    spent = dict(ranks)
+    for linear in spec.linears:
+        rank = spent[linear.name]
+        if rank is None:
+            continue
+        more = rank + step if linear.params_at(rank + step) < linear.params else None
+        cost = linear.params_at(more) - linear.params_at(rank)
+        if cost <= spare:
+            spent[linear.name] = more
+            spare -= cost
+    return spent
+
+
 def _dense(spec: ModelSpec) -> Ranks:
     return {linear.name: None for linear in spec.linears}
 
@@ -174,7 +185,10 @@ def _refuse_unreachable(smallest: RankPlan, target: int, keep: float, scope: Sco
         whole, kept = spec.block_params, kept - (spec.params - spec.block_params)
     steps = -(-kept * PRINTED // whole)
     reachable = (steps if int(steps / PRINTED * whole) >= kept else steps + 1) / PRINTED  # the product may round down
+    remedy = "raise --keep, lower the recipe's smallest rank or add targets"
+    if not smallest.factorised:
+        remedy = "the recipe's smallest rank is at or above the break-even rank of every linear: lower it"
     raise BudgetError(
         f"keep {keep} of the {scope} is not reachable: the smallest reachable keep is {reachable:.4f} "
-        f"({100 * (1 - kept / whole):.1f} % removed); raise --keep, lower the recipe's smallest rank or add targets"
+        f"({100 * (1 - kept / whole):.1f} % removed); {remedy}"
     )
