@@ -24,7 +24,7 @@ test: $(VENV)/.ready  ## run all tests
 check: $(VENV)/.ready  ## lint, formatting, types, import floors, the recipe table of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python docs/recipe_table.py --check
 
