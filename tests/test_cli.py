@@ -15,8 +15,9 @@ from rich.progress import Progress as Bars
 
 from lillama import __all__ as names
 from lillama import cli_output, compression
-from lillama.cli import main, size
+from lillama.cli import main
 from lillama.cli_output import Drawing
+from lillama.commands.options import size
 from lillama.compression import compress
 from lillama.errors import RecipeError
 from lillama.prepare import Machine

@@ -1,0 +1,121 @@
+"""`lillama compress`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from lillama.commands.options import Flag, Many, size
+
+if TYPE_CHECKING:
+    from lillama.compression import Result
+
+
+def compress(
+    model: str,
+    out: Path,
+    /,
+    *,
+    keep: float | None = None,
+    recipe: str = "default",
+    calibration: Annotated[list[str] | None, Many] = None,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    scope: Literal["model", "blocks"] | None = None,
+    targets: Annotated[list[str] | None, Many] = None,
+    ignore: Annotated[list[str] | None, Many] = None,
+    seed: int | None = None,
+    plan: Path | None = None,
+    text: Annotated[list[Path] | None, Many] = None,
+    run: Path | None = None,
+    restart: Annotated[bool, Flag] = False,
+    device: str | None = None,
+    micro_batch: int | None = None,
+    activation_memory: str | None = None,
+    shard_size: str = "5GB",
+    json: Annotated[bool, Flag] = False,
+) -> None:
+    """Make MODEL smaller and write it to OUT, an ordinary model folder.
+
+    The same command goes on where an earlier one was stopped, and gives the same bits.
+
+    Parameters
+    ----------
+    model
+        Local folder or hub id of a model with safetensors weights.
+    out
+        Folder to make.
+    keep
+        Share of the parameters that remains [default: the recipe's, 0.8].
+    recipe
+        `default`, `paper`, another recipe that comes with lillama, or a YAML file.
+    calibration
+        Files (.txt .md .jsonl .json .parquet), dataset folders or hub dataset ids; `self` [default] lets the model write.
+    tokens
+        Calibration tokens [default: the recipe's].
+    seq_len
+        Tokens of a sequence [default: the recipe's].
+    scope
+        What --keep is a share of: the whole `model` [default] or its `blocks`.
+    targets
+        Globs of the linears to factorise, by full name or by name within the block [default: all].
+    ignore
+        Globs of linears to leave dense.
+    seed
+        Of every random choice.
+    plan
+        Rank plan to replay, as an earlier run saved it (plan.json), instead of --keep.
+    text
+        Text files on which perplexity is measured before and after.
+    run
+        Run folder, where an unfinished run is found again [default: OUT.run].
+    restart
+        Forget an earlier run in the run folder.
+    device
+        `cpu`, `cuda`, `mps`, ... [default: an accelerator if there is one].
+    micro_batch
+        Sequences that are computed at once; lower it when memory is short.
+    activation_memory
+        Memory for activations between blocks, for example 4GB; what is more goes to disk [default: a quarter of what is free].
+    shard_size
+        Largest size of a weight file of the result.
+    json
+        Print the result as JSON.
+    """
+    from lillama import cli_output
+    from lillama.compression import compress as work
+    from lillama.prepare import Machine
+
+    machine = Machine(device, micro_batch, size(activation_memory), size(shard_size) or 0)
+    with cli_output.progress(json) as report:
+        result = work(model, out, keep=keep, recipe=recipe, calibration=calibration, tokens=tokens, seq_len=seq_len,
+                      scope=scope, targets=targets, ignore=ignore, seed=seed, rank_plan=plan, texts=text or (), run=run,
+                      restart=restart, machine=machine, report=report)  # fmt: skip
+    cli_output.show(result.as_json(), json, lambda: _table(result))
+
+
+def _table(result: "Result") -> None:
+    """Print what was made, what it costs, and how to load it."""
+    from rich.table import Table
+
+    from lillama.cli_output import duration, print_tables
+    from lillama.hub.card import auto_class
+    from lillama.resources import readable
+
+    spec, ranks = result.plan.spec, result.plan
+    table = Table("", "original", "compressed", "", title=str(result.path))
+    table.add_row("parameters", f"{spec.params:,}", f"{ranks.kept_params:,}", f"{ranks.keep:.1%}")
+    table.add_row(
+        "bytes", readable(spec.params * spec.bytes_per_param), readable(ranks.kept_bytes), f"{ranks.keep:.1%}"
+    )
+    for pair in result.texts:
+        before, after = pair.before, pair.after
+        change = after.perplexity / before.perplexity - 1
+        table.add_row(
+            f"perplexity, {before.name}", f"{before.perplexity:.3f}", f"{after.perplexity:.3f}", f"{change:+.1%}"
+        )
+        table.add_row(f"bits per byte, {before.name}", f"{before.bits_per_byte:.4f}", f"{after.bits_per_byte:.4f}", "")
+    table.add_row("time", "", duration(result.seconds), "")
+    table.add_row("peak memory", "", readable(result.peak_bytes), "")
+    print_tables(table)
+    loader = f"transformers.{auto_class(spec.architecture)}.from_pretrained({str(result.path)!r})"
+    sys.stdout.write(f"import lillama, transformers; model = {loader}\n")

@@ -1,0 +1,111 @@
+"""`lillama plan`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from lillama.commands.options import Flag, Many
+
+if TYPE_CHECKING:
+    from lillama.prepare import Planned
+
+
+def plan(
+    model: str,
+    /,
+    *,
+    keep: float | None = None,
+    recipe: str = "default",
+    calibration: Annotated[list[str] | None, Many] = None,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    scope: Literal["model", "blocks"] | None = None,
+    targets: Annotated[list[str] | None, Many] = None,
+    ignore: Annotated[list[str] | None, Many] = None,
+    seed: int | None = None,
+    plan: Path | None = None,
+    run: Path | None = None,
+    restart: Annotated[bool, Flag] = False,
+    device: str | None = None,
+    micro_batch: int | None = None,
+    json: Annotated[bool, Flag] = False,
+) -> None:
+    """Show which rank each linear of MODEL gets, sizes before and after, and what the work needs; loads no weights.
+
+    Parameters
+    ----------
+    model
+        Local folder or hub id; only its configuration is read.
+    keep
+        Share of the parameters that remains [default: the recipe's, 0.8].
+    recipe
+        `default`, `paper`, another recipe that comes with lillama, or a YAML file.
+    calibration
+        As for `compress`.
+    tokens
+        Calibration tokens [default: the recipe's].
+    seq_len
+        Tokens of a sequence [default: the recipe's].
+    scope
+        What --keep is a share of: the whole `model` [default] or its `blocks`.
+    targets
+        Globs of the linears to factorise, by full name or by name within the block [default: all].
+    ignore
+        Globs of linears to leave dense.
+    seed
+        Of every random choice.
+    plan
+        Rank plan to show instead of making one.
+    run
+        Taken, as `compress` takes it, but nothing is read or written there.
+    restart
+        Taken, as `compress` takes it, without effect.
+    device
+        Where the work would be done.
+    micro_batch
+        Sequences that would be computed at once.
+    json
+        Print JSON.
+    """
+    from lillama import cli_output
+    from lillama.prepare import Machine
+    from lillama.prepare import plan as work
+
+    planned = work(model, keep=keep, recipe=recipe, calibration=calibration, tokens=tokens, seq_len=seq_len, scope=scope,
+                   targets=targets, ignore=ignore, seed=seed, rank_plan=plan,
+                   machine=Machine(device, micro_batch))  # fmt: skip
+    cli_output.show(planned.as_json(), json, lambda: _tables(planned))
+
+
+def _tables(plan: "Planned") -> None:
+    """Print a rank plan and what it needs."""
+    from rich.table import Table
+
+    from lillama.cli_output import duration, print_tables
+    from lillama.resources import readable
+
+    spec, ranks, needs = plan.plan.spec, plan.plan, plan.estimate
+    shown = [spec.blocks[index] for index in _some(len(spec.blocks))]
+    table = Table("linear", *(f"block {block.index}" for block in shown), title=spec.architecture)
+    kinds = {linear.name.removeprefix(f"{block.name}."): linear for block in spec for linear in block.linears}
+    for inner, linear in kinds.items():
+        cells = (ranks.ranks.get(f"{block.name}.{inner}") for block in shown)
+        table.add_row(
+            f"{inner} ({linear.out_features} x {linear.in_features})",
+            *("dense" if r is None else str(r) for r in cells),
+        )
+    facts = Table(show_header=False)
+    facts.add_row("parameters", f"{spec.params:,} -> {ranks.kept_params:,} ({ranks.keep:.2%} kept)")
+    facts.add_row(
+        "bytes", f"{readable(spec.params * spec.bytes_per_param)} -> {readable(ranks.kept_bytes)} in {spec.dtype}"
+    )
+    facts.add_row(
+        "memory", f"about {readable(needs.memory_bytes)}, and {readable(needs.activation_bytes)} of activations"
+    )
+    facts.add_row("disk", f"about {readable(needs.disk_bytes)} for result and run folder")
+    facts.add_row("time", f"about {duration(needs.seconds or 0)} on this machine")
+    print_tables(table, facts)
+
+
+def _some(count: int) -> list[int]:
+    """Return a few block indices: first, middle, last."""
+    return sorted({0, count // 2, count - 1})
