@@ -2,8 +2,8 @@
 
     python bench/memory.py            # writes bench/results/memory.{json,md}
 
-The yardstick is what one block needs: teacher block + student block + fp32 masters, gradients and two moments + Grams + what
-autograd keeps of one micro-batch (measured). Activations between blocks lie on disk.
+The yardstick is what one block needs: teacher block + student block + fp32 masters and two moments + what autograd keeps of one
+micro-batch (measured). Gradients and Grams are not in it, though both are needed. Activations between blocks lie on disk.
 """
 
 import json
@@ -21,8 +21,8 @@ HIDDEN, FFN, HEADS, VOCABULARY, SEQ_LEN, ROWS = 1024, 4096, 8, 512, 256, 9
 KEEP, MICRO_BATCH = 0.7, 8
 
 
-def make_model(folder: Path, depth: int) -> None:
-    """Write a random fp32 Llama, block by block, with a byte-level tokenizer and a text."""
+def make_model(folder: Path, depth: int, hidden: int = HIDDEN, ffn: int = FFN, heads: int = HEADS) -> None:
+    """Write a random fp32 Llama, block by block, with a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -31,8 +31,8 @@ def make_model(folder: Path, depth: int) -> None:
     from lillama.model.skeleton import skeleton
 
     config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=depth, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS, vocab_size=VOCABULARY, max_position_embeddings=SEQ_LEN, tie_word_embeddings=True,
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=depth, num_attention_heads=heads,
+        num_key_value_heads=heads, vocab_size=VOCABULARY, max_position_embeddings=SEQ_LEN, tie_word_embeddings=True,
         architectures=["LlamaForCausalLM"], dtype="float32",
     )  # fmt: skip
     config.save_pretrained(folder)
@@ -100,12 +100,10 @@ def yardstick(folder: Path, plan: Any) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or keep(t), lambda t: t):
         call(student, hidden.read(slice(0, MICRO_BATCH))).sum()
     params = sum(parameter.numel() for parameter in student.parameters())
-    inputs = {"qkv": HIDDEN, "o": HIDDEN, "gate-up": HIDDEN, "down": FFN}
     return {
         "teacher": 4 * spec.params,
         "student": 4 * params,
-        "masters, gradients, moments": 16 * params,
-        "grams": sum(8 * width**2 for width in inputs.values()),
+        "masters, moments": 12 * params,
         "micro-batch": sum(kept.values()),
     }
 

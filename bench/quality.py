@@ -1,162 +1,293 @@
-"""Compare recipes on equal terms: same model, calibration tokens, stored parameters and measure; one row each.
+"""Compare recipes on equal terms: same model, calibration tokens, stored bytes and measure; one row for each seed.
 
-    python bench/quality.py                      # all rows at both sizes, then bench/results/quality.{json,md}
-    python bench/quality.py --row default --keep 0.8 --out /tmp/row.json     # one row in this process
+    python bench/quality.py                      # all rows, then bench/results/quality.{json,md,png}
+    python bench/quality.py --model stories260K --only default 0.8 0          # one row, printed
 
-Every row runs in a process of its own with one thread, so that its peak memory is its own. A row whose file exists already
-is not computed again; delete `bench/results/rows` to begin anew.
+Every row runs in a process of its own with one thread. A row whose file exists already is not computed again; delete
+`bench/results/rows` to begin anew. The size of every row is what plain factors with uniform ranks take at that share of the
+block parameters; recipes that store their weights otherwise get the same bytes.
 """
 
 import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("LILLAMA_ASSETS", ROOT.parent / "shared" / "assets"))
-MODEL = ASSETS / "models" / "eltec-llama-8m"
 RESULTS = ROOT / "bench" / "results"
-LANGUAGES = ("eng", "fra")
-TOKENS, SEQ_LEN, KEEPS, SEED = 131_072, 256, (0.8, 0.6), 0
+ROWS, SAMPLES = RESULTS / "rows", RESULTS / "samples"
+SEQ_LEN, KEEPS = 256, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+COMPARED = ("svd-llm", "aa-svd", "aa-svd-25", "paper", "paper-lr")  # the best of these is the baseline of the goals
 
-AA_SVD = {  # whitened init, block MSE on the student's stream (arXiv 2604.02119), its rate scaled from width 4096 to this
-    "init": {"name": "whitened"},
-    "distill": {"schedule": "sequential", "stream": "student", "loss": {"name": "mse"}, "batch_size": 32,
-                "lr": 1e-4, "lr_width": 4096},
-}  # fmt: skip
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "svd": ("plain truncated SVD", {"init": {"name": "svd"}, "distill": {"epochs": 0}}),
-    "whitened": ("whitened SVD (SVD-LLM)", {"init": {"name": "whitened"}, "distill": {"epochs": 0}}),
-    "paper": ("paper: joint, SVD init, L1 + cosine, lr 8.6e-5, one pass", {}),
-    "paper-lr": ("paper, lr 1e-3", {"distill": {"lr": 1e-3}}),
-    "aa-svd": ("whitened init + block MSE (AA-SVD), the default's passes", AA_SVD),
-    "default": ("default", {}),
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its texts.
+
+    Attributes:
+        name: of its folder.
+        tokens: of calibration.
+        seeds: for the shares of `twice`, and the first of them for the others.
+        twice: shares of the blocks at which every seed is run.
+    """
+
+    name: str
+    tokens: int
+    seeds: tuple[int, ...] = (0, 1, 2)
+    twice: tuple[float, ...] = (0.8, 0.6)
+
+    @property
+    def folder(self) -> Path:
+        """Return where the model lies."""
+        return ASSETS / "models" / self.name
+
+    def texts(self, part: str) -> list[Path]:
+        """Return the text files to calibrate on (`calib`) or to measure on (`dev`)."""
+        if self.name == "stories260K":
+            return [sampled(self.folder, part)]
+        return [ASSETS / "text" / f"{language}.{part}.txt" for language in ("eng", "fra")]
+
+    def jobs(self) -> Iterable[tuple[str, float, int]]:
+        """Yield row, share of the blocks, seed."""
+        for keep in KEEPS:
+            for seed in self.seeds if keep in self.twice else self.seeds[:1]:
+                for row in RECIPES:
+                    if row != "aa-svd-25" or (keep in self.twice and seed == self.seeds[0]):
+                        yield row, keep, seed
+
+
+CASES = {case.name: case for case in (Case("eltec-llama-8m", 32_768), Case("stories260K", 65_536))}
+RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "svd": ("plain SVD", "baselines/svd", {}),
+    "asvd": ("ASVD, without its search", "baselines/asvd", {}),
+    "svd-llm": ("SVD-LLM", "baselines/svd-llm", {}),
+    "paper": ("paper, its rate of 8.6e-5", "paper", {"ranks": {"name": "uniform", "multiple_of": 8}}),
+    "paper-lr": ("paper, rate 1e-3", "paper", {"distill": {"lr": 1e-3}}),
+    "aa-svd": ("AA-SVD, 4 epochs", "baselines/aa-svd", {"distill": {"epochs": 4}}),
+    "aa-svd-25": ("AA-SVD, its 25 epochs", "baselines/aa-svd", {}),
+    "default": ("default", "default", {}),
+    "default-8bit": ("default, factors in 8 bits", "default", {"storage": {"bits": 8}}),
 }
 
 
-def recipe(row: str) -> Any:
-    """Return the recipe of a row, on the common calibration text."""
-    from lillama.recipe import load_recipe
+def sampled(folder: Path, part: str) -> Path:
+    """Return a text that a model has written itself: 512 sequences to calibrate on, 128 others to measure on."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    passes = load_recipe("default").distill.epochs
-    sources = [{"path": str(ASSETS / "text" / f"{language}.calib.txt")} for language in LANGUAGES]
-    common = {"scope": "blocks", "ranks": {"name": "uniform", "multiple_of": 8}, "seed": SEED,
-              "calibration": {"sources": sources, "tokens": TOKENS, "seq_len": SEQ_LEN}}  # fmt: skip
-    base = load_recipe("paper" if row.startswith("paper") else "default", common)
-    changed = load_recipe(base, ROWS[row][1])
-    return load_recipe(changed, {"distill": {"epochs": passes}}) if row == "aa-svd" else changed
+    path, (count, seed) = SAMPLES / f"{folder.name}.{part}.txt", {"calib": (512, 1), "dev": (128, 2)}[part]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        torch.manual_seed(seed)
+        start = torch.full((count, 1), model.config.bos_token_id)
+        ids = model.generate(start, max_new_tokens=SEQ_LEN, do_sample=True, temperature=1.0, top_k=0,
+                             attention_mask=torch.ones_like(start), pad_token_id=0)  # fmt: skip
+        stories = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        path.write_text("\n\n".join(story.strip() for story in stories) + "\n", encoding="utf-8")
+    return path
 
 
-def measure(row: str, keep: float) -> dict[str, Any]:
+def measure(case: Case, row: str, keep: float, seed: int) -> dict[str, Any]:
     """Compress by one recipe and measure the result."""
     import torch
 
     import lillama
+    from lillama.evaluation.agreement import Protocol, agreement
+    from lillama.recipe import load_recipe
     from lillama.resources import peak_memory
 
     torch.set_num_threads(1)
+    _, base, changes = RECIPES[row]
+    sources = [{"path": str(path)} for path in case.texts("calib")]
+    common = {
+        "scope": "blocks",
+        "seed": seed,
+        "calibration": {"sources": sources, "tokens": case.tokens, "seq_len": SEQ_LEN},
+    }
+    recipe = load_recipe(load_recipe(base, changes), common)
+    plain = lillama.plan(case.folder, recipe="baselines/svd", keep=keep, scope="blocks").plan
+    size = {"keep": keep} if recipe.storage.form == "plain" else {"nbytes": plain.kept_bytes}
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
-        result = lillama.compress(MODEL, Path(folder) / "out", keep=keep, recipe=recipe(row))
+        result = lillama.compress(case.folder, Path(folder) / "out", recipe=recipe, **size)
         seconds, peak = time.process_time() - start, peak_memory()
-        scores = _scores(result.path)
+        found = agreement(result.path, case.folder, case.texts("dev"), Protocol(seq_len=SEQ_LEN, prompts=64))
+    values = [one.as_json() for one in found]
+    names = [one.name for one in found]
     return {
+        "model": case.name,
         "row": row,
-        "name": ROWS[row][0],
         "keep_of_blocks": keep,
-        "params": result.plan.kept_params,
-        "bytes": result.plan.kept_bytes,
+        "seed": seed,
+        "params": result.stored.params,
+        "bytes": result.stored.bytes,
+        "allowed_bytes": plain.kept_bytes,
         "recipe": result.recipe.hash,
-        "distill": result.recipe.as_dict()["distill"],
-        "perplexity": scores,
-        "cpu_seconds_per_million_tokens": seconds / TOKENS * 1e6,
+        "excess": {name: value["excess_loss"]["value"] for name, value in zip(names, values, strict=True)},
+        "against": dict(zip(names, values, strict=True)),
+        "cpu_seconds": seconds,
         "peak_bytes": peak,
     }
 
 
-def dense() -> dict[str, float]:
-    """Measure the original."""
-    import torch
-
-    torch.set_num_threads(1)
-    return _scores(MODEL)
+def mean_excess(entry: dict[str, Any]) -> float:
+    """Return the excess loss, averaged over the texts."""
+    return statistics.fmean(entry["excess"].values())
 
 
-def _scores(model: Path) -> dict[str, float]:
-    import lillama
-
-    texts = [ASSETS / "text" / f"{language}.dev.txt" for language in LANGUAGES]
-    return {score.name: score.perplexity for score in lillama.perplexity(model, texts, seq_len=SEQ_LEN)}
-
-
-def run_all() -> None:
-    """Run every row in a process of its own and write the tables."""
-    rows = RESULTS / "rows"
-    rows.mkdir(parents=True, exist_ok=True)
-    jobs = [("dense", 1.0)] + [(row, keep) for keep in KEEPS for row in ROWS]
-    for row, keep in jobs:
-        out = rows / f"{row}-{keep}.json"
-        if not out.is_file():
-            command = [sys.executable, __file__, "--row", row, "--keep", str(keep), "--out", str(out)]
-            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            print(out.name, "done", flush=True)
-    original = json.loads((rows / "dense-1.0.json").read_text())
-    found = [json.loads((rows / f"{row}-{keep}.json").read_text()) for row, keep in jobs[1:]]
-    for entry in found:
-        entry["excess"] = {name: math.log(value / original[name]) for name, value in entry["perplexity"].items()}
-    value = {"version": 1, "model": MODEL.name, "calibration": [f"{x}.calib.txt" for x in LANGUAGES], "tokens": TOKENS,
-             "seq_len": SEQ_LEN, "seed": SEED, "dense": original, "rows": found}  # fmt: skip
-    (RESULTS / "quality.json").write_text(json.dumps(value, indent=2) + "\n")
-    (RESULTS / "quality.md").write_text(table(value))
-    print(table(value))
+def run_all(cases: Iterable[Case]) -> None:
+    """Run every row in a process of its own, and write tables and plot."""
+    ROWS.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        for row, keep, seed in case.jobs():
+            out = ROWS / f"{case.name}-{row}-{keep}-{seed}.json"
+            if not out.is_file():
+                only = ["--model", case.name, "--only", row, str(keep), str(seed), "--out", str(out)]
+                subprocess.run([sys.executable, __file__, *only], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                print(out.name, round(mean_excess(json.loads(out.read_text())), 4), flush=True)
+    write_tables()
 
 
-def table(value: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
-    perplexities = ", ".join(f"{name} {ppl:.3f}" for name, ppl in value["dense"].items())
-    text = (
-        f"# Recipes compared on {value['model']}\n\n"
-        f"Calibrated on {' and '.join(value['calibration'])}, half each, {value['tokens']:,} tokens in sequences of "
-        f"{value['seq_len']}; uniform ranks, equal stored parameters, seed {value['seed']}; one thread of a shared CPU.\n"
-        f"Excess loss = ln(perplexity) - ln(perplexity of the original), whole dev texts in windows of {value['seq_len']}. "
-        f"Perplexity of the original: {perplexities}. Written by `python bench/quality.py`.\n"
+def write_tables() -> None:
+    """Write what the finished rows say."""
+    found = [json.loads(path.read_text()) for path in sorted(ROWS.glob("*.json"))]
+    found = [entry for entry in found if "keep_of_blocks" in entry]
+    settings = {case.name: {"tokens": case.tokens, "seq_len": SEQ_LEN} for case in CASES.values()}
+    (RESULTS / "quality.json").write_text(
+        json.dumps({"version": 2, "models": settings, "rows": found}, indent=2) + "\n"
     )
-    for keep in KEEPS:
-        rows = [row for row in value["rows"] if row["keep_of_blocks"] == keep]
-        text += f"\n## {keep:.0%} of the block parameters kept ({rows[0]['params']:,} parameters in all)\n\n"
-        text += "| recipe | passes | excess eng | excess fra | CPU s per million tokens | peak memory, MB |\n"
-        text += "|---|---:|---:|---:|---:|---:|\n"
-        for row in rows:
-            excess = " | ".join(f"{row['excess'][f'{language}.dev']:.4f}" for language in LANGUAGES)
-            text += (
-                f"| {row['name']} | {row['distill']['epochs']} | {excess} | {row['cpu_seconds_per_million_tokens']:,.0f} | "
-                f"{row['peak_bytes'] / 1e6:,.0f} |\n"
-            )
+    text = "# Recipes compared at equal stored bytes\n\nWritten by `python bench/quality.py`.\n"
+    for case in CASES.values():
+        text += table(case, [entry for entry in found if entry["model"] == case.name])
+    (RESULTS / "quality.md").write_text(text)
+    plot(found, RESULTS / "quality.png")
+    print(text)
+
+
+def table(case: Case, rows: list[dict[str, Any]]) -> str:
+    """Return the results of one model as Markdown."""
+    text = (
+        f"\n## {case.name}\n\nCalibrated on {case.tokens:,} tokens of "
+        f"{' and '.join(path.name for path in case.texts('calib'))} in sequences of {SEQ_LEN}. Excess loss = ln(perplexity) - "
+        f"ln(perplexity of the original) on {' and '.join(path.name for path in case.texts('dev'))}, averaged over the texts; "
+        "mean over the seeds, their number and largest distance from the mean in brackets.\n\n"
+        f"| recipe | {' | '.join(f'{keep:.0%}' for keep in KEEPS)} | CPU s at 80% |\n|---|{'---:|' * (len(KEEPS) + 1)}\n"
+    )
+    for row, (name, _, _) in RECIPES.items():
+        cells = [
+            _cell([entry for entry in rows if entry["row"] == row and entry["keep_of_blocks"] == k]) for k in KEEPS
+        ]
+        seconds = [entry["cpu_seconds"] for entry in rows if entry["row"] == row and entry["keep_of_blocks"] == 0.8]
+        text += f"| {name} | {' | '.join(cells)} | {f'{statistics.fmean(seconds):,.0f}' if seconds else ''} |\n"
+    ratios = [_ratio(rows, keep) for keep in KEEPS]
+    text += f"| **default / best of SVD-LLM, AA-SVD, paper** | {' | '.join(ratios)} | |\n"
+    text += "\nWhat the models write: greedy continuations of 64 prompts a text by 32 tokens, seed 0.\n\n"
+    text += (
+        "| recipe | kept | same leading tokens | wholly equal | repeated 4-grams (original) | top-1 agreement | KL |\n"
+    )
+    text += "|---|---:|---:|---:|---:|---:|---:|\n"
+    for row, (name, _, _) in RECIPES.items():
+        for keep in (0.8, 0.6):
+            text += _written(name, [e for e in rows if (e["row"], e["keep_of_blocks"], e["seed"]) == (row, keep, 0)])
     return text
+
+
+def _cell(entries: list[dict[str, Any]]) -> str:
+    values = [mean_excess(entry) for entry in entries]
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    spread = max(abs(value - mean) for value in values)
+    return f"{mean:.4f}" + (f" ({len(values)}: {spread:.4f})" if len(values) > 1 else "")
+
+
+def _ratio(rows: list[dict[str, Any]], keep: float) -> str:
+    def of(row: str) -> float:
+        values = [mean_excess(e) for e in rows if e["row"] == row and e["keep_of_blocks"] == keep]
+        return statistics.fmean(values) if values else math.inf
+
+    best = min(of(row) for row in COMPARED)
+    return f"**{of('default') / best:.2f}**" if math.isfinite(best) and math.isfinite(of("default")) else ""
+
+
+def _written(name: str, entries: list[dict[str, Any]]) -> str:
+    if not entries:
+        return ""
+    (entry,) = entries
+    texts = list(entry["against"].values())
+    both = [text["continuation"] for text in texts]
+    if any(one is None for one in both):
+        return ""
+
+    def mean(values: Iterable[float]) -> float:
+        return statistics.fmean(values)
+
+    leading, equal = (mean(one[key]["value"] for one in both) for key in ("leading", "equal"))
+    own, original = (mean(one["repetition"][key] for one in both) for key in ("model", "dense"))
+    top1, kl = (mean(text[key]["value"] for text in texts) for key in ("top1", "kl"))
+    return (
+        f"| {name} | {entry['keep_of_blocks']:.0%} | {leading:.1%} | {equal:.1%} | {own:.1%} ({original:.1%}) | {top1:.1%} | "
+        f"{kl:.4f} |\n"
+    )
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw excess loss against stored size, one panel for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [case.name for case in CASES.values() if any(entry["model"] == case.name for entry in rows)]
+    figure, panels = plt.subplots(1, len(names), figsize=(6.2 * len(names), 4.6), squeeze=False)
+    for panel, name in zip(panels[0], names, strict=True):
+        for row, (label, _, _) in RECIPES.items():
+            means = {keep: [mean_excess(e) for e in rows if _key(e) == (name, row, keep)] for keep in KEEPS}
+            points = [(keep, statistics.fmean(values)) for keep, values in means.items() if values]
+            if points:
+                bold = {"linewidth": 2.4, "color": "black"} if row == "default" else {"linewidth": 1.2, "alpha": 0.85}
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label, **bold)
+        panel.set(
+            title=name, xlabel="bytes kept, as a share of the blocks", ylabel="excess loss, nats a token", yscale="log"
+        )
+        panel.grid(alpha=0.3, which="both")
+        panel.invert_xaxis()
+    panels[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def _key(entry: dict[str, Any]) -> tuple[str, str, float]:
+    return entry["model"], entry["row"], entry["keep_of_blocks"]
 
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", choices=["dense", *ROWS])
-    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--model", choices=list(CASES))
+    parser.add_argument("--only", nargs=3, metavar=("ROW", "KEEP", "SEED"))
+    parser.add_argument("--tables", action="store_true", help="only write the tables and the plot again")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if arguments.row is None:
-        run_all()
-        return
-    value = dense() if arguments.row == "dense" else measure(arguments.row, arguments.keep)
-    text = json.dumps(value, indent=2) + "\n"
-    if arguments.out:
-        arguments.out.write_text(text)
+    given = parser.parse_args()
+    if given.tables:
+        write_tables()
+    elif given.only is None:
+        run_all([CASES[given.model]] if given.model else CASES.values())
     else:
-        print(text)
+        row, keep, seed = given.only
+        text = json.dumps(measure(CASES[given.model], row, float(keep), int(seed)), indent=2) + "\n"
+        given.out.write_text(text) if given.out else print(text)
 
 
 if __name__ == "__main__":

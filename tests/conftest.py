@@ -86,7 +86,9 @@ def quick(text: Path) -> Callable[..., Recipe]:
             {
                 "keep": 0.7,
                 "ranks": {"name": "uniform", "multiple_of": 1},
+                "storage": {"form": "plain"},
                 "init": {"name": "whitened"},
+                "recover": {"epochs": 0},
                 "distill": {
                     "schedule": "sequential", "stream": "both", "loss": {"name": "mse"}, "epochs": 2, "batch_size": 8,
                     "lr": 2e-3, "lr_width": None, "lr_schedule": "cosine", "warmup": 0.05, "betas": [0.9, 0.999],

@@ -11,12 +11,12 @@ from functools import partial
 
 import torch
 
-from lillama import compression, teach
+from lillama import compression, making, teach
 from lillama.recipe import Recipe, load_recipe
 
 
 def work(job: dict) -> None:
-    compression.TEACH["joint"] = partial(teach.teach_jointly, snapshot_seconds=0)
+    making.TEACH["joint"] = partial(teach.teach_jointly, snapshot_seconds=0)
     compression.compress(job["model"], job["out"], recipe=load_recipe(Recipe(), job["recipe"]), texts=job["texts"])
 
 

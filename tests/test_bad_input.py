@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lillama import cli, compression, prepare
+from lillama import cli, making, prepare
 from lillama.cli import main
 from lillama.compression import compress
 
@@ -97,7 +97,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "no size": (["--shard-size", "big"], "big"),
     "unknown device": (["--device", "tpu9"], "tpu9.*--device"),
     "absent device": (["--device", "cuda:77"], "cuda:77.*--device"),
-    "two sizes": (["--keep", "0.5", "--plan", "{wrong}"], "both decide"),
+    "two sizes": (["--keep", "0.5", "--plan", "{wrong}"], "each decides the size"),
     "no plan": (["--plan", "{wrong}"], "not a rank plan"),
     "missing plan": (["--plan", "nowhere.json"], "nowhere.json: "),
     "no evaluation text": (["--text", "nowhere.txt"], "nowhere.txt"),
@@ -215,11 +215,11 @@ def test_shortage_on_the_way_is_explained_and_the_run_goes_on(tiny, quick, call,
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(compression, "assemble", fail)
+    monkeypatch.setattr(making, "assemble", fail)
     assert re.search(match, call(tiny))
     monkeypatch.undo()
     assert (tmp_path / "out.run" / "blocks" / "0002.json").is_file()
-    monkeypatch.setitem(compression.TEACH, "sequential", None)
+    monkeypatch.setitem(making.TEACH, "sequential", None)
     compress(tiny, tmp_path / "out", recipe=quick())
 
 
@@ -227,7 +227,7 @@ def test_interruption_is_one_line_and_status_one(tiny, call, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compression, "assemble", interrupt)
+    monkeypatch.setattr(making, "assemble", interrupt)
     assert "interrupted" in call(tiny, status=1)
 
 
@@ -235,7 +235,7 @@ def test_a_failure_of_the_machine_is_status_one(tiny, call, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(errno.EIO, "Input/output error", "/dev/sdx")
 
-    monkeypatch.setattr(compression, "assemble", fail)
+    monkeypatch.setattr(making, "assemble", fail)
     assert "/dev/sdx: Input/output error" in call(tiny, status=1)
 
 
@@ -270,7 +270,8 @@ def test_a_real_process_says_one_line(tmp_path):
     command = [sys.executable, "-m", "lillama.cli", "compress", str(tmp_path / "none"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    own = [line for line in done.stderr.splitlines() if "torch" not in line]  # torchao, where installed, chatters
+    assert len(own) == 1 and own[0].startswith("error: ")
     assert not any(tmp_path.iterdir())
 
 

@@ -102,7 +102,8 @@ def test_every_option_reaches_the_library(monkeypatch, tmp_path):
     monkeypatch.setattr(compression, "compress", work)
     words = """org/model out --keep 0.5 --recipe paper --calibration a.txt b.txt --tokens 7 --seq-len 8 --scope blocks
         --targets mlp.* self_attn.* --ignore *.0.* --seed 4 --plan p.json --text x.txt y.txt --run r --restart
-        --device cpu --micro-batch 3 --activation-memory 4GB --shard-size 1MiB"""
+        --device cpu --micro-batch 3 --activation-memory 4GB --shard-size 1MiB --bytes 1MB --max-loss 0.1 --bits 8
+        --no-recover"""
     with pytest.raises(SystemExit):
         main(["compress", *words.split()])
     report = given.pop("report")
@@ -111,7 +112,7 @@ def test_every_option_reaches_the_library(monkeypatch, tmp_path):
         "model": "org/model", "out": Path("out"), "keep": 0.5, "recipe": "paper", "calibration": ["a.txt", "b.txt"],
         "tokens": 7, "seq_len": 8, "scope": "blocks", "targets": ["mlp.*", "self_attn.*"], "ignore": ["*.0.*"], "seed": 4,
         "rank_plan": Path("p.json"), "texts": [Path("x.txt"), Path("y.txt")], "run": Path("r"), "restart": True,
-        "machine": Machine("cpu", 3, 4 * 10**9, 2**20),
+        "machine": Machine("cpu", 3, 4 * 10**9, 2**20), "nbytes": 10**6, "max_loss": 0.1, "bits": 8, "recover": False,
     }  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def test_defaults_are_left_to_the_recipe(monkeypatch):
     with pytest.raises(SystemExit):
         main(["compress", "m", "out"])
     assert {k: v for k, v in given.items() if v is not None} == {
-        "recipe": "default", "texts": (), "restart": False, "machine": Machine(), "report": given["report"],
+        "recipe": "default", "texts": (), "restart": False, "machine": Machine(), "report": given["report"], "recover": True,
     }  # fmt: skip
 
 
@@ -215,7 +216,7 @@ def test_bars_on_a_terminal(tiny, recipe, text, tmp_path):
     assert process.returncode == 0
     for word in (b"blocks", b"steps", b"loss", b"tokens/s", b"3/3", b"0:00:00", b"perplexity"):
         assert word in drawn, word
-    assert b"parameters" in table and b"loss" not in table
+    assert b"parameters" in table and b"tokens/s" not in table
 
 
 def test_warnings_are_shown_above_the_bars(tiny, recipe, text, tmp_path, capsys, monkeypatch):

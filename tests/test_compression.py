@@ -60,7 +60,7 @@ def test_end_to_end(make_model, quick, text, tmp_path, case, schedule):
     model = make_model(**CASES[case])
     result = compress(model, tmp_path / "out", recipe=quick(distill={"schedule": schedule}), texts=[text])
     dense, kept = stored(model), stored(result.path)
-    assert sum(tensor.numel() for tensor in kept.values()) == result.plan.kept_params
+    assert sum(tensor.numel() for tensor in kept.values()) == result.stored.params
     assert sum(tensor.numel() for tensor in dense.values()) == result.plan.spec.params
     assert 0.695 <= result.plan.keep <= 0.7
     assert {tensor.dtype for tensor in kept.values()} == {tensor.dtype for tensor in dense.values()}
@@ -122,11 +122,11 @@ def test_files_of_a_finished_run(tiny, quick, text, tmp_path):
         "lillama.json",
     }
     card = (result.path / "README.md").read_text(encoding="utf-8")
-    assert result.recipe.hash in card and f"{result.plan.kept_params:,}" in card and "words" in card
+    assert result.recipe.hash in card and f"{result.stored.params:,}" in card and "words" in card
     metrics = json.loads((result.run / "metrics.json").read_text())
     assert metrics["version"] == 1 and metrics["params"] == {
         "dense": result.plan.spec.params,
-        "kept": result.plan.kept_params,
+        "kept": result.stored.params,
     }
     manifest = json.loads((result.run / "calibration" / "manifest.json").read_text())
     assert manifest["seed"] == 0 and manifest["sources"][0]["path"] == str(text)
@@ -223,8 +223,8 @@ def test_activations_on_disk_give_the_same_bits(tiny, quick, text, tmp_path, sch
     recipe = quick(distill={"schedule": schedule})
     host = compress(tiny, tmp_path / "host", recipe=recipe, texts=[text])
     seen = []
-    place = lillama.compression.Shelf.place
-    monkeypatch.setattr(lillama.compression.Shelf, "place", lambda self, n: seen.append(place(self, n)) or seen[-1])
+    place = lillama.teach.Shelf.place
+    monkeypatch.setattr(lillama.teach.Shelf, "place", lambda self, n: seen.append(place(self, n)) or seen[-1])
     disk = compress(tiny, tmp_path / "disk", recipe=recipe, texts=[text], machine=Machine(activation_memory=0))
     assert set(seen) == {"disk"}
     assert weights(host.path) == weights(disk.path) and host.texts == disk.texts
@@ -244,7 +244,7 @@ def test_a_saved_plan_is_replayed(tiny, quick, tmp_path):
     second = compress(tiny, tmp_path / "b", recipe=quick(keep=0.99), rank_plan=first.run / "plan.json")
     assert second.plan == first.plan
     assert second.recipe.keep == first.plan.keep
-    with pytest.raises(RecipeError, match="both decide"):
+    with pytest.raises(RecipeError, match="each decides the size"):
         compress(tiny, tmp_path / "c", recipe=quick(), keep=0.5, rank_plan=first.run / "plan.json")
     assert not (tmp_path / "c.run").exists()
 
@@ -336,7 +336,7 @@ def test_one_sequence_serves_for_both_with_a_warning(tiny, quick, tmp_path, capl
 
 def test_nothing_is_taught_twice(tiny, quick, text, tmp_path, monkeypatch):
     first = compress(tiny, tmp_path / "out", recipe=quick())
-    monkeypatch.setitem(lillama.compression.TEACH, "sequential", None)
+    monkeypatch.setitem(lillama.making.TEACH, "sequential", None)
     again = compress(tiny, tmp_path / "out", recipe=quick(), texts=[text])
     assert weights(first.path) == weights(again.path) and len(again.texts) == 1
 

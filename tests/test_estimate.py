@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lillama.distill.fisher import PROBED_TOKENS
 from lillama.estimate import EFFICIENCY, estimate, matmul_rate
-from lillama.lowrank.initialize import Svd, Whitened
+from lillama.lowrank.initialize import Svd, TwoSided, Whitened
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe
@@ -50,13 +51,40 @@ def recipe(stream: str = "both", epochs: int = 4, schedule: str = "sequential", 
 
 
 def test_operations_are_those_counted_by_hand(plan: Plan) -> None:
-    dense, kept = 6 * 64**2 + 64, 10 * 2 * 4 * 64 + 64
+    dense, kept, factors = 6 * 64**2 + 64, 10 * 2 * 4 * 64 + 64, 2 * 64**2 * (44 * 64 + 8 * 192)
     one = estimate(plan(blocks=1), recipe("teacher", epochs=1), 4, 2)
-    assert one.flops == 1000 * (2 * dense + 3 * 2 * kept)  # the teacher once; forward and twice as much backward
+    assert one.flops == 1000 * (2 * dense + 3 * 2 * kept) + factors  # the teacher; forward and twice as much backward
     both = estimate(plan(blocks=1), recipe("both", epochs=4), 4, 2)
-    assert both.flops == 1000 * (2 * dense + 2 * kept + 4 * 2 * 3 * 2 * kept)  # and the student's stream moves on
+    assert both.flops == 1000 * (2 * dense + 2 * kept + 4 * 2 * 3 * 2 * kept) + factors  # and the student's stream
     whitened = estimate(plan(blocks=1), recipe("teacher", epochs=1, gram=True), 4, 2)
-    assert whitened.flops - one.flops == 1000 * (2 * dense + 2 * (64**2 + 192**2))
+    assert whitened.flops - one.flops == 1000 * 2 * (64**2 + 192**2)
+    wide = [estimate(plan(512, blocks=1), recipe("teacher", epochs=1, gram=gram), 4, 2).flops for gram in (True, False)]
+    assert wide[0] - wide[1] == 1000 * (512 * (512 + 256) + 1536 * (1536 + 256))  # tiles above the diagonal alone
+
+
+@pytest.mark.parametrize("tokens", [1000, 10**6])
+def test_gradients_of_a_few_tokens_and_their_grams_are_counted(plan: Plan, tokens: int) -> None:
+    base = recipe("teacher", epochs=1, gram=True)
+    base = replace(base, calibration=replace(base.calibration, tokens=tokens))
+    plain, both = (estimate(plan(blocks=1), replace(base, init=init), 4, 2) for init in (Whitened(), TwoSided()))
+    probed, squares = min(tokens, PROBED_TOKENS), 64**2 + 192**2
+    assert both.memory_bytes - plain.memory_bytes == 8 * squares
+    assert both.flops - plain.flops == probed * (10 * (6 * 64**2 + 64) + 4 * squares)
+    assert both.activation_bytes - plain.activation_bytes == 3 * probed * 64 * 4
+
+
+def test_what_the_objective_adds_is_counted(plan: Plan) -> None:
+    base, dense = recipe("student", epochs=2), 6 * 64**2 + 64
+    plain = estimate(plan(), base, 4, 2)
+    ahead, adaptive, parts = (
+        estimate(plan(), replace(base, distill=replace(base.distill, **change)), 4, 2)
+        for change in ({"look_ahead": 0.3}, {"adaptive": 0.5}, {"sub_blocks": 0.3})
+    )
+    store = 1000 * 64 * 4
+    assert ahead.memory_bytes - plain.memory_bytes == 4 * dense
+    assert ahead.flops - plain.flops == 1000 * 3 * 2 * 4 * dense
+    assert adaptive.flops - plain.flops == 1000 * 3 * 2 * dense
+    assert [x.activation_bytes - plain.activation_bytes for x in (ahead, adaptive, parts)] == [store, store, 2 * store]
 
 
 def test_blocks_above_the_last_one_do_not_run_and_dense_ones_below_do(plan: Plan) -> None:

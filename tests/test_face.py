@@ -24,7 +24,7 @@ def examples(name: str) -> list[doctest.DocTest]:
 
 def test_the_names_are_sorted_few_and_there():
     assert sorted(lillama.__all__) == lillama.__all__ == dir(lillama)
-    assert len(set(lillama.__all__)) == len(lillama.__all__) and 12 <= len(lillama.__all__) <= 18
+    assert len(set(lillama.__all__)) == len(lillama.__all__) and 12 <= len(lillama.__all__) <= 24
     for name in lillama.__all__:
         assert getattr(lillama, name).__doc__, name
     with pytest.raises(AttributeError, match="'lillama' has no attribute 'compres'"):

@@ -58,7 +58,7 @@ def test_a_replayed_plan_decides_the_size(tiny, quick, job, tmp_path):
     planned = plan(tiny, recipe=quick(keep=0.9, scope="blocks"), rank_plan=tmp_path / "plan.json")
     assert planned.plan == job.plan
     assert (planned.recipe.keep, planned.recipe.scope) == (job.plan.keep, "model")
-    with pytest.raises(RecipeError, match=r"keep 0\.5 and rank plan .*plan\.json"):
+    with pytest.raises(RecipeError, match=r"--keep 0\.5 and --plan .*plan\.json: each decides"):
         plan(tiny, keep=0.5, rank_plan=tmp_path / "plan.json")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lillama import compression, files, teach
+from lillama import files, making, teach
 from lillama.compression import compress
 from lillama.errors import ResourceError
 from lillama.model import checkpoint
@@ -131,7 +131,7 @@ def short(quick) -> Callable:
 def test_a_crash_at_every_write(make_model, short, tmp_path, schedule, crash_at, monkeypatch):
     tiny = make_model(num_hidden_layers=2)
     recipe = short(schedule)
-    monkeypatch.setitem(compression.TEACH, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
+    monkeypatch.setitem(making.TEACH, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
     writes = crash_at(float("inf"), Crash())
     whole = bits(compress(tiny, tmp_path / "whole", recipe=recipe).path)
     assert {"run.json", "plan.json", "manifest.json", "0001.safetensors", "0001.json", "config.json"} <= set(writes)

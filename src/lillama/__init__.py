@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 from lillama.hub.register import register
 
 if TYPE_CHECKING:
-    from lillama.compression import Result, compress
+    from lillama.compression import compress, preview
     from lillama.errors import LillamaError
-    from lillama.evaluate.perplexity import TextScore, perplexity
+    from lillama.evaluation.evaluate import evaluate
+    from lillama.evaluation.perplexity import TextScore, perplexity
     from lillama.hub.export import export
     from lillama.lowrank.install import install, merge
     from lillama.lowrank.linear import LowRankLinear
     from lillama.model.describe import describe
     from lillama.model.spec import ModelSpec
     from lillama.prepare import Machine, plan
+    from lillama.probing.measure import probe
     from lillama.ranks.plan import RankPlan
     from lillama.recipe import Recipe, load_recipe
+    from lillama.result import Result
 
 _HOME = {
     "LillamaError": "lillama.errors",
@@ -29,16 +32,19 @@ _HOME = {
     "ModelSpec": "lillama.model.spec",
     "RankPlan": "lillama.ranks.plan",
     "Recipe": "lillama.recipe",
-    "Result": "lillama.compression",
-    "TextScore": "lillama.evaluate.perplexity",
+    "Result": "lillama.result",
+    "TextScore": "lillama.evaluation.perplexity",
     "compress": "lillama.compression",
     "describe": "lillama.model.describe",
+    "evaluate": "lillama.evaluation.evaluate",
     "export": "lillama.hub.export",
     "install": "lillama.lowrank.install",
     "load_recipe": "lillama.recipe",
     "merge": "lillama.lowrank.install",
-    "perplexity": "lillama.evaluate.perplexity",
+    "perplexity": "lillama.evaluation.perplexity",
     "plan": "lillama.prepare",
+    "preview": "lillama.compression",
+    "probe": "lillama.probing.measure",
 }
 
 __all__ = [
@@ -52,12 +58,15 @@ __all__ = [
     "TextScore",
     "compress",
     "describe",
+    "evaluate",
     "export",
     "install",
     "load_recipe",
     "merge",
     "perplexity",
     "plan",
+    "preview",
+    "probe",
 ]
 
 register()

@@ -6,10 +6,13 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 
+from lillama.commands.bench import bench
 from lillama.commands.compress import compress
 from lillama.commands.evaluate import evaluate
 from lillama.commands.export import export
+from lillama.commands.make_stimuli import make
 from lillama.commands.plan import plan
+from lillama.commands.probe import probe
 from lillama.errors import LillamaError
 
 PATHS = (
@@ -27,8 +30,12 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # `run` tells of it
 )
-for command in (compress, plan, evaluate, export):
+for command in (compress, plan, evaluate, export, bench):
     app.command(command)
+probing = App(name="probe")
+probing.default(probe)
+probing.command(make, name="make")
+app.command(probing)
 
 
 def main(tokens: Sequence[str] | None = None) -> None:

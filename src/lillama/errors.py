@@ -42,6 +42,10 @@ class OutputError(LillamaError):
     """The output folder or the run folder cannot be used."""
 
 
+class ProbeError(LillamaError):
+    """A benchmark, its data or a table of trials cannot be used."""
+
+
 class ResourceError(LillamaError):
     """Disk or memory does not suffice; the text names the option that helps."""
 

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from lillama.calibration.gather import load_tokenizer
 from lillama.calibration.pack import tokenizer_hash
 from lillama.calibration.sources import Source, check_exists, fingerprint
-from lillama.errors import RecipeError, ResourceError
+from lillama.errors import BudgetError, RecipeError, ResourceError
 from lillama.estimate import Estimate, estimate, matmul_rate
 from lillama.files import digest
+from lillama.lowrank.quantized import refuse_without_torchao
 from lillama.model.describe import describe, describe_model, refuse_quantized
 from lillama.model.source import load_config, locate, refuse_too_long, stored_dtype
 from lillama.model.spec import ModelSpec
@@ -23,6 +24,7 @@ from lillama.resources import free_disk, free_memory, pick_device
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import StreamedModel, open_streamed
 
+BISECTIONS = 30
 CPU_TOKENS, ACCELERATOR_TOKENS = 4096, 16384  # computed at once, if the user does not say
 
 
@@ -63,11 +65,15 @@ class Planned:
         plan: rank of each linear.
         recipe: that it was made by.
         estimate: memory, disk and time.
+        outline: whether `compress` will move budget between linears when it has read the weights.
+        curve: rows of keep and predicted rise of the loss, in nats a token; empty without a preview.
     """
 
     plan: RankPlan
     recipe: Recipe
     estimate: Estimate
+    outline: bool = False
+    curve: tuple[tuple[float, float], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the value that `lillama plan --json` prints; `version` counts its breaking changes."""
@@ -77,6 +83,7 @@ class Planned:
             "architecture": spec.architecture,
             "recipe": self.recipe.hash,
             "keep": self.plan.keep,
+            "outline": self.outline,
             "params": {"dense": spec.params, "kept": self.plan.kept_params},
             "bytes": {"dense": spec.params * spec.bytes_per_param, "kept": self.plan.kept_bytes},
             "linears": [
@@ -84,6 +91,7 @@ class Planned:
                 for linear, rank in self.plan
             ],
             "estimate": asdict(self.estimate),
+            "curve": [{"keep": keep, "rise": rise} for keep, rise in self.curve],
         }
 
 
@@ -96,6 +104,9 @@ def plan(
     tokens: int | None = None,
     seq_len: int | None = None,
     scope: str | None = None,
+    nbytes: int | None = None,
+    bits: int | None = None,
+    recover: bool = True,
     targets: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
     seed: int | None = None,
@@ -112,6 +123,9 @@ def plan(
         tokens: of calibration.
         seq_len: tokens of a sequence.
         scope: what `keep` is a share of: `model` or `blocks`.
+        nbytes: that the model may take, instead of `keep`.
+        bits: of a stored number of a factor: 8 or 4; None keeps the original's type.
+        recover: whether all blocks are taught together in the end.
         targets: globs of the linears to factorise.
         ignore: globs of linears to leave dense.
         seed: of every random choice.
@@ -128,18 +142,20 @@ def plan(
         >>> rank = planned.plan["model.layers.0.mlp.up_proj"]  # None would leave it dense
     """
     machine = machine or Machine()
-    refuse_two_sizes(keep, rank_plan)
+    refuse_two_sizes(keep=keep, bytes=nbytes, plan=rank_plan)
     _refuse_senseless(machine)
-    wanted = chosen(recipe, keep=keep, scope=scope, targets=targets, ignore=ignore, calibration=calibration,
+    wanted = chosen(recipe, keep=keep, scope=scope, nbytes=nbytes, bits=bits, recover=recover, targets=targets,
+                    ignore=ignore, calibration=calibration,
                     tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
     for source in wanted.calibration.sources:
         check_exists(source)
     config = load_config(locate(model, weights=False))
-    ranks, wanted = _sized(describe(config, wanted.targets, wanted.ignore), wanted, rank_plan)
+    ranks, wanted = sized(describe(config, wanted.targets, wanted.ignore), wanted, rank_plan)
     device = pick_device(machine.device)
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
     rows = machine.rows(wanted.calibration.seq_len, device)
-    return Planned(ranks, wanted, estimate(ranks, wanted, dtype.itemsize, rows, matmul_rate(device, dtype)))
+    needs = estimate(ranks, wanted, dtype.itemsize, rows, matmul_rate(device, dtype))
+    return Planned(ranks, wanted, needs, rank_plan is None and wanted.ranks.needs_spectra)
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,8 @@ class Job:
         recipe_name: as the user named it.
         teacher: the original.
         tokenizer: the original's.
-        plan: rank of each linear.
+        plan: rank of each linear; while ranks are open, those of the same size by `uniform`.
+        open_ranks: whether ranks are still to be decided from the weights.
         machine: how it is computed.
         needs: memory, disk and time.
     """
@@ -163,6 +180,7 @@ class Job:
     teacher: StreamedModel
     tokenizer: PreTrainedTokenizerBase
     plan: RankPlan
+    open_ranks: bool
     machine: Machine
     needs: Estimate
 
@@ -182,7 +200,7 @@ class Job:
             "recipe": self.recipe.as_dict(),
             "model": {"files": self.teacher.reader.fingerprint(), "tokenizer": tokenizer_hash(self.tokenizer)},
             "data": {_part(source): fingerprint(source) for source in self.recipe.calibration.sources},
-            "plan": digest(dict(self.plan.ranks)),
+            "plan": "by spectra" if self.open_ranks else digest(dict(self.plan.ranks)),
         }
 
 
@@ -204,12 +222,15 @@ def prepared(
     refuse_too_long(recipe.calibration.seq_len, config)
     tokenizer = load_tokenizer(folder)
     teacher = open_streamed(folder, device)
-    ranks, recipe = _sized(describe_model(teacher.skeleton, recipe.targets, recipe.ignore), recipe, rank_plan)
+    ranks, recipe = sized(describe_model(teacher.skeleton, recipe.targets, recipe.ignore), recipe, rank_plan)
+    open_ranks = rank_plan is None and recipe.ranks.needs_spectra and bool(ranks.factorised)
+    if recipe.storage.bits is not None:
+        refuse_without_torchao()
     for name in teacher.names.values():
         teacher.reader.read(name)
     rows = machine.rows(recipe.calibration.seq_len, device)
     needs = estimate(ranks, recipe, teacher.dtype.itemsize, rows)
-    return Job(str(model), recipe, recipe_name, teacher, tokenizer, ranks, machine, needs)
+    return Job(str(model), recipe, recipe_name, teacher, tokenizer, ranks, open_ranks, machine, needs)
 
 
 def checked_room(job: Job, out: Path, run: Path, present: int) -> None:
@@ -255,10 +276,12 @@ def _disk(path: Path) -> int:
     return path.stat().st_dev
 
 
-def refuse_two_sizes(keep: float | None, rank_plan: str | Path | None) -> None:
-    """Raise `RecipeError` where both `keep` and a rank plan would decide the size."""
-    if keep is not None and rank_plan is not None:
-        raise RecipeError(f"keep {keep} and rank plan {rank_plan}: both decide the size; give one of them")
+def refuse_two_sizes(**sizes: object) -> None:
+    """Raise `RecipeError` where more than one option would decide the size; None is an option that was not given."""
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if len(given) > 1:
+        options = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        raise RecipeError(f"{options}: each decides the size; give one of them")
 
 
 def _refuse_senseless(machine: Machine) -> None:
@@ -269,9 +292,34 @@ def _refuse_senseless(machine: Machine) -> None:
             raise RecipeError(f"{name} is {value}; it must be at least {smallest}")
 
 
-def _sized(spec: ModelSpec, recipe: Recipe, rank_plan: str | Path | None) -> tuple[RankPlan, Recipe]:
-    """Return the ranks by recipe, or those of a file and the recipe with the size that they lead to."""
-    if rank_plan is None:
-        return recipe.ranks(spec, recipe.keep, recipe.scope), recipe
-    ranks = RankPlan.load(Path(rank_plan), spec)
+def sized(spec: ModelSpec, recipe: Recipe, rank_plan: str | Path | None) -> tuple[RankPlan, Recipe]:
+    """Return the ranks by recipe from shapes alone, or those of a file; and the recipe with the size they lead to."""
+    if rank_plan is not None:
+        ranks = RankPlan.load(Path(rank_plan), spec, recipe.storage)
+        return ranks, replace(recipe, keep=ranks.keep, scope="model", bytes=None)
+    if recipe.bytes is None:
+        return recipe.ranks(spec, recipe.keep, recipe.scope, recipe.storage), recipe
+    ranks = _within_bytes(spec, recipe, recipe.bytes)
     return ranks, replace(recipe, keep=ranks.keep, scope="model")
+
+
+def _within_bytes(spec: ModelSpec, recipe: Recipe, most: int) -> RankPlan:
+    """Return the largest plan by shapes alone that takes at most so many bytes."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(BISECTIONS):
+        keep = (low + high) / 2
+        try:
+            plan = recipe.ranks(spec, keep, "model", recipe.storage)
+        except BudgetError:
+            low = keep
+            continue
+        if plan.kept_bytes <= most:
+            low, best = keep, plan
+        else:
+            high = keep
+    if best is None:
+        raise BudgetError(
+            f"bytes {most:,} are not reachable: the original takes {spec.params * spec.bytes_per_param:,} and no smaller plan "
+            "of this kind fits; allow more, or store fewer bits (--bits 8)"
+        )
+    return best

@@ -14,10 +14,12 @@ from pydantic import Field, TypeAdapter, ValidationError, with_config
 from lillama.calibration.gather import CalibrationConfig, parse_sources
 from lillama.distill.config import DistillConfig
 from lillama.distill.losses import Loss
+from lillama.distill.recover import RecoverConfig
 from lillama.errors import RecipeError, suggestion
 from lillama.files import digest
-from lillama.lowrank.initialize import Initialiser, Whitened
-from lillama.ranks.allocate import Allocator, Uniform
+from lillama.lowrank.initialize import Initialiser, TwoSided
+from lillama.lowrank.storage import Storage
+from lillama.ranks.adaptive import Adaptive, Allocator
 from lillama.ranks.plan import Scope
 
 Tree = dict[str, Any]
@@ -31,11 +33,14 @@ class Recipe:
     Attributes:
         keep: share of the parameters that remains.
         scope: what `keep` is a share of: the whole `model`, or its `blocks` alone.
+        bytes: that the whole model may take; it decides the size in the place of `keep`.
         targets: globs of the linears to factorise, as in `describe`.
         ignore: globs of linears to leave dense.
         ranks: how ranks are given to linears.
+        storage: in which form, and in how many bits, factorised weights are stored.
         init: how factors start.
         distill: how blocks are taught.
+        recover: how all blocks are taught together in the end.
         calibration: which text is used.
         seed: of every random choice.
 
@@ -49,11 +54,14 @@ class Recipe:
 
     keep: Annotated[float, Field(gt=0, le=1)] = 0.8
     scope: Scope = "model"
+    bytes: Annotated[int, Field(ge=1)] | None = None
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
-    ranks: Annotated[Allocator, Field(discriminator="name")] = field(default_factory=Uniform)
-    init: Annotated[Initialiser, Field(discriminator="name")] = field(default_factory=Whitened)
+    ranks: Annotated[Allocator, Field(discriminator="name")] = field(default_factory=Adaptive)
+    storage: Storage = field(default_factory=Storage)
+    init: Annotated[Initialiser, Field(discriminator="name")] = field(default_factory=TwoSided)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
@@ -90,7 +98,7 @@ def load_recipe(recipe: "str | Path | Recipe" = "default", overrides: Mapping[st
         >>> load_recipe("defualt")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        lillama.errors.RecipeError: recipe defualt: neither a file nor one of default, paper, paper-bottom; did you mean ...
+        lillama.errors.RecipeError: recipe defualt: neither a file nor one of ...default, paper, ...; did you mean 'default'?
     """
     if isinstance(recipe, Recipe):
         base = recipe
@@ -105,6 +113,9 @@ def chosen(
     *,
     keep: float | None = None,
     scope: str | None = None,
+    nbytes: int | None = None,
+    bits: int | None = None,
+    recover: bool = True,
     targets: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None,
@@ -115,9 +126,19 @@ def chosen(
     """Return a recipe with the options replaced that are not None, as the command line gives them."""
     words = listed(calibration)
     sources = None if words is None else [asdict(source) for source in parse_sources(words)]
-    top = {"keep": keep, "scope": scope, "targets": listed(targets), "ignore": listed(ignore), "seed": seed}
+    top = {
+        "keep": keep,
+        "scope": scope,
+        "bytes": nbytes,
+        "targets": listed(targets),
+        "ignore": listed(ignore),
+        "seed": seed,
+    }
     inner = {"sources": sources, "tokens": tokens, "seq_len": seq_len}
     given = {key: value for key, value in top.items() if value is not None}
+    forms = {4: {"form": "plain"}}  # rounded to 4 bits, pivots err twice as much (docs/findings.md)
+    given |= {} if bits is None else {"storage": {"bits": bits} | forms.get(bits, {})}
+    given |= {} if recover else {"recover": {"epochs": 0}}
     return load_recipe(recipe, given | {"calibration": {k: v for k, v in inner.items() if v is not None}})
 
 
@@ -134,8 +155,9 @@ def listed(values: str | Path | Sequence[str | Path] | None) -> list[str] | None
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with lillama."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+    """Return the names of the recipes that come with lillama: `default`, `baselines/svd`, ..."""
+    folder = Path(str(_folder()))
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def recipe_file(recipe: str) -> Path:

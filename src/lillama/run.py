@@ -2,8 +2,10 @@
 
 run.json                  what the run is: recipe, model, data (its identity), versions
 spec.json  plan.json      the model's blocks and linears; the rank of each linear
+spectra.safetensors       whitened singular values of each linear
+allocation.json           rank plans that were compared, and which was chosen
 calibration/              tokens and their manifest
-blocks/0003.safetensors   a finished block, in the model's stored type
+blocks/0003.safetensors   a finished block, in fp32
 blocks/0003.json          how it was taught
 joint/                    the latest state of a joint schedule, while it goes on
 metrics.json              sizes, perplexities, time and memory of the finished run
@@ -29,7 +31,20 @@ from lillama.model.spec import ModelSpec
 
 VERSION = 1
 MARKER, LOCK = "run.json", "lock"
-OWN = {LOCK, "spec.json", "plan.json", "metrics.json", "calibration", "blocks", "joint", "scratch"}
+OWN = {
+    LOCK,
+    "spec.json",
+    "plan.json",
+    "spectra.safetensors",
+    "allocation.json",
+    "metrics.json",
+    "calibration",
+    "blocks",
+    "joint",
+    "recovered",
+    "recovery",
+    "scratch",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,16 @@ class RunDir:
     def plan(self) -> Path:
         """Place of the rank plan."""
         return self.path / "plan.json"
+
+    @property
+    def spectra(self) -> Path:
+        """Place of the singular spectra."""
+        return self.path / "spectra.safetensors"
+
+    @property
+    def allocation(self) -> Path:
+        """Place of the record of how ranks were chosen; its presence marks the rank plan as final."""
+        return self.path / "allocation.json"
 
     @property
     def calibration(self) -> Path:

@@ -2,19 +2,21 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from lillama.calibration.pack import TokenBlocks
 from lillama.distill.block import Rows, distill_block, step_total
-from lillama.distill.grams import collect_grams
+from lillama.distill.fisher import Fisher, moments
 from lillama.distill.joint import SNAPSHOT_SECONDS, Bench, JointData, JointTraining
 from lillama.distill.learner import Learner
+from lillama.distill.objective import Units, sub_blocks
 from lillama.distill.streams import Streams
 from lillama.distill.trace import DistillLog
 from lillama.lowrank.compressed import compressed_copy, restored_copy
+from lillama.lowrank.factors import Gram, Moments
 from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.model.spec import BlockSpec
 from lillama.prepare import Job
@@ -38,12 +40,14 @@ class Lesson:
         tokens: that it is done with.
         run: where results go.
         report: told about blocks and steps.
+        fisher: gradients at the blocks' outputs, if the initialisation asks for them.
     """
 
     job: Job
     tokens: TokenBlocks
     run: RunDir
     report: Report
+    fisher: Fisher | None = None
 
     @property
     def teacher(self) -> StreamedModel:
@@ -76,47 +80,73 @@ class Lesson:
         return self.job.recipe.seed * 10_007 + block.index
 
     def save(self, block: BlockSpec, student: nn.Module, log: DistillLog) -> None:
-        """Write a finished student in the type that the original is stored in."""
+        """Write a finished student, its parameters in fp32."""
         if not log.improved and log.steps:
             logger.info("%s: training did not improve on the initialisation, which is kept", block.name)
-        state = {name: tensor.to(self._stored(block, name)) for name, tensor in student.state_dict().items()}
-        self.run.save_block(block.index, state, log)
-
-    def _stored(self, block: BlockSpec, name: str) -> torch.dtype:
-        """Return the type in which the original stores a student's tensor, or the weight that a factor stands for."""
-        dense = name.removesuffix(".left.weight").removesuffix(".right.weight")
-        full = f"{block.name}.{name if dense == name else f'{dense}.weight'}"
-        return self.teacher.reader.dtype(self.teacher.names[full])
+        if log.grown:
+            name, ratio = max(log.grown.items(), key=lambda item: item[1])
+            logger.warning(
+                "%s: training made the largest singular value of %s %.1f times as large; such factors may do harm on other "
+                "text: lower distill.lr, or set distill.norm", block.name, name, ratio,
+            )  # fmt: skip
+        self.run.save_block(block.index, student.state_dict(), log)
 
     def finished(self, block: BlockSpec) -> nn.Module:
         """Return a finished student as it was written, to compute with."""
         template, state = self.teacher.blocks[block.index], self.run.load_block(block.index)
         return restored_copy(template, self.ranks(block), state, self.teacher.device, self.teacher.dtype)
 
+    def initialised(self) -> "Lesson":
+        """Return the lesson once every block has its initial factors: the gradients are given back."""
+        if self.fisher is not None:
+            self.fisher.remove()
+        return replace(self, fisher=None)
+
     def shelf(self) -> Shelf:
         """Return where activations go."""
         return Shelf.on(self.teacher.device, self.run.scratch, self.job.machine.activation_memory)
 
 
+class Teachers:
+    """The teacher's blocks, each read once: the one at work, and the next one if it is looked through before its turn.
+
+    Args:
+        model: the teacher.
+    """
+
+    def __init__(self, model: StreamedModel) -> None:
+        self.model = model
+        self._next: dict[int, nn.Module] = {}
+
+    def take(self, index: int) -> nn.Module:
+        """Return a block, and keep it no longer."""
+        return self._next.pop(index) if index in self._next else self.model.block(index)
+
+    def after(self, index: int) -> nn.Module | None:
+        """Return the block behind one, and keep it for its turn; None behind the last."""
+        if index + 1 == len(self.model.blocks):
+            return None
+        self._next[index + 1] = self.model.block(index + 1)
+        return self._next[index + 1]
+
+
 def teach_sequentially(lesson: Lesson) -> None:
     """Finish one block after the other; both streams of activations move along."""
-    config = lesson.job.recipe.distill
-    both, micro_batch = config.stream != "teacher", lesson.job.micro_batch
-    streams = Streams.begun(lesson.teacher, lesson.tokens.ids, lesson.tokens.mask, lesson.shelf(), both, micro_batch)
-    total = len(lesson.blocks)
+    streams, teachers, total = _begun(lesson), Teachers(lesson.teacher), len(lesson.blocks)
     for block in lesson.blocks:
         lesson.report(Progress("blocks", block.index, total, block.name))
-        teacher = lesson.teacher.block(block.index)
-        streams.teach(block.index, teacher)
+        teacher, ranks = teachers.take(block.index), lesson.ranks(block)
+        untaught = bool(ranks) and not lesson.run.has_block(block.index)
+        grams = _target(lesson, block, teacher, streams, untaught)
         student = None
-        if lesson.ranks(block):
-            if not lesson.run.has_block(block.index):
-                student = initial_student(lesson, block, teacher, streams)
-                del teacher
-                trim_memory()
-                log = _taught(lesson, block, student, streams)
-                lesson.save(block, student, log)
-                del student
+        if untaught:
+            student = initial_student(lesson, block, teacher, streams, grams)
+            streams.adapt(block.index, teacher, lesson.job.recipe.distill.adaptive)
+            teacher = None
+            trim_memory()
+            lesson.save(block, student, _taught(lesson, block, student, streams, teachers))
+            student = None
+        if ranks:
             student = lesson.finished(block)
         elif streams.parted:
             student = teacher
@@ -127,19 +157,43 @@ def teach_sequentially(lesson: Lesson) -> None:
     streams.remove()
 
 
-def initial_student(lesson: Lesson, block: BlockSpec, teacher: nn.Module, streams: Streams) -> nn.Module:
+def _begun(lesson: Lesson) -> Streams:
+    """Return the streams of the sequential schedule, before the first block."""
+    config = lesson.job.recipe.distill
+    parts = max(len(sub_blocks(lesson.ranks(block))) for block in lesson.blocks) if config.sub_blocks else 0
+    further = parts + bool(config.look_ahead) + bool(config.adaptive)
+    ids, mask, both = lesson.tokens.ids, lesson.tokens.mask, config.stream != "teacher"
+    return Streams.begun(lesson.teacher, ids, mask, lesson.shelf(), both, lesson.job.micro_batch, further)
+
+
+def _target(lesson: Lesson, block: BlockSpec, teacher: nn.Module, streams: Streams, untaught: bool) -> dict[str, Gram]:
+    """Compute the target of a block, and on the way all else that its student will need; return the Grams."""
+    recipe, ranks = lesson.job.recipe, lesson.ranks(block)
+    parts = sub_blocks(ranks) if untaught and recipe.distill.sub_blocks else ()
+    return streams.teach(block.index, teacher, parts, ranks if untaught and recipe.init.needs_gram else ())
+
+
+def initial_student(
+    lesson: Lesson, block: BlockSpec, teacher: nn.Module, streams: Streams, grams: Mapping[str, Gram]
+) -> nn.Module:
     """Return a block's student before training."""
     ranks, init = lesson.ranks(block), lesson.job.recipe.init
-    grams = collect_grams(teacher, ranks, streams.runs(block.index)) if init.needs_gram else {}
     generator = torch.Generator().manual_seed(lesson.seed(block))
-    return compressed_copy(lesson.teacher.blocks[block.index], teacher, ranks, init, grams, generator)
+    fisher, probed = lesson.fisher, {}
+    if fisher is not None:
+        probed = moments(teacher, ranks, fisher.runs(block.index, lambda part: streams.teacher.read(fisher.rows[part])))
+    found = {name: Moments(grams.get(name), probed[name].gradients if probed else None) for name in ranks}
+    return compressed_copy(lesson.teacher.blocks[block.index], teacher, ranks, init, found, generator)
 
 
-def _taught(lesson: Lesson, block: BlockSpec, student: nn.Module, streams: Streams) -> DistillLog:
+def _taught(lesson: Lesson, block: BlockSpec, student: nn.Module, streams: Streams, teachers: Teachers) -> DistillLog:
     config, rows = lesson.job.recipe.distill, lesson.rows
-    data = streams.data(block.index, config.stream)
-    lr, unit = config.peak_lr(lesson.job.plan.spec.hidden_size), data.unit(config.loss, rows.held_out)
-    learner = Learner(student, config, lr, step_total(rows, config), unit)
+    following = teachers.after(block.index) if config.look_ahead else None
+    if following is not None:
+        streams.look_ahead(block.index + 1, following)
+    data = streams.data(block.index, config.stream, following)
+    lr, units = config.peak_lr(lesson.job.plan.spec.hidden_size), data.units(config.loss, rows.held_out)
+    learner = Learner(student, config, lr, step_total(rows, config), units)
     return distill_block(learner, block.name, data, rows, lesson.seed(block), lesson.report)
 
 
@@ -175,9 +229,9 @@ def teach_jointly(lesson: Lesson, snapshot_seconds: float = SNAPSHOT_SECONDS) ->
 
 def _initial_students(
     lesson: Lesson, trained: Mapping[int, BlockSpec]
-) -> tuple[Callable[[int], nn.Module], dict[int, float]]:
+) -> tuple[Callable[[int], nn.Module], dict[int, Units]]:
     """Compute every block's student before training; return what reads one back, and the units of the losses."""
-    config, rows, units = lesson.job.recipe.distill, lesson.rows, dict[int, float]()
+    config, rows, units = lesson.job.recipe.distill, lesson.rows, dict[int, Units]()
     streams = Streams.begun(
         lesson.teacher, lesson.tokens.ids, lesson.tokens.mask, lesson.shelf(), False, lesson.job.micro_batch
     )
@@ -186,11 +240,11 @@ def _initial_students(
     for block in lesson.blocks:
         lesson.report(Progress("blocks", block.index, len(lesson.blocks), block.name))
         teacher = lesson.teacher.block(block.index)
-        streams.teach(block.index, teacher)
+        grams = _target(lesson, block, teacher, streams, block.index in trained)
         if block.index in trained:
-            student = initial_student(lesson, block, teacher, streams)
+            student = initial_student(lesson, block, teacher, streams, grams)
             save_tensors(folder / f"initial-{block.index:04}.safetensors", student.state_dict())
-            units[block.index] = streams.data(block.index, "teacher").unit(config.loss, rows.held_out)
+            units[block.index] = streams.data(block.index, "teacher").units(config.loss, rows.held_out)
         streams.move_on(block.index, None)
     streams.remove()
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lillama.distill.block import BlockData
 from lillama.distill.config import DistillConfig
-from lillama.distill.learner import Learner, MicroBatch
+from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine
+from lillama.distill.objective import MicroBatch, Units
 from lillama.lowrank.factors import truncated_svd
 from lillama.lowrank.install import install
 from lillama.stream.calls import BlockCall, CallTable
@@ -83,13 +84,14 @@ class Toy:
 
     def config(self, **changes: Any) -> DistillConfig:
         plain = DistillConfig(
-            stream="both", loss=L1Cosine(), epochs=3, batch_size=4, lr=1e-3, lr_width=None, lr_schedule="constant",
-            warmup=0.0, betas=(0.9, 0.999), weight_decay=0.0, clip=None, held_out=0.2,
+            stream="both", loss=L1Cosine(), epochs=3, batch_size=4, lr=1e-3, lr_scale="width", lr_width=None,
+            lr_schedule="constant", warmup=0.0, betas=(0.9, 0.999), weight_decay=0.0, clip=None,
+            held_out=0.2,
         )  # fmt: skip
         return replace(plain, **changes)
 
     def learner(self, config: DistillConfig, steps: int = 10, unit: float = 1.0, rank: int = 3) -> Learner:
-        return Learner(self.student(rank), config, config.lr, steps, unit)
+        return Learner(self.student(rank), config, config.lr, steps, Units(unit))
 
     def batch(self, data: BlockData, rows: Tensor) -> list[MicroBatch]:
         return list(data.micro_batches(rows))

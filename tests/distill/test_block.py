@@ -103,13 +103,21 @@ def test_a_full_rank_student_stays_at_no_loss(toy):
     torch.testing.assert_close(learner.student(x)[0], toy.teacher(x)[0], atol=1e-4, rtol=1e-4)
 
 
+def test_the_log_watches_the_largest_singular_values(toy):
+    learner, log = trained(toy, toy.config(lr=1e-2))
+    start = torch.linalg.svdvals(toy.student().up.product())[0].item()
+    kept = torch.linalg.svdvals(learner.student.up.product())[0].item()
+    assert log.singular["up"] == pytest.approx((start, kept), rel=1e-4)
+    assert start != pytest.approx(kept, rel=1e-3) and list(log.singular) == ["up", "down"]
+
+
 def broken_loss(monkeypatch, times):
     """Let the training loss be NaN at the third step of the first `times` attempts."""
     attempts = itertools.count(1)
     step = module.Learner.step
 
-    def spoilt(self, batch):
-        losses = step(self, batch)
+    def spoilt(self, batch, tokens):
+        losses = step(self, batch, tokens)
         if self.step_count == 3 and next(attempts) <= times:
             with torch.no_grad():
                 for parameter in self.student.parameters():

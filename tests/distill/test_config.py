@@ -4,8 +4,10 @@ from dataclasses import replace
 import pytest
 
 from lillama.distill.config import DistillConfig
+from lillama.errors import RecipeError
+from lillama.recipe import load_recipe
 
-PLAIN = DistillConfig(lr_schedule="constant", warmup=0.0)
+PLAIN = DistillConfig(lr_scale="width", lr_schedule="constant", warmup=0.0)
 
 
 def factors(steps: int, **changes: object) -> list[float]:
@@ -36,3 +38,17 @@ def test_the_shortest_warm_up_is_one_step():
 def test_rate_by_width():
     assert replace(PLAIN, lr=1e-3, lr_width=256).peak_lr(1024) == pytest.approx(2.5e-4)
     assert replace(PLAIN, lr=1e-3, lr_width=None).peak_lr(1024) == 1e-3
+    assert replace(PLAIN, lr=1e-3, lr_scale="rms").peak_lr(1024) == 1e-3
+
+
+@pytest.mark.parametrize("key", ["look_ahead", "sub_blocks"])
+def test_the_joint_schedule_has_no_more_than_the_blocks_outputs(key):
+    with pytest.raises(RecipeError, match=rf"distill\.{key} is 0\.5.*joint.*sequential"):
+        DistillConfig(schedule="joint", **{key: 0.5})
+    with pytest.raises(RecipeError, match=key):
+        load_recipe("paper", {"distill": {"schedule": "joint", key: 0.5}})
+
+
+def test_a_target_adapts_to_a_students_stream_only():
+    with pytest.raises(RecipeError, match=r"distill\.adaptive is 1.*stream"):
+        DistillConfig(stream="teacher", adaptive=1.0)

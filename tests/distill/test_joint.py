@@ -12,6 +12,7 @@ from lillama.distill.block import Rows, batches, step_total
 from lillama.distill.joint import Bench, JointData, JointTraining
 from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine
+from lillama.distill.objective import Units
 from lillama.errors import TrainingError
 from lillama.progress import silent
 from lillama.stream.calls import BlockCall, CallTable
@@ -37,7 +38,7 @@ class Class:
 
     def learner(self, index):
         return Learner(
-            copy.deepcopy(self.students[index]), self.config, self.config.lr, step_total(ROWS, self.config), 1.0
+            copy.deepcopy(self.students[index]), self.config, self.config.lr, step_total(ROWS, self.config), Units()
         )
 
     def training(self, resident=9, name="joint", snapshot_seconds=1e9):
@@ -73,9 +74,11 @@ def school(toy):
     return Class(toy, toy.config(epochs=2, lr=2e-3, lr_schedule="cosine", clip=1.0))
 
 
-@pytest.mark.parametrize("stream", ["teacher", "student", "both"])
-def test_equals_a_plain_reimplementation(toy, stream):
-    school = Class(toy, toy.config(stream=stream, epochs=1, lr=1e-3))
+@pytest.mark.parametrize(
+    ("stream", "adaptive"), [("teacher", 0.0), ("student", 0.0), ("both", 0.0), ("student", 1.0), ("both", 0.3)]
+)
+def test_equals_a_plain_reimplementation(toy, stream, adaptive):
+    school = Class(toy, toy.config(stream=stream, epochs=1, lr=1e-3, adaptive=adaptive))
     results = finished(school.training())
     students = {index: copy.deepcopy(student).requires_grad_() for index, student in school.students.items()}
     optimisers = {index: torch.optim.AdamW(s.parameters(), lr=1e-3, weight_decay=0.0) for index, s in students.items()}
@@ -87,7 +90,8 @@ def test_equals_a_plain_reimplementation(toy, stream):
             for index in range(BLOCKS):
                 target = school.teachers[index](above)[0]
                 block = students.get(index, school.teachers[index])
-                parts = [loss(block(above)[0], target).mean(), loss(block(own)[0], target).mean()]
+                mixed = torch.lerp(target, school.teachers[index](own)[0], adaptive)
+                parts = [loss(block(above)[0], target).mean(), loss(block(own)[0], mixed).mean()]
                 totals[index] = {"teacher": parts[0], "student": parts[1], "both": sum(parts)}[stream].item()
                 above, own = target, block(own)[0]
         return totals
@@ -98,8 +102,9 @@ def test_equals_a_plain_reimplementation(toy, stream):
         for index in range(BLOCKS):
             target = school.teachers[index](above)[0]
             if index in students:
-                fed = {"teacher": [above], "student": [own], "both": [above, own]}[stream]
-                sum(loss(students[index](hidden)[0], target).mean() for hidden in fed).backward()
+                mixed = torch.lerp(target, school.teachers[index](own)[0], adaptive)
+                fed = {"teacher": [(above, target)], "student": [(own, mixed)], "both": [(above, target), (own, mixed)]}
+                sum(loss(students[index](hidden)[0], wanted).mean() for hidden, wanted in fed[stream]).backward()
                 optimisers[index].step()
                 optimisers[index].zero_grad()
             with torch.no_grad():
@@ -203,9 +208,9 @@ def spoil(monkeypatch, school, times):
     monkeypatch.undo()
     step, done = Learner.step, []
 
-    def spoilt(self, batch):
-        losses = step(self, batch)
-        if self.unit == 1.5 and self.lr not in done and len(done) < times:
+    def spoilt(self, batch, tokens):
+        losses = step(self, batch, tokens)
+        if self.units.output == 1.5 and self.lr not in done and len(done) < times:
             done.append(self.lr)
             with torch.no_grad():
                 next(self.student.parameters()).fill_(math.nan)
@@ -213,7 +218,7 @@ def spoil(monkeypatch, school, times):
 
     def learner(index):
         made = Class.learner(school, index)
-        made.unit = 1.5 if index == 2 else 1.0
+        made.units = Units(1.5 if index == 2 else 1.0)
         return made
 
     monkeypatch.setattr(Learner, "step", spoilt)

@@ -1,11 +1,13 @@
 """Steps of one student: masks, micro-batches, master weights, clipping."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from lillama.distill.learner import MicroBatch
 from lillama.distill.losses import L1Cosine, Mse, TokenMse
+from lillama.distill.objective import Units
 
 ROWS = torch.arange(8)
 
@@ -14,12 +16,16 @@ def weights(learner) -> Tensor:
     return torch.cat([p.detach().flatten() for p in learner.student.parameters()])
 
 
+def tokens(batch) -> int:
+    return sum(micro.tokens for micro in batch)
+
+
 def gradients(learner, batch) -> Tensor:
     """Return the gradient of a batch, by a step of plain gradient descent."""
     before = weights(learner)
-    learner.optimiser = torch.optim.SGD(learner.student.parameters(), lr=1.0)
+    learner.optimiser = torch.optim.SGD([{"params": list(learner.student.parameters()), "scale": 1.0}], lr=1.0)
     learner.lr = 1.0
-    learner.step(batch)
+    learner.step(batch, tokens(batch))
     return before - weights(learner)
 
 
@@ -40,7 +46,7 @@ def test_micro_batches_give_the_full_batch(toy, mask, stream, loss):
         learner = toy.learner(config)
         batch = toy.batch(toy.data(stream=stream, micro_batch=micro_batch, mask=mask), ROWS)
         held_out = learner.validate(batch)
-        losses = learner.step(batch)
+        losses = learner.step(batch, tokens(batch))
         assert {s: v.item() for s, v in losses.items()} == pytest.approx(held_out, rel=1e-5)
         results.append((list(losses.values()), gradients(toy.learner(config), batch)))
     for losses, gradient in results[1:]:
@@ -55,19 +61,18 @@ def test_padding_changes_nothing(toy, mask, loss):
     data = toy.data(mask=mask)
     batch = toy.batch(data, ROWS)
     spoilt = [
-        MicroBatch(
-            micro.call,
-            {s: torch.where(micro.mask[..., None], x, 1e3) for s, x in micro.inputs.items()},
-            torch.where(micro.mask[..., None], micro.target, -1e3),
-            micro.mask,
+        replace(
+            micro,
+            inputs={s: torch.where(micro.mask[..., None], x, 1e3) for s, x in micro.inputs.items()},
+            target=torch.where(micro.mask[..., None], micro.target, -1e3),
         )
         for micro in batch
     ]
     assert toy.learner(config).validate(batch) == toy.learner(config).validate(spoilt)
     torch.testing.assert_close(gradients(toy.learner(config), batch), gradients(toy.learner(config), spoilt))
-    unit = data.unit(loss, ROWS)
+    units = data.units(loss, ROWS)
     data.target.write(slice(0, 24), torch.where(mask[..., None], data.target.read(slice(0, 24)), -1e3))
-    assert data.unit(loss, ROWS) == pytest.approx(unit)
+    assert data.units(loss, ROWS).output == pytest.approx(units.output)
 
 
 def test_the_mean_is_over_real_tokens(toy, mask):
@@ -81,7 +86,7 @@ def test_the_mean_is_over_real_tokens(toy, mask):
 
 
 def test_unit_does_not_depend_on_micro_batches(toy, mask):
-    units = [toy.data(mask=mask, micro_batch=size).unit(Mse(), ROWS) for size in (1, 3, 8)]
+    units = [toy.data(mask=mask, micro_batch=size).units(Mse(), ROWS).output for size in (1, 3, 8)]
     assert units == pytest.approx([units[0]] * 3, rel=1e-6)
 
 
@@ -123,11 +128,11 @@ def test_masters_and_moments_are_fp32_when_activations_are_bf16(toy):
     config = toy.config(lr=1e-7)
     learner = toy.learner(config)
     learner.student.to(torch.bfloat16)
-    learner = type(learner)(learner.student, config, config.lr, 100, 1.0)
+    learner = type(learner)(learner.student, config, config.lr, 100, Units())
     batch = toy.batch(toy.data(dtype=torch.bfloat16), ROWS)
     before = weights(learner)
     for _ in range(5):
-        learner.step(batch)
+        learner.step(batch, tokens(batch))
     moved = (weights(learner) - before).abs()
     assert before.dtype == torch.float32
     assert (moved > 0).float().mean() > 0.9  # in bf16 a step of 1e-7 would be rounded away
@@ -149,7 +154,7 @@ def test_the_schedule_sets_the_rate_of_every_step(toy):
     learner = toy.learner(config)
     batch = toy.batch(toy.data(), ROWS)
     for step in range(10):
-        learner.step(batch)
+        learner.step(batch, tokens(batch))
         assert learner.optimiser.param_groups[0]["lr"] == config.lr * config.lr_factor(step, 10)
 
 
@@ -168,11 +173,55 @@ def test_snapshot_and_resume_go_on_to_the_same_bits(toy):
     config, batch = toy.config(lr_schedule="cosine"), toy.batch(toy.data(), ROWS)
     whole = toy.learner(config)
     for _ in range(3):
-        whole.step(batch)
+        whole.step(batch, tokens(batch))
     saved = {name: tensor.clone() for name, tensor in whole.snapshot().items()}
     again = toy.learner(config, rank=3)
     again.resume(saved, 3)
     for _ in range(4):
-        whole.step(batch)
-        again.step(batch)
+        whole.step(batch, tokens(batch))
+        again.step(batch, tokens(batch))
     assert torch.equal(weights(whole), weights(again))
+
+
+def test_relative_rates_move_each_tensor_by_its_own_size(toy):
+    """Adam's first step moves every number by the rate, which is a share of the tensor's root mean square."""
+    config, batch = toy.config(lr_scale="rms", lr=0.01), toy.batch(toy.data(), ROWS)
+    learner = toy.learner(config)
+    with torch.no_grad():
+        learner.student.up.bias.zero_()
+    learner = type(learner)(learner.student, config, config.lr, 10, Units())
+    before = learner.state()
+    learner.step(batch, tokens(batch))
+    sizes = {name: tensor.square().mean().sqrt().item() for name, tensor in before.items()}
+    usual = sorted(size for size in sizes.values() if size)[1]
+    for name, tensor in learner.state().items():
+        expected = 0.01 * (sizes[name] or usual)
+        torch.testing.assert_close(
+            (tensor - before[name]).abs(), torch.full_like(tensor, expected), rtol=1e-3, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize(("lr_scale", "same"), [("rms", True), ("width", False)])
+def test_relative_rates_do_not_see_how_a_product_is_shared_out(toy, lr_scale, same):
+    config, batch = toy.config(lr_scale=lr_scale, lr=3e-3, loss=Mse()), toy.batch(toy.data(), ROWS)
+    products = []
+    for factor in (1.0, 16.0):
+        student = toy.student()
+        with torch.no_grad():
+            student.up.left.weight.mul_(factor)
+            student.up.right.weight.div_(factor)
+        learner = type(toy.learner(config))(student, config, config.lr, 10, Units())
+        for _ in range(5):
+            learner.step(batch, tokens(batch))
+        products.append(student.up.product().detach())
+    assert torch.allclose(*products, rtol=1e-3, atol=1e-5) == same
+
+
+def test_half_the_rate_is_half_of_every_tensors(toy):
+    learner = toy.learner(toy.config(lr_scale="rms"))
+    scales = [group["scale"] for group in learner.optimiser.param_groups]
+    with torch.no_grad():
+        learner.student.up.left.weight.mul_(100)
+    again = learner.halved()
+    assert again.lr == learner.lr / 2 and [group["scale"] for group in again.optimiser.param_groups] == scales
+    assert not again.optimiser.state and again.step_count == 0

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from lillama.hub.quantizer import LowRankConfig, declare
 from lillama.lowrank.install import install, low_rank_linears
+from lillama.lowrank.linear import LowRankLinear, shaped_like
+from lillama.lowrank.pivot import pivot_rows
+from lillama.lowrank.storage import Storage
+from lillama.lowrank.stored import stored_factors
 
 RANKS = {
     "model.layers.0.mlp.down_proj": 12,
@@ -20,6 +24,7 @@ RANKS = {
     "model.layers.1.self_attn.q_proj": 8,
     "model.layers.1.mlp.up_proj": 16,
 }
+FULL = {"model.layers.1.self_attn.v_proj": 32}  # as many as it has outputs
 X = torch.arange(3, 23)[None]
 
 torch.set_num_threads(1)
@@ -42,7 +47,25 @@ def compress(model: PreTrainedModel, ranks: dict[str, int], **extra: Any) -> Non
     declare(model, LowRankConfig(ranks=ranks, **extra))
 
 
-def tiny(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
+@torch.no_grad()
+def convert(model: PreTrainedModel, storage: Storage) -> None:
+    """Bring a compressed model in the plain form into another one, in place."""
+    for name, layer in list(low_rank_linears(model)):
+        assert isinstance(layer, LowRankLinear)
+        rows = pivot_rows(layer.left.weight)[0] if storage.form == "pivot" else None
+        dtype = layer.weight.dtype
+        state = stored_factors(layer.left.weight, layer.right.weight, storage, rows, dtype)
+        dense = torch.nn.Linear(layer.in_features, layer.out_features, False, dtype=dtype)
+        dense.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
+        converted = shaped_like(dense, layer.rank, asdict(storage), "order" in state).eval()
+        converted.load_state_dict(
+            state | {"weight": layer.weight} | ({"bias": layer.bias} if layer.bias is not None else {})
+        )
+        model.set_submodule(name, converted)
+    declare(model, LowRankConfig(model.config.quantization_config.ranks, storage=asdict(storage)))
+
+
+def tiny(dtype: torch.dtype = torch.float32, ranks: dict[str, int] = RANKS, **changes: Any) -> LlamaForCausalLM:
     shape = {
         "vocab_size": 128,
         "hidden_size": 64,
@@ -57,7 +80,7 @@ def tiny(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    compress(model, RANKS, lillama_version="0.1.0", recipe_hash="cafe")
+    compress(model, ranks, lillama_version="0.1.0", recipe_hash="cafe")
     return model
 
 
@@ -79,6 +102,36 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A compressed model in bf16 with biases and tied embeddings; tests only read it."""
     model = tiny(torch.bfloat16, mlp_bias=True, attention_bias=True, tie_word_embeddings=True)
     return save(model, tmp_path_factory.mktemp("biased") / "model")
+
+
+@pytest.fixture(scope="session")
+def pivot(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The same in the pivot form, one linear at full rank; tests only read it."""
+    model = tiny(ranks=RANKS | FULL)
+    convert(model, Storage("pivot"))
+    return save(model, tmp_path_factory.mktemp("pivot") / "model")
+
+
+@pytest.fixture(scope="session")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A model with biases in the plain form at 8 bits, the rest in fp32; tests only read it."""
+    model = tiny(mlp_bias=True, attention_bias=True)
+    convert(model, Storage("plain", 8))
+    return save(model, tmp_path_factory.mktemp("int8") / "model")
+
+
+@pytest.fixture(scope="session")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A model with biases in the pivot form at 4 bits, the rest in bf16; tests only read it."""
+    model = tiny(torch.bfloat16, RANKS | FULL, mlp_bias=True, attention_bias=True, tie_word_embeddings=True)
+    convert(model, Storage("pivot", 4))
+    return save(model, tmp_path_factory.mktemp("int4") / "model")
+
+
+@pytest.fixture(params=["saved", "biased", "pivot", "int8", "int4"])
+def each(request: pytest.FixtureRequest) -> Saved:
+    """A compressed model in each of the forms."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.hub.conftest import RANKS, Saved
+from transformers import AutoModelForCausalLM
 
 from lillama.errors import ModelError, OutputError
 from lillama.hub.export import carry_along, export
+from lillama.lowrank.install import low_rank_linears
 
 BESIDE = {
     "tokenizer.json": "{}",
@@ -74,19 +76,20 @@ def test_dense_loads_without_lillama(complete: Path, saved: Saved, tmp_path: Pat
     assert readme.startswith("---\nlibrary_name") and "This is the dense export" in readme
 
 
-def test_dense_is_the_product_in_the_stored_type(biased: Saved, tmp_path: Path) -> None:
-    export(biased.folder, tmp_path / "dense", "dense")
-    before, after = load_file(biased.folder / "model.safetensors"), load_file(tmp_path / "dense" / "model.safetensors")
-    factors = {f"{name}.{side}.weight" for name in RANKS for side in ("left", "right")}
-    assert after.keys() == before.keys() - factors
+def test_dense_is_the_product_in_the_stored_type(each: Saved, tmp_path: Path) -> None:
+    export(each.folder, tmp_path / "dense", "dense")
+    before, after = load_file(each.folder / "model.safetensors"), load_file(tmp_path / "dense" / "model.safetensors")
+    layers = dict(low_rank_linears(AutoModelForCausalLM.from_pretrained(each.folder)))
+    gone = {name for name in before if name.rsplit(".", 2)[0] in layers or name.endswith(".order")}
+    assert after.keys() == before.keys() - gone
     for name, tensor in after.items():
-        layer = name.removesuffix(".weight")
-        if layer in RANKS:
-            product = before[f"{layer}.left.weight"].double() @ before[f"{layer}.right.weight"].double()
-            torch.testing.assert_close(tensor.double(), product, rtol=2**-8, atol=1e-5)
-            assert tensor.dtype == torch.bfloat16
-        else:
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is None:
             assert torch.equal(tensor, before[name])
+        else:
+            product = layer.double().product().double()
+            torch.testing.assert_close(tensor.double(), product, rtol=2**-8, atol=1e-5)
+            assert tensor.dtype == before[name].dtype == each.logits.dtype
 
 
 def test_portable_keeps_everything_and_can_be_made_dense(complete: Path, tmp_path: Path) -> None:

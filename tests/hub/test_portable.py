@@ -55,9 +55,12 @@ else:
     raise AssertionError("random weights passed for a model")
 """
 
+TRUST = "check(trust_remote_code=True)\n"
+
 
 @pytest.fixture
-def portable(saved: Saved, tmp_path: Path) -> Path:
+def portable(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    saved: Saved = request.getfixturevalue(getattr(request, "param", "saved"))
     shutil.copytree(saved.folder, tmp_path / "portable")
     make_portable(tmp_path / "portable")
     torch.save(saved.logits, tmp_path / "logits.pt")
@@ -65,11 +68,13 @@ def portable(saved: Saved, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "code",
+    ("portable", "code"),
     [
-        pytest.param(BLOCKED + CHECK + NEITHER + "check(trust_remote_code=True)\n", id="neither, then trust"),
-        pytest.param("import lillama" + CHECK + "check()\ncheck(trust_remote_code=True)\n", id="import, then both"),
+        pytest.param("saved", BLOCKED + CHECK + NEITHER + TRUST, id="neither, then trust"),
+        pytest.param("int4", BLOCKED + CHECK + NEITHER + TRUST, id="neither, then trust, 4 bits"),
+        pytest.param("pivot", "import lillama" + CHECK + "check()\n" + TRUST, id="import, then both, pivots"),
     ],
+    indirect=["portable"],
 )
 def test_matrix(
     code: str, portable: Path, fresh: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lillama.lowrank.factors import Factors, Gram, truncated_svd, whitened_svd
+from lillama.lowrank.factors import (
+    TILE,
+    Factors,
+    Gram,
+    scaled_svd,
+    spectrum,
+    truncated_svd,
+    two_sided_svd,
+    whitened_svd,
+)
 
 SHAPES = [(7, 12), (12, 7), (9, 9)]
 RANKS = [1, 3, 6]
@@ -157,3 +166,76 @@ def test_a_gram_in_pieces_is_the_direct_sum_in_any_order(sizes: list[int], seed:
     assert forth.sum.dtype == torch.float64 and forth.count == len(x)
     for gram in (forth, back):
         torch.testing.assert_close(gram.sum, exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
+
+
+def test_a_gram_wider_than_a_tile_is_symmetric_and_complete() -> None:
+    x = torch.randn(40, 2 * TILE + 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = Gram.zeros(x.shape[1], x.device)
+    for piece in x.split(25):
+        gram.add(piece)
+    torch.testing.assert_close(gram.sum, x.T @ x)
+    assert torch.equal(gram.sum, gram.sum.T)
+    torch.testing.assert_close(gram.absolute, x.abs().sum(dim=0))
+
+
+def two_sided_error(difference: Tensor, gram_in: Tensor | None, gram_out: Tensor | None) -> float:
+    """`||G_out^(1/2) D G_in^(1/2)||_F^2`, by symmetric roots."""
+    difference = difference if gram_in is None else difference @ root(gram_in)
+    return (difference if gram_out is None else root(gram_out) @ difference).square().sum().item()
+
+
+GRAMS = ["both", "in", "out", "none"]
+
+
+def weight_and_grams(shape: tuple[int, int], which: str, seed: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    weight, gram_in = weight_and_gram(*shape, seed)
+    _, gram_out = weight_and_gram(1, shape[0], seed + 100)
+    return weight, gram_in if which in ("both", "in") else None, gram_out if which in ("both", "out") else None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("which", GRAMS)
+def test_two_sided_svd_attains_the_bound_and_the_spectrum_tells_it(
+    shape: tuple[int, int], rank: int, which: str
+) -> None:
+    weight, gram_in, gram_out = weight_and_grams(shape, which, seed=11)
+    white = weight if gram_in is None else weight @ root(gram_in)
+    bound = torch.linalg.svdvals(white if gram_out is None else root(gram_out) @ white)
+    factors = two_sided_svd(weight, gram_in, gram_out, rank, damping=0.0)
+    values = spectrum(weight, gram_in, gram_out, damping=0.0)
+    assert values.shape == (min(shape),) and (values[:-1] >= values[1:]).all()
+    torch.testing.assert_close(values, bound, rtol=1e-5, atol=1e-7 * bound[0].item())
+    found = two_sided_error(weight - product(factors), gram_in, gram_out)
+    assert found == pytest.approx(bound[rank:].square().sum().item(), rel=1e-5)
+    assert found == pytest.approx(values[rank:].square().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_identities_reduce_two_sided_to_plain_svd(shape: tuple[int, int]) -> None:
+    weight, _ = weight_and_gram(*shape, seed=12)
+    plain = product(truncated_svd(weight, 3))
+    eye_in, eye_out = 5.0 * torch.eye(shape[1]), 0.1 * torch.eye(shape[0])
+    for gram_in, gram_out in ((None, None), (eye_in, None), (None, eye_out), (eye_in, eye_out)):
+        torch.testing.assert_close(product(two_sided_svd(weight, gram_in, gram_out, 3)), plain)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rank_deficient_grams_on_both_sides_are_met_from_the_smaller_rank_on(shape: tuple[int, int]) -> None:
+    weight, gram_in = weight_and_gram(*shape, seed=13, samples=5)
+    _, gram_out = weight_and_gram(1, shape[0], seed=14, samples=3)
+    factors, values = two_sided_svd(weight, gram_in, gram_out, 3), spectrum(weight, gram_in, gram_out)
+    assert all(tensor.isfinite().all() for tensor in (factors.left, factors.right, values))
+    whole = two_sided_error(weight, gram_in, gram_out)
+    assert two_sided_error(weight - product(factors), gram_in, gram_out) < 1e-4 * whole
+    assert values[3:].square().sum() < 1e-4 * whole
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scaled_svd_attains_the_bound_of_its_norm(shape: tuple[int, int]) -> None:
+    weight, _ = weight_and_gram(*shape, seed=15)
+    scales = torch.logspace(-1, 2, shape[1], dtype=torch.float64)
+    factors = scaled_svd(weight, scales, 3)
+    bound = torch.linalg.svdvals(weight * scales)[3:].square().sum()
+    torch.testing.assert_close(((weight - product(factors)) * scales).square().sum(), bound)
+    torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1))

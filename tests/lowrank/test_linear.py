@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.lowrank.linear import LowRankLinear
+from lillama.lowrank.linear import LowRankLinear, PivotLinear, QuantizedLinear, shaped_like
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -36,3 +36,36 @@ def test_gradients_reach_both_factors_and_the_bias() -> None:
     layer(torch.randn(3, 5)).sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
     assert {name for name, _ in layer.named_parameters()} == {"left.weight", "right.weight", "bias"}
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("rank", [1, 4, 7])
+def test_the_pivot_form_is_its_rows_in_order(ordered: bool, rank: int) -> None:
+    torch.manual_seed(0)
+    layer = PivotLinear(12, 7, rank, True, ordered, dtype=torch.float64)
+    if layer.order is not None:
+        layer.order.copy_(torch.randperm(7))
+    p = layer.right.weight
+    rows = p if layer.left is None else torch.cat((p, layer.left.weight @ p))
+    weight = rows if layer.order is None else rows[layer.order.long()]
+    x = torch.randn(2, 3, 12, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer.bias))
+    torch.testing.assert_close(layer.dense()(x), layer(x))
+    layer(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("rank", [4, 7])
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("form", ["plain", "pivot"])
+def test_a_layer_to_be_filled_fits_the_dense_one(form: str, bits: int | None, rank: int) -> None:
+    dense = nn.Linear(12, 7, device="meta", dtype=torch.bfloat16).eval()
+    layer = shaped_like(dense, rank, {"form": form, "bits": bits, "group_size": 4})
+    assert (
+        layer.bias is dense.bias
+        and not layer.training
+        and {t.device.type for t in layer.state_dict().values()} == {"meta"}
+    )
+    assert {type(child) for child in layer.children()} == {QuantizedLinear if bits else nn.Linear}
+    assert sum(1 for _ in layer.children()) == (1 if form == "pivot" and rank == 7 else 2)
+    assert layer.weight.dtype == torch.bfloat16

@@ -202,6 +202,19 @@ def test_a_type_that_is_not_plain_floating_point_is_refused(dtype: torch.dtype, 
         CheckpointReader(folder).read("a")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_integers_are_read_as_themselves_when_they_are_asked_for(dtype: torch.dtype, folder: Path) -> None:
+    save_file({"a": torch.arange(3).to(dtype), "b": torch.ones(2)}, folder / SINGLE)
+    reader = CheckpointReader(folder)
+    assert torch.equal(reader.read("a", dtype=dtype), torch.arange(3).to(dtype))
+    other = torch.int8 if dtype != torch.int8 else torch.int32
+    for name in ("a", "b"):
+        with refused(f"tensor {name} is stored as", f"config.json wants {other}"):
+            reader.read(name, dtype=other)
+    with refused("tensor a is stored as", "give the unquantised model"):
+        reader.read("a", dtype=torch.float32)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 20, -1])
 def test_values_that_are_no_numbers_are_refused(

@@ -11,7 +11,8 @@ from transformers import PhiConfig
 from lillama.errors import BudgetError
 from lillama.model.describe import describe
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
-from lillama.ranks.allocate import TOLERANCE, Allocator, Bottom, Top, Uniform
+from lillama.ranks.adaptive import Allocator
+from lillama.ranks.allocate import TOLERANCE, Bottom, Top, Uniform
 from lillama.ranks.plan import RankPlan, Scope
 
 ALLOCATORS: tuple[Allocator, ...] = (

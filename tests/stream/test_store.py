@@ -123,3 +123,20 @@ def test_equal_tensors_are_held_once(shelf: MakeShelf, tmp_path: Path) -> None:
         table.write(part, torch.ones(3, 100, 100))
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["some.activations"]
     assert table.read(slice(1, 5)).shape == (4, 100, 100)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("place", ["device", *PLACES])
+def test_rows_arrive_on_a_cuda_device_without_a_wait(place: Any, tmp_path: Path) -> None:
+    kept = store(Shelf(torch.device("cuda"), tmp_path, 1 << 30, 1 << 30), place)
+    values = torch.randn(6, 4, 5)
+    kept.write(slice(0, 6), values)
+    chosen = torch.tensor([5, 0, 3])
+    kept.read(chosen)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = kept.read(chosen), kept.read(slice(1, 3))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found[0].cpu(), values[chosen]) and torch.equal(found[1].cpu(), values[1:3])

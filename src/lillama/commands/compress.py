@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from lillama.commands.options import Flag, Many, size
 
 if TYPE_CHECKING:
-    from lillama.compression import Result
+    from lillama.result import Result
 
 
 def compress(
@@ -16,11 +16,15 @@ def compress(
     /,
     *,
     keep: float | None = None,
+    bytes: str | None = None,
+    max_loss: float | None = None,
     recipe: str = "default",
     calibration: Annotated[list[str] | None, Many] = None,
     tokens: int | None = None,
     seq_len: int | None = None,
     scope: Literal["model", "blocks"] | None = None,
+    bits: Literal[4, 8] | None = None,
+    no_recover: Annotated[bool, Flag] = False,
     targets: Annotated[list[str] | None, Many] = None,
     ignore: Annotated[list[str] | None, Many] = None,
     seed: int | None = None,
@@ -46,6 +50,11 @@ def compress(
         Folder to make.
     keep
         Share of the parameters that remains [default: the recipe's, 0.8].
+    bytes
+        Size that the weights may have, for example 4GiB, instead of --keep.
+    max_loss
+        Instead of --keep: find the smallest model whose loss on held-out calibration text rises by at most so many nats a
+        token; several models are made on the way.
     recipe
         `default`, `paper`, another recipe that comes with lillama, or a YAML file.
     calibration
@@ -56,6 +65,10 @@ def compress(
         Tokens of a sequence [default: the recipe's].
     scope
         What --keep is a share of: the whole `model` [default] or its `blocks`.
+    bits
+        Store the factors in 8 or 4 bits a number [default: the original's type].
+    no_recover
+        Leave out the recovery tail, in which all blocks learn together.
     targets
         Globs of the linears to factorise, by full name or by name within the block [default: all].
     ignore
@@ -87,9 +100,10 @@ def compress(
 
     machine = Machine(device, micro_batch, size(activation_memory), size(shard_size) or 0)
     with cli_output.progress(json) as report:
-        result = work(model, out, keep=keep, recipe=recipe, calibration=calibration, tokens=tokens, seq_len=seq_len,
-                      scope=scope, targets=targets, ignore=ignore, seed=seed, rank_plan=plan, texts=text or (), run=run,
-                      restart=restart, machine=machine, report=report)  # fmt: skip
+        result = work(model, out, keep=keep, nbytes=size(bytes), max_loss=max_loss, recipe=recipe,
+                      calibration=calibration, tokens=tokens, seq_len=seq_len, scope=scope, bits=bits,
+                      recover=not no_recover, targets=targets, ignore=ignore, seed=seed, rank_plan=plan,
+                      texts=text or (), run=run, restart=restart, machine=machine, report=report)  # fmt: skip
     cli_output.show(result.as_json(), json, lambda: _table(result))
 
 
@@ -101,19 +115,17 @@ def _table(result: "Result") -> None:
     from lillama.hub.card import auto_class
     from lillama.resources import readable
 
-    spec, ranks = result.plan.spec, result.plan
+    spec, stored = result.plan.spec, result.stored
     table = Table("", "original", "compressed", "", title=str(result.path))
-    table.add_row("parameters", f"{spec.params:,}", f"{ranks.kept_params:,}", f"{ranks.keep:.1%}")
-    table.add_row(
-        "bytes", readable(spec.params * spec.bytes_per_param), readable(ranks.kept_bytes), f"{ranks.keep:.1%}"
-    )
+    before = spec.params, spec.params * spec.bytes_per_param
+    table.add_row("parameters", f"{before[0]:,}", f"{stored.params:,}", f"{stored.params / before[0]:.1%}")
+    table.add_row("bytes", readable(before[1]), readable(stored.bytes), f"{stored.bytes / before[1]:.1%}")
     for pair in result.texts:
-        before, after = pair.before, pair.after
-        change = after.perplexity / before.perplexity - 1
-        table.add_row(
-            f"perplexity, {before.name}", f"{before.perplexity:.3f}", f"{after.perplexity:.3f}", f"{change:+.1%}"
-        )
-        table.add_row(f"bits per byte, {before.name}", f"{before.bits_per_byte:.4f}", f"{after.bits_per_byte:.4f}", "")
+        old, new = pair.before, pair.after
+        change = new.perplexity / old.perplexity - 1
+        table.add_row(f"perplexity, {old.name}", f"{old.perplexity:.3f}", f"{new.perplexity:.3f}", f"{change:+.1%}")
+        table.add_row(f"bits per byte, {old.name}", f"{old.bits_per_byte:.4f}", f"{new.bits_per_byte:.4f}", "")
+    table.add_row("held-out loss", "", f"{result.held_out.rise:+.4f} nats", "")
     table.add_row("time", "", duration(result.seconds), "")
     table.add_row("peak memory", "", readable(result.peak_bytes), "")
     print_tables(table)

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from lillama.commands.options import Flag, Many
+from lillama.commands.options import Flag, Many, size
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from lillama.prepare import Planned
 
 
@@ -14,11 +16,15 @@ def plan(
     /,
     *,
     keep: float | None = None,
+    bytes: str | None = None,
+    preview: Annotated[bool, Flag] = False,
     recipe: str = "default",
     calibration: Annotated[list[str] | None, Many] = None,
     tokens: int | None = None,
     seq_len: int | None = None,
     scope: Literal["model", "blocks"] | None = None,
+    bits: Literal[4, 8] | None = None,
+    no_recover: Annotated[bool, Flag] = False,
     targets: Annotated[list[str] | None, Many] = None,
     ignore: Annotated[list[str] | None, Many] = None,
     seed: int | None = None,
@@ -37,6 +43,10 @@ def plan(
         Local folder or hub id; only its configuration is read.
     keep
         Share of the parameters that remains [default: the recipe's, 0.8].
+    bytes
+        Size that the weights may have, for example 4GiB, instead of --keep.
+    preview
+        Read weights and calibration text, and show the ranks by spectra and the loss predicted for every size.
     recipe
         `default`, `paper`, another recipe that comes with lillama, or a YAML file.
     calibration
@@ -47,6 +57,10 @@ def plan(
         Tokens of a sequence [default: the recipe's].
     scope
         What --keep is a share of: the whole `model` [default] or its `blocks`.
+    bits
+        Store the factors in 8 or 4 bits a number [default: the original's type].
+    no_recover
+        Leave out the recovery tail, in which all blocks learn together.
     targets
         Globs of the linears to factorise, by full name or by name within the block [default: all].
     ignore
@@ -67,12 +81,23 @@ def plan(
         Print JSON.
     """
     from lillama import cli_output
+    from lillama.compression import preview as look
+    from lillama.errors import RecipeError
     from lillama.prepare import Machine
     from lillama.prepare import plan as work
 
-    planned = work(model, keep=keep, recipe=recipe, calibration=calibration, tokens=tokens, seq_len=seq_len, scope=scope,
-                   targets=targets, ignore=ignore, seed=seed, rank_plan=plan,
-                   machine=Machine(device, micro_batch))  # fmt: skip
+    machine, nbytes = Machine(device, micro_batch), size(bytes)
+    if preview and plan is not None:
+        raise RecipeError(f"--preview and --plan {plan}: a saved plan needs no spectra; give one of them")
+    with cli_output.progress(json) as report:
+        if preview:
+            planned = look(model, keep=keep, nbytes=nbytes, recipe=recipe, calibration=calibration, tokens=tokens,
+                           seq_len=seq_len, scope=scope, bits=bits, targets=targets, ignore=ignore, seed=seed,
+                           machine=machine, report=report)  # fmt: skip
+        else:
+            planned = work(model, keep=keep, nbytes=nbytes, recipe=recipe, calibration=calibration, tokens=tokens,
+                           seq_len=seq_len, scope=scope, bits=bits, recover=not no_recover, targets=targets,
+                           ignore=ignore, seed=seed, rank_plan=plan, machine=machine)  # fmt: skip
     cli_output.show(planned.as_json(), json, lambda: _tables(planned))
 
 
@@ -103,7 +128,20 @@ def _tables(plan: "Planned") -> None:
     )
     facts.add_row("disk", f"about {readable(needs.disk_bytes)} for result and run folder")
     facts.add_row("time", f"about {duration(needs.seconds or 0)} on this machine")
-    print_tables(table, facts)
+    if plan.outline:
+        facts.add_row(
+            "ranks", "those of `uniform`; `compress` moves budget when it has read the weights (see --preview)"
+        )
+    print_tables(table, facts, *([_curve(plan)] if plan.curve else []))
+
+
+def _curve(plan: "Planned") -> "Table":
+    from rich.table import Table
+
+    table = Table("keep", "predicted rise of the loss, nats a token", title="from spectra, before teaching")
+    for keep, rise in plan.curve:
+        table.add_row(f"{keep:.2f}", f"{rise:.4f}")
+    return table
 
 
 def _some(count: int) -> list[int]:

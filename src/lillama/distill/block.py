@@ -3,16 +3,18 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from lillama.distill.config import DistillConfig
-from lillama.distill.learner import Learner, MicroBatch
+from lillama.distill.learner import Learner
 from lillama.distill.losses import Loss
+from lillama.distill.objective import Ahead, MicroBatch, Units, real_tokens
+from lillama.distill.spectrum import largest_singular_values
 from lillama.distill.trace import DistillLog, Trace
 from lillama.errors import TrainingError
 from lillama.progress import Progress, Report
@@ -53,6 +55,21 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class NextBlock:
+    """The block behind the one that is taught.
+
+    Attributes:
+        index: of it.
+        block: the teacher's, frozen.
+        target: the teacher's outputs of it.
+    """
+
+    index: int
+    block: nn.Module
+    target: ActivationStore
+
+
+@dataclass(frozen=True)
 class BlockData:
     """The activations around one block.
 
@@ -62,9 +79,12 @@ class BlockData:
         teacher: the teacher's inputs of the block.
         student: the student's inputs, or None while they are the teacher's.
         target: the teacher's outputs.
-        mask: true at real tokens; None if all are.
+        mask: true at real tokens, on the host; None if all are.
         stream: as in `DistillConfig`.
         micro_batch: sequences that are computed at once.
+        own_target: what the student's stream is compared with, if it is not `target`.
+        parts: child of the block -> the teacher's outputs of that child.
+        following: the next block, if the student is looked at through it.
     """
 
     index: int
@@ -75,6 +95,9 @@ class BlockData:
     mask: Bool[Tensor, "sequences length"] | None
     stream: str
     micro_batch: int
+    own_target: ActivationStore | None = None
+    parts: Mapping[str, ActivationStore] = field(default_factory=dict)
+    following: NextBlock | None = None
 
     def micro_batches(self, rows: Int[Tensor, " n"]) -> Iterator[MicroBatch]:
         """Read some sequences, a micro-batch at a time."""
@@ -84,14 +107,30 @@ class BlockData:
                 inputs["teacher"] = self.teacher.read(part)
             if self.stream != "teacher" and self.student is not None:
                 inputs["student"] = self.student.read(part)
-            mask = None if self.mask is None else self.mask[part].to(self.target.device)
-            call = self.calls.select(self.index, part, self.target.device)
-            yield MicroBatch(call, inputs, self.target.read(part), mask)
+            yield MicroBatch(
+                call=self.calls.select(self.index, part, self.target.device),
+                inputs=inputs,
+                target=self.target.read(part),
+                mask=None if self.mask is None else self.mask[part].to(self.target.device, non_blocking=True),
+                tokens=self.tokens(part),
+                own_target=None if self.own_target is None else self.own_target.read(part),
+                parts={name: store.read(part) for name, store in self.parts.items()},
+                ahead=self._ahead(part),
+            )
 
-    def unit(self, loss: Loss, rows: Int[Tensor, " n"]) -> float:
-        """Return the unit of a loss, measured on the real tokens of some sequences of the target."""
-        units = [(micro.tokens, loss.unit(micro.real_targets)) for micro in self.micro_batches(rows) if micro.tokens]
-        return sum(tokens * unit for tokens, unit in units) / sum(tokens for tokens, _ in units)
+    def tokens(self, rows: Int[Tensor, " n"]) -> int:
+        """Return the number of real tokens in some sequences."""
+        return real_tokens(self.mask, rows, self.target.shape[1])
+
+    def units(self, loss: Loss, rows: Int[Tensor, " n"]) -> Units:
+        """Return the units of a loss, measured on the real tokens of some sequences of the targets."""
+        return Units.measured(loss, self.micro_batches(rows))
+
+    def _ahead(self, rows: Int[Tensor, " n"]) -> Ahead | None:
+        if self.following is None:
+            return None
+        call = self.calls.select(self.following.index, rows, self.target.device)
+        return Ahead(self.following.block, call, self.following.target.read(rows))
 
 
 def distill_block(
@@ -116,14 +155,15 @@ def distill_block(
     trace.check(0, learner.validate(data.micro_batches(rows.held_out)), learner.state)
     if not trace.best_state:
         raise TrainingError(f"{name}: the loss is not finite at step 0; the original model overflows on this text")
+    trace.singular = largest_singular_values(learner.student)
     for batch in batches(rows, config, seed):
-        micro_batches = list(data.micro_batches(batch))
-        tokens += sum(micro.tokens for micro in micro_batches)
-        trace.losses.append(learner.step(micro_batches))
+        count = data.tokens(batch)
+        tokens += count
+        trace.losses.append(learner.step(data.micro_batches(batch), count))
         step = learner.step_count
         if time.monotonic() - told > REPORT_SECONDS or step == steps:
             told = time.monotonic()
-            report(Progress("steps", step, steps, name, tokens, trace.last_loss()))
+            report(Progress("steps", step, steps, name, tokens, trace.recent_loss()))
         if step in check_steps(config, steps):
             trace.check(step, learner.validate(data.micro_batches(rows.held_out)), learner.state)
             bad = trace.first_bad_step()
@@ -131,7 +171,7 @@ def distill_block(
                 learner.restore(trace.best_state)
                 return distill_block(retry(learner, name, bad, retried), name, data, rows, seed, report, retried=True)
     learner.restore(trace.best_state)
-    return trace.log(name, learner.lr, tokens, retried)
+    return trace.log(name, learner.lr, tokens, retried, largest_singular_values(learner.student))
 
 
 def retry(learner: Learner, name: str, bad_step: int, retried: bool) -> Learner:
@@ -146,7 +186,7 @@ def retry(learner: Learner, name: str, bad_step: int, retried: bool) -> Learner:
             "lower distill.lr in the recipe"
         )
     logger.warning("%s: loss not finite at step %d; once more at half the learning rate", name, bad_step)
-    return Learner(learner.student, learner.config, learner.lr / 2, learner.steps, learner.unit)
+    return learner.halved()
 
 
 def check_steps(config: DistillConfig, steps: int) -> set[int]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, with_config
 
 from lillama.distill.losses import Loss, Mse
+from lillama.errors import RecipeError
 
 
 @with_config(extra="forbid")
@@ -18,11 +19,20 @@ class DistillConfig:
         schedule: `sequential` finishes one block after the other; `joint` trains all blocks on every batch, as published.
         stream: whose activations feed the student: the `teacher`'s, the `student`'s own, or `both` (the losses add up).
         loss: between the student's and the teacher's outputs.
+        norm: weight of `(|a| - |y|)^2 / |y|^2` beside the loss, for losses that do not see the scale.
+        look_ahead: weight of the same loss behind the next block: what the teacher's next block makes of the student's
+            output against what it makes of the teacher's own. 0 leaves it out.
+        sub_blocks: weight of the same loss on the outputs of the block's children that hold factorised linears
+            (attention, MLP), on average. 0 leaves it out.
+        adaptive: share of the original block's answer to the student's own input in the target of the student's
+            stream: 0 is anchored to the answer to the teacher's input, 1 forgets the errors made below.
         epochs: passes over the calibration tokens; 0 keeps the initialisation.
         batch_size: sequences in one optimiser step.
-        lr: learning rate, at a hidden size of `lr_width`.
-        lr_width: the rate is multiplied by `lr_width / hidden size`, Adam's rule for growing width (muP, arXiv
-            2203.03466); None uses `lr` as it stands.
+        lr: learning rate, at a hidden size of `lr_width`, or relative to each tensor.
+        lr_scale: `width` multiplies the rate by `lr_width / hidden size`, Adam's rule for growing width (muP, arXiv
+            2203.03466); `rms` gives each tensor a rate of its own, `lr` times the root mean square of its initial values
+            (relative steps as in Adafactor, arXiv 1804.04235), so that no small factor is overrun.
+        lr_width: where `lr_scale` is `width`; None uses `lr` as it stands.
         lr_schedule: `cosine` falls to 0 at the last step; `constant` stays.
         warmup: share of the steps in which the rate rises linearly from 0.
         betas: of AdamW.
@@ -34,20 +44,39 @@ class DistillConfig:
     schedule: Literal["sequential", "joint"] = "sequential"
     stream: Literal["teacher", "student", "both"] = "student"
     loss: Annotated[Loss, Field(discriminator="name")] = field(default_factory=Mse)
+    norm: Annotated[float, Field(ge=0)] = 0.0
+    look_ahead: Annotated[float, Field(ge=0)] = 0.0
+    sub_blocks: Annotated[float, Field(ge=0)] = 0.0
+    adaptive: Annotated[float, Field(ge=0, le=1)] = 0.0
     epochs: Annotated[int, Field(ge=0)] = 4
     batch_size: Annotated[int, Field(ge=1)] = 8
-    lr: Annotated[float, Field(gt=0)] = 2e-3
+    lr: Annotated[float, Field(gt=0)] = 2e-2
+    lr_scale: Literal["width", "rms"] = "rms"
     lr_width: Annotated[int, Field(ge=1)] | None = 256
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.0625
 
+    def __post_init__(self) -> None:
+        sequential = {"look_ahead": self.look_ahead, "sub_blocks": self.sub_blocks}
+        for key, weight in sequential.items():
+            if weight and self.schedule == "joint":
+                raise RecipeError(
+                    f"distill.{key} is {weight:g}: the schedule joint compares the outputs of blocks only, since its targets "
+                    f"are computed anew at every step; set distill.{key} to 0, or distill.schedule to sequential"
+                )
+        if self.adaptive and self.stream == "teacher":
+            raise RecipeError(
+                f"distill.adaptive is {self.adaptive:g}: the stream teacher feeds no student's input that a target could "
+                "adapt to; set distill.adaptive to 0, or distill.stream to student or both"
+            )
+
     def peak_lr(self, hidden_size: int) -> float:
-        """Return the learning rate after warm-up for a model of this hidden size."""
-        return self.lr if self.lr_width is None else self.lr * self.lr_width / hidden_size
+        """Return the learning rate after warm-up for a model of this hidden size, before each tensor's own scale."""
+        return self.lr if self.lr_width is None or self.lr_scale == "rms" else self.lr * self.lr_width / hidden_size
 
     def lr_factor(self, step: int, steps: int) -> float:
         """Return the share of the peak rate at a step from 0 to `steps` - 1."""

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from lillama.distill.block import REPORT_SECONDS, Rows, batches, check_steps, retry, step_total
 from lillama.distill.config import DistillConfig
-from lillama.distill.learner import Learner, MicroBatch
+from lillama.distill.learner import Learner
+from lillama.distill.objective import MicroBatch, real_tokens
+from lillama.distill.spectrum import largest_singular_values
 from lillama.distill.trace import DistillLog, Trace
 from lillama.errors import TrainingError
 from lillama.files import atomic_folder, write_json
 from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.progress import Progress, Report
-from lillama.stream.calls import CallTable
+from lillama.stream.calls import BlockCall, CallTable
 from lillama.stream.store import ActivationStore
 
 SNAPSHOT_SECONDS = 300.0
@@ -132,12 +134,14 @@ class JointTraining:
         steps, saved, told = step_total(self.rows, self.config), time.monotonic(), 0.0
         if not done:
             self._check(traces, 0)
+            for index, trace in traces.items():
+                trace.singular = largest_singular_values(self.bench[index].student)
         for batch in islice(batches(self.rows, self.config, self.seed), done, None):
             tokens += self._step(batch, traces)
             done += 1
             if time.monotonic() - told > REPORT_SECONDS or done == steps:
                 told = time.monotonic()
-                loss = sum(trace.last_loss() for trace in traces.values()) / len(traces)
+                loss = sum(trace.recent_loss() for trace in traces.values()) / len(traces)
                 report(Progress("steps", done, steps, "all blocks", tokens, loss))
             if done in check_steps(self.config, steps):
                 self._check(traces, done)
@@ -148,14 +152,15 @@ class JointTraining:
         for index, trace in traces.items():
             learner = self.bench[index]
             learner.restore(trace.best_state)
-            yield index, learner, trace.log(self.names[index], learner.lr, tokens, index in retried)
+            singular = largest_singular_values(learner.student)
+            yield index, learner, trace.log(self.names[index], learner.lr, tokens, index in retried, singular)
 
     def _step(self, batch: Tensor, traces: Mapping[int, Trace]) -> int:
         """Let every block take one step on a batch; return the batch's real tokens."""
         tokens = 0
         for index, micro_batches in self._through(batch):
-            traces[index].losses.append(self.bench[index].step(micro_batches))
             tokens = sum(micro.tokens for micro in micro_batches)
+            traces[index].losses.append(self.bench[index].step(micro_batches, tokens))
         return tokens
 
     def _through(self, batch: Tensor) -> Iterator[tuple[int, list[MicroBatch]]]:
@@ -173,25 +178,32 @@ class JointTraining:
                 yield (
                     index,
                     [
-                        MicroBatch(call, self._inputs(x, own, parted), y, self._mask(part))
+                        self._micro_batch(call, block, x, own if parted else None, y, part)
                         for call, x, own, y, part in zip(calls, teacher, student, targets, parts, strict=True)
                     ],
                 )
-                student = [self.bench[index].forward(call, own) for call, own in zip(calls, student, strict=True)]
-                parted = True
+                if index < self.last and self.config.stream != "teacher":
+                    student = [self.bench[index].forward(call, own) for call, own in zip(calls, student, strict=True)]
+                    parted = True
             elif parted:
                 with torch.no_grad():
                     student = [call(block, own) for call, own in zip(calls, student, strict=True)]
-            else:
+            if not parted:
                 student = targets
             teacher = targets
 
-    def _inputs(self, teacher: Tensor, student: Tensor, parted: bool) -> dict[str, Tensor]:
-        inputs = {"teacher": teacher} if self.config.stream != "student" or not parted else {}
-        return inputs | ({"student": student} if self.config.stream != "teacher" and parted else {})
-
-    def _mask(self, part: Tensor) -> Tensor | None:
-        return None if self.data.mask is None else self.data.mask[part].to(self.data.hidden.device)
+    @torch.no_grad()
+    def _micro_batch(
+        self, call: BlockCall, block: nn.Module, teacher: Tensor, student: Tensor | None, target: Tensor, part: Tensor
+    ) -> MicroBatch:
+        config, mask = self.config, self.data.mask
+        inputs = {"teacher": teacher} if config.stream != "student" or student is None else {}
+        own_target = None
+        if config.stream != "teacher" and student is not None:
+            inputs["student"] = student
+            own_target = torch.lerp(target, call(block, student), config.adaptive) if config.adaptive else None
+        here = None if mask is None else mask[part].to(target.device, non_blocking=True)
+        return MicroBatch(call, inputs, target, here, real_tokens(mask, part, target.shape[1]), own_target)
 
     def _check(self, traces: Mapping[int, Trace], step: int) -> None:
         """Measure the held-out loss of every block and keep the states that are the best so far."""

@@ -1,42 +1,16 @@
 """One block that learns: fp32 master weights, an optimiser, one step at a time."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lillama.distill.config import DistillConfig
+from lillama.distill.objective import MicroBatch, Units, recorded, token_losses
 from lillama.stream.calls import BlockCall
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A few sequences at one block.
-
-    Attributes:
-        call: what the block is given besides its hidden state.
-        inputs: stream (`teacher` or `student`) -> hidden states that enter the student.
-        target: the teacher's output for the teacher's input.
-        mask: true at real tokens; None if all are.
-    """
-
-    call: BlockCall
-    inputs: Mapping[str, Float[Tensor, "sequences length width"]]
-    target: Float[Tensor, "sequences length width"]
-    mask: Bool[Tensor, "sequences length"] | None
-
-    @property
-    def tokens(self) -> int:
-        """Number of real tokens."""
-        return self.target.shape[0] * self.target.shape[1] if self.mask is None else int(self.mask.sum())
-
-    @property
-    def real_targets(self) -> Float[Tensor, "tokens width"]:
-        """The target at the real tokens."""
-        return self.target.flatten(0, 1) if self.mask is None else self.target[self.mask]
+NO_SCALE = 1e-3  # of the usual root mean square: a tensor below has no scale of its own
 
 
 class Learner:
@@ -51,38 +25,52 @@ class Learner:
         config: of the distillation.
         lr: peak learning rate.
         steps: optimiser steps in all.
-        unit: losses are divided by this.
+        units: losses are divided by these.
     """
 
-    def __init__(self, student: nn.Module, config: DistillConfig, lr: float, steps: int, unit: float) -> None:
+    def __init__(self, student: nn.Module, config: DistillConfig, lr: float, steps: int, units: Units) -> None:
         self.student = student.float().eval().requires_grad_(True)
-        self.config, self.lr, self.steps, self.unit = config, lr, steps, unit
+        self.config, self.lr, self.steps, self.units = config, lr, steps, units
         self.step_count = 0
         self.optimiser = torch.optim.AdamW(
-            self.student.parameters(), lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            rate_groups(self.student, config), lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
 
-    def step(self, batch: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    def step(self, batch: Iterable[MicroBatch], tokens: int) -> dict[str, Tensor]:
         """Take one optimiser step on the sum of the streams' losses, averaged over the batch's real tokens.
+
+        Args:
+            batch: one micro-batch after the other; each may be forgotten when the next is asked for.
+            tokens: real tokens of all of them.
 
         Returns:
             stream -> loss before the step, a detached scalar on the device.
         """
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.lr * self.config.lr_factor(self.step_count, self.steps)
-        tokens = sum(micro.tokens for micro in batch)
         losses: dict[str, Tensor] = {}
         for micro in batch:
             for stream in micro.inputs:
                 loss = self._loss(micro, stream) / tokens
                 (loss * self._weight(micro)).backward()
                 losses[stream] = losses.get(stream, 0) + loss.detach()
+        self.update()
+        return losses
+
+    def update(self) -> None:
+        """Take an optimiser step on the gradient that lies in the parameters, and forget it."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr * group["scale"] * self.config.lr_factor(self.step_count, self.steps)
         if self.config.clip is not None:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.step_count += 1
-        return losses
+
+    def halved(self) -> "Learner":
+        """Return a learner of the same student at half the rate, with a fresh optimiser."""
+        again = Learner(self.student, self.config, self.lr / 2, self.steps, self.units)
+        for new, old in zip(again.optimiser.param_groups, self.optimiser.param_groups, strict=True):
+            new["scale"] = old["scale"]
+        return again
 
     @torch.no_grad()
     def validate(self, batches: Iterable[MicroBatch]) -> dict[str, float]:
@@ -137,9 +125,10 @@ class Learner:
 
     def _loss(self, micro: MicroBatch, stream: str) -> Tensor:
         """Return the sum of the loss over the real tokens of one stream."""
-        output = self._run(micro.call, micro.inputs[stream])
-        losses = self.config.loss(output.float(), micro.target.float())
-        return (losses if micro.mask is None else losses[micro.mask]).sum() / self.unit
+        with recorded(self.student, micro.parts) as parts:
+            output = self._run(micro.call, micro.inputs[stream])
+        losses = token_losses(self.config, self.units, micro, stream, output, parts)
+        return (losses if micro.mask is None else losses.masked_fill(~micro.mask, 0)).sum()
 
     def _weight(self, micro: MicroBatch) -> float:
         """Return how often a stream counts: twice where both are wanted, but the student's is still the teacher's."""
@@ -154,3 +143,18 @@ class Learner:
             return torch.func.functional_call(self.student, working, args, kwargs)
 
         return call(forward, hidden)
+
+
+def rate_groups(student: nn.Module, config: DistillConfig) -> list[dict[str, Any]]:
+    """Return the groups of AdamW; the rate of each is multiplied by its `scale`.
+
+    By `rms` each tensor is a group, its scale the root mean square of its values as they are now. Tensors of zeros, as
+    biases often begin, take the median of the others.
+    """
+    parameters = list(student.parameters())
+    if config.lr_scale == "width":
+        return [{"params": parameters, "scale": 1.0}]
+    scales = torch.stack([parameter.detach().square().mean().sqrt() for parameter in parameters]).cpu()
+    usual = scales[scales > 0].median() if scales.any() else torch.tensor(1.0)
+    scales = torch.where(scales > NO_SCALE * usual, scales, usual)
+    return [{"params": [p], "scale": scale} for p, scale in zip(parameters, scales.tolist(), strict=True)]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import with_config
@@ -68,3 +69,9 @@ class TokenMse:
 
 
 Loss = L1Cosine | Mse | TokenMse
+
+
+def length_error(student: Float[Tensor, "*batch d"], teacher: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+    """Return `(|a| - |y|)^2 / |y|^2` of each token: what a loss that does not see the scale leaves free."""
+    wanted = torch.linalg.vector_norm(teacher, dim=-1).clamp(min=1e-6)
+    return (torch.linalg.vector_norm(student, dim=-1) / wanted - 1).pow(2)

@@ -1,14 +1,17 @@
 """The two streams of activations that run through the model: the teacher's and the student's own."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from lillama.distill.block import BlockData
-from lillama.distill.grams import Run
+from lillama.distill.block import BlockData, NextBlock
+from lillama.distill.grams import Run, watched
+from lillama.distill.objective import recorded
+from lillama.errors import RecipeError
+from lillama.lowrank.factors import Gram
 from lillama.stream.calls import CallTable
 from lillama.stream.store import ActivationStore, Shelf
 from lillama.stream.streamed import StreamedModel, advance, begin, row_slices
@@ -26,6 +29,9 @@ class Streams:
         spare: a store that becomes the student's when the streams part; None if no student stream is wanted.
         mask: true at real tokens; None if all are.
         micro_batch: sequences that are computed at once.
+        own_target: what the student's stream is compared with, once `adapt` has run; None if that is `target`.
+        ahead: index of the next block and the teacher's activations after it, once `look_ahead` has run.
+        parts: child of the block -> the teacher's outputs of it, once `teach` was asked for them.
     """
 
     calls: CallTable
@@ -35,10 +41,21 @@ class Streams:
     spare: ActivationStore | None
     mask: Bool[Tensor, "sequences length"] | None
     micro_batch: int
+    own_target: ActivationStore | None = None
+    ahead: tuple[int, ActivationStore] | None = None
+    parts: dict[str, ActivationStore] = field(default_factory=dict)
+    _made: dict[str, ActivationStore] = field(default_factory=dict)
 
     @classmethod
     def begun(
-        cls, model: StreamedModel, ids: Tensor, mask: Tensor | None, shelf: Shelf, both: bool, micro_batch: int
+        cls,
+        model: StreamedModel,
+        ids: Tensor,
+        mask: Tensor | None,
+        shelf: Shelf,
+        both: bool,
+        micro_batch: int,
+        further: int = 0,
     ) -> "Streams":
         """Run the embeddings.
 
@@ -49,17 +66,57 @@ class Streams:
             shelf: where the activations go.
             both: whether a student's stream is wanted besides the teacher's.
             micro_batch: sequences that are computed at once.
+            further: stores that `teach`, `adapt` and `look_ahead` will need.
         """
         shape = (*ids.shape, model.skeleton.config.get_text_config().hidden_size)
         names = ("teacher", "target", "student") if both else ("teacher", "target")
-        place = shelf.place(len(names) * torch.Size(shape).numel() * model.dtype.itemsize)
+        place = shelf.place((len(names) + further) * torch.Size(shape).numel() * model.dtype.itemsize)
         stores = [ActivationStore(shape, model.dtype, shelf, place, name) for name in names]
         calls = begin(model, ids, mask, stores[0], micro_batch)
         return cls(calls, stores[0], stores[1], None, stores[2] if both else None, mask, micro_batch)
 
-    def teach(self, index: int, block: nn.Module) -> None:
-        """Compute the teacher's outputs of a block."""
-        advance(block, index, self.calls, self.teacher, self.target, self.micro_batch)
+    @torch.no_grad()
+    def teach(
+        self, index: int, block: nn.Module, parts: Sequence[str] = (), linears: Iterable[str] = ()
+    ) -> dict[str, Gram]:
+        """Compute the teacher's outputs of a block, and of those of its children that are named.
+
+        Args:
+            index: of the block.
+            block: the teacher's.
+            parts: children whose outputs are wanted.
+            linears: whose inputs' Grams are wanted.
+
+        Returns:
+            linear -> Gram of its inputs.
+
+        Raises:
+            RecipeError: a child's outputs cannot be compared.
+        """
+        with watched(block, linears) as watch, recorded(block, parts) as outputs:
+            for rows in row_slices(self.teacher.shape[0], self.micro_batch):
+                hidden = self.teacher.read(rows)
+                self.target.write(rows, self.calls.select(index, rows, self.teacher.device)(block, hidden))
+                watch.add(None if self.mask is None else self.mask[rows])
+                self.parts = {name: self._part(name, outputs.get(name), len(hidden)) for name in parts}
+                for name, store in self.parts.items():
+                    store.write(rows, outputs[name].reshape(*hidden.shape[:2], -1))
+        return watch.grams
+
+    @torch.no_grad()
+    def adapt(self, index: int, block: nn.Module, share: float) -> None:
+        """Move the student's target by a share towards the teacher's answer to the student's own input."""
+        if self.student is None or not share:
+            return
+        self.own_target = self._store("adapted", self.target.shape)
+        for rows in row_slices(self.target.shape[0], self.micro_batch):
+            answer = self.calls.select(index, rows, self.target.device)(block, self.student.read(rows))
+            self.own_target.write(rows, torch.lerp(self.target.read(rows), answer, share))
+
+    def look_ahead(self, index: int, block: nn.Module) -> None:
+        """Compute the teacher's outputs of the next block too."""
+        self.ahead = index, self._store("ahead", self.target.shape)
+        advance(block, index, self.calls, self.target, self.ahead[1], self.micro_batch)
 
     def runs(self, index: int) -> Iterator[Run]:
         """Yield the teacher's inputs of a block by micro-batches, with the block's calls."""
@@ -67,10 +124,26 @@ class Streams:
             mask = None if self.mask is None else self.mask[rows]
             yield self.calls.select(index, rows, self.teacher.device), self.teacher.read(rows), mask
 
-    def data(self, index: int, stream: str) -> BlockData:
-        """Return the activations around a block, after `teach`."""
+    def data(self, index: int, stream: str, following: nn.Module | None = None) -> BlockData:
+        """Return the activations around a block, after `teach`.
+
+        Args:
+            index: of the block.
+            stream: as in `DistillConfig`.
+            following: the teacher's next block, after `look_ahead`; None if the student is not looked at through it.
+        """
         return BlockData(
-            index, self.calls, self.teacher, self.student, self.target, self.mask, stream, self.micro_batch
+            index,
+            self.calls,
+            self.teacher,
+            self.student,
+            self.target,
+            self.mask,
+            stream,
+            self.micro_batch,
+            self.own_target,
+            self.parts,
+            None if self.ahead is None or following is None else NextBlock(self.ahead[0], following, self.ahead[1]),
         )
 
     def move_on(self, index: int, student: nn.Module | None) -> None:
@@ -86,6 +159,7 @@ class Streams:
             self.student = self.spare
             advance(student, index, self.calls, source, self.student, self.micro_batch)
         self.teacher, self.target = self.target, self.teacher
+        self.own_target, self.ahead, self.parts = None, None, {}
 
     @property
     def parted(self) -> bool:
@@ -94,6 +168,23 @@ class Streams:
 
     def remove(self) -> None:
         """Give the stores back."""
-        for store in (self.teacher, self.target, self.spare):
+        for store in (self.teacher, self.target, self.spare, *self._made.values()):
             if store is not None:
                 store.remove()
+
+    def _store(self, name: str, shape: tuple[int, ...]) -> ActivationStore:
+        """Return a store that was used for an earlier block, or a new one."""
+        if name not in self._made or self._made[name].shape != shape:
+            self._made[name] = ActivationStore(shape, self.target.dtype, self.target.shelf, self.target.place, name)
+        return self._made[name]
+
+    def _part(self, name: str, output: Tensor | None, rows: int) -> ActivationStore:
+        """Return the store for the outputs of a child, whose output for some sequences is given."""
+        sequences, length, _ = self.target.shape
+        if output is None or output.numel() % (rows * length):
+            found = "is not called as a module" if output is None else f"returns {tuple(output.shape)}"
+            raise RecipeError(
+                f"distill.sub_blocks: {name} of the block {found}, which is no activation of {length} tokens; set "
+                "distill.sub_blocks to 0"
+            )
+        return self._store(f"part-{name}", (sequences, length, output.numel() // (rows * length)))

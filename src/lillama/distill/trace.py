@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 CURVE_POINTS = 200
+GROWTH = 1.5  # of a largest singular value that is worth a warning
 Row = tuple[int, float | None, float | None]
 
 
@@ -28,6 +29,8 @@ class DistillLog:
         retried: whether a non-finite loss made a second attempt necessary.
         curve: rows of step, training loss on the teacher's stream, and on the student's (None: not fed).
         held_out: rows of step and held-out loss, for the same two streams.
+        singular: linear within the block -> largest singular value of its factors' product, before training and in the
+            state that was kept.
     """
 
     block: str
@@ -41,6 +44,13 @@ class DistillLog:
     retried: bool
     curve: tuple[Row, ...]
     held_out: tuple[Row, ...]
+    singular: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def grown(self) -> dict[str, float]:
+        """Linears whose largest singular value grew by more than half -> by what factor."""
+        ratios = {name: kept / start for name, (start, kept) in self.singular.items() if start > 0}
+        return {name: ratio for name, ratio in ratios.items() if ratio > GROWTH}
 
 
 @dataclass
@@ -53,6 +63,7 @@ class Trace:
         best: smallest held-out loss, summed over the streams.
         best_step: after which it was reached.
         best_state: parameters of that moment.
+        singular: linear -> largest singular value before training.
     """
 
     losses: list[dict[str, Tensor]] = field(default_factory=list)
@@ -60,6 +71,7 @@ class Trace:
     best: float = math.inf
     best_step: int = 0
     best_state: dict[str, Tensor] = field(default_factory=dict)
+    singular: dict[str, float] = field(default_factory=dict)
 
     def check(self, step: int, losses: dict[str, float], state: Callable[[], dict[str, Tensor]]) -> None:
         """Note the held-out losses after a step, and keep the state if it is the best so far."""
@@ -72,9 +84,9 @@ class Trace:
         """The last held-out loss, summed over the streams."""
         return sum(self.checks[-1][1].values())
 
-    def last_loss(self) -> float:
-        """Return the last training loss, summed over the streams; waits for the device."""
-        return float(sum(self.losses[-1].values()))
+    def recent_loss(self) -> float:
+        """Return the training loss of the step before the last, summed over the streams: the device is done with it."""
+        return float(sum(self.losses[-2:][0].values()))
 
     def first_bad_step(self) -> int | None:
         """Return the first step whose loss was not finite, if a loss or a held-out loss was not."""
@@ -93,17 +105,18 @@ class Trace:
     def as_json(self) -> dict[str, Any]:
         """Return all but the best state as JSON values."""
         losses = [{stream: float(loss) for stream, loss in row.items()} for row in self.losses]
-        return {"losses": losses, "checks": self.checks, "best": self.best, "best_step": self.best_step}
+        numbers = {"best": self.best, "best_step": self.best_step, "singular": self.singular}
+        return {"losses": losses, "checks": self.checks} | numbers
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], best_state: dict[str, Tensor]) -> "Trace":
         """Return the trace that `as_json` wrote."""
         losses = [{stream: torch.tensor(loss) for stream, loss in row.items()} for row in value["losses"]]
         checks = [(step, means) for step, means in value["checks"]]
-        return cls(losses, checks, value["best"], value["best_step"], best_state)
+        return cls(losses, checks, value["best"], value["best_step"], best_state, value["singular"])
 
-    def log(self, block: str, lr: float, tokens: int, retried: bool) -> DistillLog:
-        """Return the record of the training."""
+    def log(self, block: str, lr: float, tokens: int, retried: bool, singular: Mapping[str, float]) -> DistillLog:
+        """Return the record of the training; `singular` holds the largest singular values of the kept state."""
         stride = max(1, len(self.losses) // CURVE_POINTS)
         return DistillLog(
             block=block,
@@ -117,6 +130,7 @@ class Trace:
             retried=retried,
             curve=tuple(_row(step + 1, self.losses[step]) for step in range(0, len(self.losses), stride)),
             held_out=tuple(_row(step, losses) for step, losses in self.checks),
+            singular={name: (start, singular[name]) for name, start in self.singular.items()},
         )
 
 

@@ -1,17 +1,30 @@
-"""Put a compressed model folder together: finished blocks, everything else from the original, one tensor at a time."""
+"""Put a compressed model folder together: finished blocks, everything else from the original, one block at a time."""
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lillama.files import write_json
 from lillama.hub.export import carry_along
 from lillama.hub.quantizer import LowRankConfig
+from lillama.lowrank.absorb import absorb
+from lillama.lowrank.pivot import Pivoting, in_order, pivot_rows
+from lillama.lowrank.quantized import refuse_without_torchao
+from lillama.lowrank.storage import Storage
+from lillama.lowrank.stored import stored_factors
 from lillama.model.checkpoint import CheckpointReader, CheckpointWriter
 from lillama.model.spec import BlockSpec, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+LEFT, RIGHT = ".left.weight", ".right.weight"
 
 
 def assemble(
@@ -20,11 +33,15 @@ def assemble(
     names: Mapping[str, str],
     spec: ModelSpec,
     ranks: Mapping[str, int],
+    storage: Storage,
     compressed: Callable[[BlockSpec], Mapping[str, Tensor] | None],
+    template: Callable[[BlockSpec], nn.Module],
     recipe_hash: str,
     shard_bytes: int,
-) -> None:
+) -> dict[str, Pivoting]:
     """Write config, weights and companions of a compressed model into an empty folder.
+
+    Every tensor is written in the type that the original stores it in, a factor in that of the weight it stands for.
 
     Args:
         folder: to be filled.
@@ -32,22 +49,95 @@ def assemble(
         names: name in the model -> name in the original's checkpoint.
         spec: of the original.
         ranks: full name -> rank of the factorised linears.
-        compressed: returns the state of a block (name within it -> tensor), or None if it stays as it is.
+        storage: how these are written.
+        compressed: returns the state of a block (name within it -> tensor, the factors in the plain form, of any
+            floating-point type), or None if it stays as it is.
+        template: returns a block of the original without weights.
         recipe_hash: goes into config.json.
         shard_bytes: largest size of a weight file.
+
+    Returns:
+        full name -> how well the pivots of a linear stand for its other rows; empty for the plain form.
     """
+    if storage.bits:
+        refuse_without_torchao()
     carry_along(reader.folder, folder)
-    config = json.loads((reader.folder / "config.json").read_text(encoding="utf-8"))
-    low_rank = LowRankConfig(ranks=dict(ranks), lillama_version=version("lillama"), recipe_hash=recipe_hash)
-    write_json(folder / "config.json", config | ({"quantization_config": low_rank.to_dict()} if ranks else {}))
     outside = [name for name in names if not any(name.startswith(f"{block.name}.") for block in spec)]
+    how: dict[str, Pivoting] = {}
+    absorbed: list[str] = []
     with CheckpointWriter(folder, shard_bytes) as writer:
         for name in outside:
             writer.write(name, reader.read(names[name]))
         for block in spec:
+            dot = f"{block.name}."
             state = compressed(block)
             if state is None:
-                inside = (name for name in names if name.startswith(f"{block.name}."))
-                state = {name.removeprefix(f"{block.name}."): reader.read(names[name]) for name in inside}
-            for name, tensor in state.items():
-                writer.write(f"{block.name}.{name}", tensor)
+                for name in (name for name in names if name.startswith(dot)):
+                    writer.write(name, reader.read(names[name]))
+                continue
+            inside = {name.removeprefix(dot): rank for name, rank in ranks.items() if name.startswith(dot)}
+            types = {name: reader.dtype(names[f"{dot}{_original(name, inside)}"]) for name in state}
+            stored = dict(state)
+            rows, found = _pivots(template(block), inside, stored) if storage.form == "pivot" else ({}, {})
+            for name, tensor in _stored(stored, inside, rows, storage, types):
+                writer.write(f"{dot}{name}", tensor)
+            how |= {f"{dot}{name}": value for name, value in found.items()}
+            absorbed += [
+                f"{dot}{name}" for name, order in rows.items() if inside[name] < len(order) and in_order(order)
+            ]
+    _write_config(folder, reader.folder, ranks, storage, absorbed, recipe_hash)
+    _log(how)
+    return how
+
+
+def _pivots(
+    template: nn.Module, ranks: Mapping[str, int], state: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Pivoting]]:
+    """Choose the pivots of all factorised linears of a block; permute its state where that absorbs their order."""
+    found = {name: pivot_rows(state[f"{name}{LEFT}"]) for name in ranks}
+    rows = {name: order for name, (order, _) in found.items()}
+    absorb(template, ranks, state, rows)
+    return rows, {name: how for name, (_, how) in found.items()}
+
+
+def _stored(
+    state: Mapping[str, Tensor],
+    ranks: Mapping[str, int],
+    rows: Mapping[str, Tensor],
+    storage: Storage,
+    types: Mapping[str, torch.dtype],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield names within the block and tensors as they are written."""
+    factors = {f"{name}{side}" for name in ranks for side in (LEFT, RIGHT)}
+    for name, tensor in state.items():
+        if name not in factors:
+            yield name, tensor.to(types[name])
+    for name in ranks:
+        left, right = state[f"{name}{LEFT}"], state[f"{name}{RIGHT}"]
+        for leaf, tensor in stored_factors(left, right, storage, rows.get(name), types[f"{name}{LEFT}"]).items():
+            yield f"{name}.{leaf}", tensor
+
+
+def _original(name: str, ranks: Mapping[str, int]) -> str:
+    """Return the name of the original's tensor that a student's tensor stands for."""
+    linear = name.removesuffix(LEFT).removesuffix(RIGHT)
+    return f"{linear}.weight" if linear in ranks else name
+
+
+def _write_config(
+    folder: Path, source: Path, ranks: Mapping[str, int], storage: Storage, absorbed: list[str], recipe_hash: str
+) -> None:
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    facts: dict[str, Any] = {"lillama_version": version("lillama"), "recipe_hash": recipe_hash}
+    known = None if (storage.form, storage.bits) == ("plain", None) else asdict(storage)
+    low_rank = LowRankConfig(ranks=dict(ranks), storage=known, absorbed=absorbed, **facts)
+    write_json(folder / "config.json", config | ({"quantization_config": low_rank.to_dict()} if ranks else {}))
+
+
+def _log(how: Mapping[str, Pivoting]) -> None:
+    if how:
+        worst = max(how, key=lambda name: how[name].condition)
+        logger.info(
+            "pivots of %d linears: largest coefficient %.2f, largest condition number %.0f (%s)",
+            len(how), max(value.largest for value in how.values()), how[worst].condition, worst,
+        )  # fmt: skip

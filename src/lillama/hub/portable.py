@@ -15,7 +15,7 @@ from lillama.files import atomic_file, write_json
 from lillama.hub.quantizer import METHOD, LowRankConfig
 
 CODE = "modeling_lillama.py"
-IMPORT = "from lillama.lowrank.linear import LowRankLinear, merge\n"
+IMPORT = "from lillama.lowrank.linear import merge, refusal, shaped_like\n"
 HEADER = '"""Low-rank layers for transformers. Written by lillama (Apache-2.0); only the end depends on the model."""\n'
 CONFIG = Template('''
 

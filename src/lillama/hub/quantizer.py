@@ -1,8 +1,9 @@
 """Teach transformers to load low-rank models with its own classes: linears are swapped before the weights arrive.
 
-`config.json` carries `quantization_config = {"quant_method": "lillama", "ranks": {module: rank}, "format_version": 1}`.
-Importing this module registers the method. Its text also ships inside portable models (see `portable.py`), therefore it
-imports nothing of lillama but the layer, on one line.
+`config.json` carries `quantization_config = {"quant_method": "lillama", "ranks": {module: rank}, "format_version": 1}`;
+version 2 adds `storage` and `absorbed` for weights that are not stored as two plain factors. Importing this module
+registers the method. Its text also ships inside portable models (see `portable.py`), therefore it imports nothing of
+lillama but the layers, on one line.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lillama.lowrank.linear import LowRankLinear, merge
+from lillama.lowrank.linear import merge, refusal, shaped_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -20,7 +21,6 @@ else:
     Model = nn.Module  # the import of transformers' own class may be what brings us here: it does not exist yet
 
 METHOD = "lillama"
-FORMAT_VERSION = 1
 
 
 class LowRankConfig(QuantizationConfigMixin):
@@ -28,23 +28,40 @@ class LowRankConfig(QuantizationConfigMixin):
 
     Args:
         ranks: name of a linear in the full model -> rank of its factors.
-        format_version: of names and layout in the weight files.
+        format_version: of names and layout in the weight files; by default the lowest that will do.
+        storage: `form`, `bits` and `group_size` of the stored weights; None is the plain form, not quantised.
+        absorbed: linears in the pivot form whose rows stand pivots first in the model itself.
         extra: further facts (version of lillama, hash of the recipe), kept as they are.
 
     Raises:
-        ValueError: the model was written in a newer format.
+        ValueError: the model was written in a newer format, or the storage is none that is known.
     """
 
-    def __init__(self, ranks: dict[str, int] | None = None, format_version: int = FORMAT_VERSION, **extra: Any) -> None:
-        if format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"format_version {format_version} was written by a newer lillama: upgrade "
-                f"(this one reads up to {FORMAT_VERSION})"
-            )
+    def __init__(
+        self,
+        ranks: dict[str, int] | None = None,
+        format_version: int | None = None,
+        storage: dict[str, Any] | None = None,
+        absorbed: list[str] | None = None,
+        **extra: Any,
+    ) -> None:
+        version = format_version or (2 if storage else 1)
+        reason = refusal({"format_version": version, "storage": storage})
+        if reason:
+            raise ValueError(reason)
         self.__dict__.update(extra)
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (an enum that cannot be extended)
         self.ranks = ranks or {}
-        self.format_version = format_version
+        self.storage, self.absorbed = storage, absorbed or []
+        self.format_version = version
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the section as it is written; what version 1 does not know appears only where it says something."""
+        section = super().to_dict()
+        for key in ("storage", "absorbed"):
+            if not section[key]:
+                del section[key]
+        return section
 
 
 class LowRankQuantizer(HfQuantizer):
@@ -61,10 +78,12 @@ class LowRankQuantizer(HfQuantizer):
         """
         prefix = f"{model.base_model_prefix}."
         linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-        for name, rank in self.quantization_config.ranks.items():
+        config = self.quantization_config
+        for name, rank in config.ranks.items():
             for known in (name, name.removeprefix(prefix), prefix + name):
                 if known in linears:
-                    model.set_submodule(known, LowRankLinear.shaped_like(linears[known], rank))
+                    layer = shaped_like(linears[known], rank, config.storage, name not in config.absorbed)
+                    model.set_submodule(known, layer)
                     break
         return model
 

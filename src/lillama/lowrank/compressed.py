@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lillama.lowrank.factors import Gram
+from lillama.lowrank.factors import Moments
 from lillama.lowrank.initialize import Initialiser
 from lillama.lowrank.install import install
 
@@ -16,7 +16,7 @@ def compressed_copy(
     teacher: nn.Module,
     ranks: Mapping[str, int],
     init: Initialiser,
-    grams: Mapping[str, Gram],
+    moments: Mapping[str, Moments],
     generator: torch.Generator,
 ) -> nn.Module:
     """Return a copy of a block with low-rank linears, its parameters in fp32, on the teacher's device.
@@ -26,7 +26,7 @@ def compressed_copy(
         teacher: the block with its weights.
         ranks: name within the block -> rank; all else is copied.
         init: computes the factors.
-        grams: name within the block -> Gram matrix of the linear's inputs, if `init` needs it.
+        moments: name within the block -> what `init` needs to know of the linear.
         generator: source of randomness, on the CPU.
     """
     student = copy.deepcopy(template)
@@ -34,7 +34,7 @@ def compressed_copy(
     dense = dict(teacher.named_parameters())
     state: dict[str, Tensor] = {}
     for name, rank in ranks.items():
-        factors = init(dense.pop(f"{name}.weight").detach(), rank, grams.get(name), generator)
+        factors = init(dense.pop(f"{name}.weight").detach(), rank, moments.get(name, Moments()), generator)
         state[f"{name}.left.weight"] = factors.left
         state[f"{name}.right.weight"] = factors.right
         state[f"{name}.weight"] = factors.left.new_empty(0)

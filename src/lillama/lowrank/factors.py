@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LEAST_DAMPING = 1e-12  # keeps the square root of a rank-deficient Gram invertible
+TILE = 256  # columns of a Gram that are computed at once
 
 
 @dataclass(frozen=True)
@@ -25,25 +26,48 @@ class Factors:
 
 @dataclass
 class Gram:
-    """The uncentred second moment `sum x x^T` of a linear's inputs, and how many inputs went in.
+    """Uncentred moments of vectors: `sum x x^T`, `sum |x|`, and how many went in.
 
-    Products are taken in the inputs' type (at least fp32) and summed in fp64; where the device has no fp64 (Apple's), the
-    sum lies on the CPU.
+    Products are taken in the vectors' type (at least fp32) and summed in fp64; where the device has no fp64 (Apple's), the
+    sums lie on the CPU.
     """
 
-    sum: Float[Tensor, "in in"]
+    sum: Float[Tensor, "n n"]
+    absolute: Float[Tensor, " n"]
     count: int = 0
 
     @classmethod
     def zeros(cls, features: int, device: torch.device) -> "Gram":
-        """Return the Gram of no inputs."""
-        return cls(torch.zeros(features, features, dtype=torch.float64, device=exact_device(device)))
+        """Return the Gram of no vectors."""
+        sums = torch.zeros(features + 1, features, dtype=torch.float64, device=exact_device(device))
+        return cls(sums[1:], sums[0])
 
-    def add(self, x: Float[Tensor, "tokens in"]) -> None:
-        """Add a batch of inputs in place."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        self.sum += (x.T @ x).to(self.sum.device)
+    def add(self, x: Float[Tensor, "tokens n"]) -> None:
+        """Add a batch of vectors in place.
+
+        Only the products above the diagonal are computed, in tiles; those below mirror them.
+        """
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        for start in range(0, x.shape[1], TILE):
+            end = start + TILE
+            tile = (x[:, start:end].T @ x[:, start:]).to(self.sum.device)
+            self.sum[start:end, start:] += tile
+            self.sum[end:, start:end] += tile[:, TILE:].T
+        self.absolute += x.abs().sum(dim=0).to(self.absolute.device)
         self.count += len(x)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What was measured at one linear on the calibration text; None where nothing was.
+
+    Attributes:
+        inputs: Gram of what enters it.
+        gradients: Gram of the gradients at its outputs.
+    """
+
+    inputs: Gram | None = None
+    gradients: Gram | None = None
 
 
 def truncated_svd(weight: Float[Tensor, "out in"], rank: int) -> Factors:
@@ -58,34 +82,91 @@ def truncated_svd(weight: Float[Tensor, "out in"], rank: int) -> Factors:
     return Factors(u[:, :rank] * root, root[:, None] * vh[:rank])
 
 
+def scaled_svd(weight: Float[Tensor, "out in"], scales: Float[Tensor, " in"], rank: int) -> Factors:
+    """Return the factors that minimise `||(W - left @ right) diag(scales)||_F` (ASVD, arXiv 2312.05821).
+
+    Args:
+        weight: `W`, of any floating-point type.
+        scales: positive, one for each input.
+        rank: from 1 to min(out, in).
+    """
+    scales = _exact(scales)
+    factors = truncated_svd(_exact(weight) * scales, rank)
+    return _balanced(factors.left, factors.right / scales)
+
+
 def whitened_svd(
     weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], rank: int, damping: float = 1e-6
 ) -> Factors:
     """Return the factors that minimise `||(W - left @ right) X||_F`, where `gram = X X^T` (SVD-LLM, arXiv 2403.07378).
 
-    With `G` the damped Gram, the best product is `U U^T W`, `U` the leading eigenvectors of `W G W^T`. When `out > in` the
-    same product is reached from `S W^T W S`, `S` the symmetric square root of `G`, so that only a matrix of the smaller side
-    is decomposed. Nothing is factorised by Cholesky: rank-deficient Grams are fine. Each pair of a column of `left` and a
-    row of `right` is scaled to equal norms, as `sqrt(S)` on both sides does without whitening.
+    See `two_sided_svd`, of which this is the case without a Gram on the side of the outputs.
+    """
+    return two_sided_svd(weight, gram, None, rank, damping)
+
+
+def two_sided_svd(
+    weight: Float[Tensor, "out in"],
+    gram_in: Float[Tensor, "in in"] | None,
+    gram_out: Float[Tensor, "out out"] | None,
+    rank: int,
+    damping: float = 1e-6,
+) -> Factors:
+    """Return the factors that minimise `||A (W - left @ right) B||_F`, where `A^T A = gram_out` and `B B^T = gram_in`.
+
+    For `out <= in` the best product is `A^-1 U U^T A W`, `U` the leading eigenvectors of `A W gram_in W^T A^T`; else the same
+    is done to the transpose, so that only matrices of the smaller side are decomposed. Nothing is factorised by Cholesky:
+    rank-deficient Grams are fine. Each pair of a column of `left` and a row of `right` is scaled to equal norms, as
+    `sqrt(S)` on both sides does without whitening.
 
     Args:
         weight: `W`, of any floating-point type.
-        gram: symmetric, positive semi-definite; any scale.
+        gram_in: of the inputs; symmetric, positive semi-definite, any scale. None stands for the identity.
+        gram_out: of the gradients at the outputs; likewise.
         rank: from 1 to min(out, in).
-        damping: this share of the Gram's mean eigenvalue is added to its diagonal, and at least 1e-12 of it.
+        damping: this share of a Gram's mean eigenvalue is added to its diagonal, and at least 1e-12 of it.
     """
-    w, g = _exact(weight), _exact(gram)
-    out_features, in_features = w.shape
-    mean_eigenvalue = g.trace() / in_features
-    floor = max(damping, LEAST_DAMPING) * mean_eigenvalue if mean_eigenvalue > 0 else torch.ones_like(mean_eigenvalue)
-    if out_features <= in_features:
-        left = _leading(w @ g @ w.T + floor * (w @ w.T), rank)
+    if weight.shape[0] > weight.shape[1]:
+        turned = two_sided_svd(weight.T, gram_out, gram_in, rank, damping)
+        return Factors(turned.right.T, turned.left.T)
+    w = _exact(weight)
+    if gram_out is None:
+        left = _leading(_seen(w, gram_in, damping), rank)
         return _balanced(left, left.T @ w)
-    eigenvalues, q = _eigh(g)
-    eigenvalues = eigenvalues.clamp(min=0) + floor
-    white = (w @ q) * eigenvalues.sqrt()
-    v = _leading(white.T @ white, rank)
-    return _balanced(white @ v, (v / eigenvalues.sqrt()[:, None]).T @ q.T)
+    scales, q = _root(gram_out, damping)
+    white = scales[:, None] * (q.T @ w)
+    u = _leading(_seen(white, gram_in, damping), rank)
+    return _balanced(q @ (u / scales[:, None]), u.T @ white)
+
+
+def spectrum(
+    weight: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"] | None,
+    gram_out: Float[Tensor, "out out"] | None = None,
+    damping: float = 1e-6,
+) -> Float[Tensor, " least"]:
+    """Return the singular values of `A W B` of `two_sided_svd`, the largest first; there are min(out, in).
+
+    The squares of those after the r-th sum up to the squared error of the outputs on all calibration inputs (weighted by the
+    gradients at the outputs) that the best factors of rank r leave.
+
+    Args:
+        weight: `W`, of any floating-point type.
+        gram: of the inputs; None stands for the identity.
+        gram_out: of the gradients at the outputs; likewise.
+        damping: as in `two_sided_svd`.
+
+    Examples:
+        >>> spectrum(torch.diag(torch.tensor([3.0, 1.0])), gram=None)
+        tensor([3., 1.], dtype=torch.float64)
+    """
+    if weight.shape[0] > weight.shape[1]:
+        return spectrum(weight.T, gram_out, gram, damping)
+    w = _exact(weight)
+    if gram_out is not None:
+        scales, q = _root(gram_out, damping)
+        w = scales[:, None] * (q.T @ w)
+    return _eigvalsh(_seen(w, gram, damping)).clamp(min=0).sqrt().flip(0)
 
 
 def exact_device(device: torch.device) -> torch.device:
@@ -97,6 +178,27 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.detach().to(exact_device(tensor.device), torch.float64)
 
 
+def _floor(gram: Float[Tensor, "n n"], damping: float) -> float:
+    """Return what damping adds to the diagonal of a Gram; 1 if the Gram is zero."""
+    mean_eigenvalue = gram.trace().item() / len(gram)
+    return max(damping, LEAST_DAMPING) * mean_eigenvalue if mean_eigenvalue > 0 else 1.0
+
+
+def _seen(w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | None, damping: float) -> Float[Tensor, "out out"]:
+    """Return `W G W^T` with the damped Gram `G`, which is not copied."""
+    if gram is None:
+        return w @ w.T
+    g = _exact(gram)
+    return (w @ g).add_(w, alpha=_floor(g, damping)) @ w.T
+
+
+def _root(gram: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Return `s` and `Q` such that the damped Gram is `Q diag(s^2) Q^T`."""
+    g = _exact(gram)
+    eigenvalues, q = _eigh(g)
+    return (eigenvalues.clamp(min=0) + _floor(g, damping)).sqrt(), q
+
+
 def _svd(matrix: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor, Tensor]:
     result = torch.linalg.svd(matrix, full_matrices=False)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return cast(tuple[Tensor, Tensor, Tensor], result)
@@ -105,6 +207,11 @@ def _svd(matrix: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor, Tensor]:
 def _eigh(matrix: Float[Tensor, "n n"]) -> tuple[Tensor, Tensor]:
     result = torch.linalg.eigh(matrix)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return cast(tuple[Tensor, Tensor], result)
+
+
+def _eigvalsh(matrix: Float[Tensor, "n n"]) -> Tensor:
+    result = torch.linalg.eigvalsh(matrix)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return cast(Tensor, result)
 
 
 def _leading(matrix: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n rank"]:

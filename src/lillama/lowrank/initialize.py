@@ -8,7 +8,9 @@ from jaxtyping import Float
 from pydantic import Field, with_config
 from torch import Tensor
 
-from lillama.lowrank.factors import Factors, Gram, truncated_svd, whitened_svd
+from lillama.lowrank.factors import Factors, Gram, Moments, scaled_svd, truncated_svd, two_sided_svd, whitened_svd
+
+LEAST_SCALE = 1e-6  # of an input that is always 0, as in ASVD's own code
 
 
 @with_config(extra="forbid")
@@ -18,12 +20,35 @@ class Svd:
 
     name: Literal["svd"] = "svd"
     needs_gram: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = False
 
     def __call__(
-        self, weight: Float[Tensor, "out in"], rank: int, gram: Gram | None, generator: torch.Generator
+        self, weight: Float[Tensor, "out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
         return truncated_svd(weight, rank)
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True)
+class Scaled:
+    """The best factors for inputs scaled by their mean magnitude (ASVD, arXiv 2312.05821).
+
+    Attributes:
+        alpha: exponent of the mean magnitude; 0 is plain SVD.
+    """
+
+    name: Literal["scaled"] = "scaled"
+    alpha: Annotated[float, Field(ge=0)] = 0.5
+    needs_gram: ClassVar[bool] = True
+    needs_gradient: ClassVar[bool] = False
+
+    def __call__(
+        self, weight: Float[Tensor, "out in"], rank: int, moments: Moments, generator: torch.Generator
+    ) -> Factors:
+        """Return the factors of a weight at a rank."""
+        inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
+        return scaled_svd(weight, (inputs.absolute / max(1, inputs.count)) ** self.alpha + LEAST_SCALE, rank)
 
 
 @with_config(extra="forbid")
@@ -38,14 +63,41 @@ class Whitened:
     name: Literal["whitened"] = "whitened"
     damping: Annotated[float, Field(ge=0)] = 1e-6
     needs_gram: ClassVar[bool] = True
+    needs_gradient: ClassVar[bool] = False
 
     def __call__(
-        self, weight: Float[Tensor, "out in"], rank: int, gram: Gram | None, generator: torch.Generator
+        self, weight: Float[Tensor, "out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
-        if gram is None:
-            raise ValueError("the whitened initialisation needs the Gram matrix of the inputs")
-        return whitened_svd(weight, gram.sum, rank, self.damping)
+        inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
+        return whitened_svd(weight, inputs.sum, rank, self.damping)
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True)
+class TwoSided:
+    """The best factors for the inputs that the linear sees and for how much its outputs matter to the model.
+
+    Attributes:
+        damping: share of each Gram's mean eigenvalue that is added to its diagonal.
+        identity: weight of the identity against the gradients' Gram, both of the same mean eigenvalue; 1 is `whitened`.
+    """
+
+    name: Literal["two-sided"] = "two-sided"
+    damping: Annotated[float, Field(ge=0)] = 1e-6
+    identity: Annotated[float, Field(ge=0, le=1)] = 0.1
+    needs_gram: ClassVar[bool] = True
+    needs_gradient: ClassVar[bool] = True
+
+    def __call__(
+        self, weight: Float[Tensor, "out in"], rank: int, moments: Moments, generator: torch.Generator
+    ) -> Factors:
+        """Return the factors of a weight at a rank."""
+        inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
+        gradients = _measured(moments.gradients, "Gram matrix of the gradients at the outputs", self.name).sum
+        mixed = (1 - self.identity) * gradients
+        mixed.diagonal().add_(self.identity * gradients.diagonal().mean())
+        return two_sided_svd(weight, inputs.sum, mixed, rank, self.damping)
 
 
 @with_config(extra="forbid")
@@ -55,9 +107,10 @@ class Random:
 
     name: Literal["random"] = "random"
     needs_gram: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = False
 
     def __call__(
-        self, weight: Float[Tensor, "out in"], rank: int, gram: Gram | None, generator: torch.Generator
+        self, weight: Float[Tensor, "out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
         scale = (weight.float().pow(2).mean().item() / rank) ** 0.25
@@ -68,4 +121,10 @@ class Random:
         return Factors(left, right)
 
 
-Initialiser = Svd | Whitened | Random
+Initialiser = Svd | Scaled | Whitened | TwoSided | Random
+
+
+def _measured(gram: Gram | None, what: str, name: str) -> Gram:
+    if gram is None:
+        raise ValueError(f"the initialisation {name} needs the {what}")
+    return gram

@@ -1,14 +1,14 @@
 """Put low-rank layers in the place of dense linears, and back; the model is changed in place."""
 
 from collections.abc import Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from lillama.errors import ModelError, suggestion
-from lillama.lowrank.linear import LowRankLinear, low_rank_linears, merge
+from lillama.lowrank.linear import low_rank_linears, merge, refusal, shaped_like
 
-__all__ = ["install", "low_rank_linears", "merge"]
+__all__ = ["install", "install_stored", "low_rank_linears", "merge"]
 
 
 def install(model: nn.Module, ranks: Mapping[str, int]) -> None:
@@ -29,6 +29,24 @@ def install(model: nn.Module, ranks: Mapping[str, int]) -> None:
         >>> model[0].rank, model[0].left.weight.shape
         (8, torch.Size([96, 8]))
     """
+    install_stored(model, {"ranks": ranks})
+
+
+def install_stored(model: nn.Module, section: Mapping[str, Any]) -> None:
+    """Swap linears for layers of the form that a compressed model is stored in.
+
+    Args:
+        model: the whole model, or any part of it that the names start from.
+        section: the `quantization_config` of the model: `ranks`, and for other forms than the plain one `storage` and
+            `absorbed`.
+
+    Raises:
+        ModelError: the format is newer than this lillama, a name is not a dense linear of the model, or a rank is below 1.
+    """
+    reason = refusal(section)
+    if reason:
+        raise ModelError(f"{type(model).__name__}: {reason}")
+    ranks, absorbed = section["ranks"], frozenset(section.get("absorbed", ()))
     modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
     linears = {name: layer for name, layer in modules if isinstance(layer, nn.Linear)}
     for name, rank in ranks.items():
@@ -39,4 +57,5 @@ def install(model: nn.Module, ranks: Mapping[str, int]) -> None:
         if rank < 1:
             raise ModelError(f"{name}: rank {rank} is not possible; leave the layer out of the ranks to keep it dense")
     for name, rank in ranks.items():
-        model.set_submodule(name, LowRankLinear.shaped_like(linears[name], rank))
+        layer = shaped_like(linears[name], rank, section.get("storage"), name not in absorbed)
+        model.set_submodule(name, layer)

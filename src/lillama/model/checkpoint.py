@@ -1,6 +1,7 @@
 """Weights come and go one tensor at a time: a lazy reader of safetensors folders and a writer of shards."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from lillama.files import atomic_file, digest, file_digest, write_json
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 CHECKED_AT_ONCE = 1 << 24  # numbers
 FETCH_AGAIN = "fetch the model again"
 
@@ -107,13 +109,37 @@ class CheckpointReader:
             )
         return DTYPES[found]
 
+    def nbytes(self, name: str) -> int:
+        """Return the bytes that a tensor takes in its file, of whatever type."""
+        return math.prod(self.shape(name)) * (DTYPES | INTEGERS)[self._entry(name).dtype].itemsize
+
+    def check(self, name: str, wanted: torch.dtype | None) -> None:
+        """Refuse a tensor that cannot be read as `wanted`: integers are read as themselves, and when asked for, only.
+
+        Raises:
+            ModelError: the tensor is missing or of a type that does not do.
+        """
+        if wanted is None or wanted.is_floating_point:
+            self.dtype(name)
+        elif INTEGERS.get(self._entry(name).dtype) != wanted:
+            raise ModelError(
+                f"{self._entry(name).file.name}: tensor {name} is stored as {self._entry(name).dtype}, config.json wants "
+                f"{wanted}; they do not belong together"
+            )
+
     def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """Read one tensor into memory of its own.
+
+        Args:
+            name: of the tensor.
+            device: where it goes.
+            dtype: that it is converted to; None keeps the stored type. Integers are read only if their very type is
+                given.
 
         Raises:
             ModelError: the tensor is missing, not floating-point, or holds NaN or infinite values.
         """
-        self.dtype(name)
+        self.check(name, dtype)
         with _opened(self._entry(name).file, FETCH_AGAIN) as shard:
             tensor = shard.get_tensor(name)
         if not all(piece.isfinite().all() for piece in tensor.flatten().split(CHECKED_AT_ONCE)):

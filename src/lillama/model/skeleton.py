@@ -70,7 +70,7 @@ def stored_names(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, 
                 f"{reader.folder}: tensor {name} has shape {reader.shape(found)}, the configuration wants "
                 f"{tuple(wanted.shape)}; config.json and weights do not belong together"
             )
-        reader.dtype(found)
+        reader.check(found, wanted.dtype)
         names[name] = found
     unused = set(reader.names) - set(names.values())
     if unused:
@@ -94,11 +94,15 @@ def filled(
         names: as `stored_names` gives; parameters that it does not name stay on the meta device.
         reader: of the checkpoint.
         device: where the weights go.
-        dtype: of the weights in memory.
+        dtype: of the weights in memory; integers keep their own.
     """
     module = copy.deepcopy(template)
     dot = f"{prefix}." if prefix else ""
-    state = {name: reader.read(names[dot + name], device, dtype) for name, _ in _stored(module) if dot + name in names}
+    state = {
+        name: reader.read(names[dot + name], device, dtype if wanted.is_floating_point() else wanted.dtype)
+        for name, wanted in _stored(module)
+        if dot + name in names
+    }
     module.load_state_dict(state, strict=False, assign=True)
     for name, buffer in list(module.named_buffers()):
         parent, _, leaf = name.rpartition(".")

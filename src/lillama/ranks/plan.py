@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from lillama.errors import RecipeError, suggestion
 from lillama.files import write_json
+from lillama.lowrank.storage import Storage
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 
 VERSION = 1
 Scope = Literal["model", "blocks"]
+PLAIN = Storage("plain")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class RankPlan:
     Attributes:
         spec: of the model that the plan is for.
         ranks: name of every linear of the spec -> rank or None.
+        storage: form in which factorised weights are stored, which decides what a rank costs.
 
     Examples:
         >>> from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
@@ -32,6 +35,7 @@ class RankPlan:
 
     spec: ModelSpec
     ranks: Mapping[str, int | None]
+    storage: Storage = PLAIN
 
     def __getitem__(self, name: str) -> int | None:
         return self.ranks[name]
@@ -39,15 +43,26 @@ class RankPlan:
     def __iter__(self) -> Iterator[tuple[LinearSpec, int | None]]:
         return ((linear, self.ranks[linear.name]) for linear in self.spec.linears)
 
+    def numbers(self, linear: LinearSpec) -> int:
+        """Return the numbers that are stored for a linear."""
+        return self.storage.numbers(linear.out_features, linear.in_features, self.ranks[linear.name])
+
+    def nbytes(self, linear: LinearSpec) -> int:
+        """Return the bytes that are stored for a linear."""
+        rank, itemsize = self.ranks[linear.name], self.spec.bytes_per_param
+        return self.storage.nbytes(linear.out_features, linear.in_features, rank, itemsize)
+
     @property
     def kept_params(self) -> int:
-        """Parameters of the whole model under this plan."""
-        return self.spec.params - sum(linear.params - linear.params_at(rank) for linear, rank in self)
+        """Numbers stored for the whole model under this plan."""
+        return self.spec.params - sum(linear.params - self.numbers(linear) for linear in self.spec.linears)
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of these parameters in the model's own type."""
-        return self.kept_params * self.spec.bytes_per_param
+        """Bytes stored for the whole model under this plan."""
+        itemsize = self.spec.bytes_per_param
+        saved = sum(linear.params * itemsize - self.nbytes(linear) for linear in self.spec.linears)
+        return self.spec.params * itemsize - saved
 
     @property
     def keep(self) -> float:
@@ -70,13 +85,14 @@ class RankPlan:
             {"name": linear.name, "out": linear.out_features, "in": linear.in_features, "rank": rank}
             for linear, rank in self
         ]
-        write_json(path, {"version": VERSION, "architecture": self.spec.architecture, "linears": rows})
+        head = {"version": VERSION, "architecture": self.spec.architecture, "storage": asdict(self.storage)}
+        write_json(path, head | {"linears": rows})
 
     @classmethod
-    def load(cls, path: Path, spec: ModelSpec) -> "RankPlan":
+    def load(cls, path: Path, spec: ModelSpec, storage: Storage = PLAIN) -> "RankPlan":
         """Read a plan and check it against the model that it is to be used for.
 
-        Linears of the model that the file does not name stay dense.
+        Linears of the model that the file does not name stay dense. How weights are stored is not read from the file.
 
         Raises:
             RecipeError: the file is no plan, or names a linear, a shape or a rank that the model cannot have.
@@ -104,7 +120,7 @@ class RankPlan:
                 raise RecipeError(
                     f"{path}: linear {name}: rank {rank} is not a whole number from 1 to {min(shapes[name])}"
                 )
-        return cls(spec, {name: rows[name][2] if name in rows else None for name in shapes})
+        return cls(spec, {name: rows[name][2] if name in rows else None for name in shapes}, storage)
 
 
 def budget(spec: ModelSpec, keep: float, scope: Scope) -> int:

@@ -74,11 +74,20 @@ class ActivationStore:
             self._tensor = torch.empty(shape, dtype=dtype, device=shelf.device if place == "device" else "cpu")
 
     def read(self, rows: slice | Tensor) -> Tensor:
-        """Return the rows (of the store's shape but for their number) in memory of their own, on the device."""
+        """Return the rows (of the store's shape but for their number) in memory of their own, on the device.
+
+        Nothing waits for a CUDA device: indices are staged, and what lies on the host is copied from pinned memory, so that
+        the next micro-batch is on its way while this one is computed.
+        """
         view = self._view()
-        if isinstance(rows, Tensor):
-            return view[rows.to(view.device)].to(self.device)
-        return view[rows].to(self.device, copy=True)
+        if view.device.type == self.device.type:
+            return view[rows.to(view.device, non_blocking=True)] if isinstance(rows, Tensor) else view[rows].clone()
+        found = view[rows]
+        return (
+            found.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else found.to(self.device)
+        )
 
     def write(self, rows: slice, values: Tensor) -> None:
         """Overwrite consecutive rows."""

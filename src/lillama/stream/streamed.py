@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lillama.errors import ModelError
-from lillama.lowrank.install import install
+from lillama.lowrank.install import install_stored
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import find_stack, refuse_quantized
 from lillama.model.skeleton import filled, skeleton, stored_names
@@ -34,12 +34,14 @@ class StreamedModel:
 
     Attributes:
         skeleton: without weights; factorised linears already installed, if the model on disk is compressed.
+        stack: name of the list of blocks.
         reader: of its weights.
         device: that computes.
         dtype: of weights and activations in memory.
     """
 
     skeleton: PreTrainedModel
+    stack: str
     reader: CheckpointReader
     device: torch.device
     dtype: torch.dtype
@@ -48,11 +50,6 @@ class StreamedModel:
     def names(self) -> dict[str, str]:
         """Name in the model -> name in the checkpoint; every shape is checked on the way."""
         return stored_names(self.skeleton, self.reader)
-
-    @cached_property
-    def stack(self) -> str:
-        """Name of the list of blocks."""
-        return find_stack(self.skeleton)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -96,10 +93,11 @@ def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype | None 
     if found is not None and found.get("quant_method") != "lillama":
         refuse_quantized(config)
     model = skeleton(config)
+    stack = find_stack(model)  # before linears are swapped: quantised ones would not be recognised
     if found is not None:
-        install(model, found["ranks"])
+        install_stored(model, found)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored_dtype(config))
-    return StreamedModel(model, CheckpointReader(folder), device, computed)
+    return StreamedModel(model, stack, CheckpointReader(folder), device, computed)
 
 
 def row_slices(total: int, size: int) -> Iterator[slice]:
@@ -148,7 +146,6 @@ def advance(
         sink.write(rows, calls.select(index, rows, source.device)(block, source.read(rows)))
 
 
-@torch.no_grad()
 def finish(
     model: StreamedModel,
     outside: PreTrainedModel,

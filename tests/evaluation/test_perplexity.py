@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lillama.calibration.gather import load_tokenizer
 from lillama.errors import CalibrationError, ModelError
-from lillama.evaluate import perplexity as module
-from lillama.evaluate.perplexity import TextScore, cut, named, perplexity
+from lillama.evaluation import tally as module
+from lillama.evaluation.perplexity import TextScore, perplexity, pooled
+from lillama.evaluation.windows import cut, named
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "attention_bias": True}])
@@ -30,6 +31,35 @@ def test_equals_the_full_model(make_model, text, changes, length):
     assert score.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-6)
     bits = losses.mean().item() / math.log(2) * len(ids) / len(content.encode())
     assert score.bits_per_byte == pytest.approx(bits, rel=1e-6)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(32, 8), (32, 31), (32, 32), (20, 7)])
+def test_overlapping_windows_equal_a_loop_over_tokens(tiny, text, length, stride, tmp_path):
+    file = tmp_path / "few.txt"
+    file.write_text(text.read_text(encoding="utf-8")[:700])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    ids = torch.tensor(tokenizer(file.read_text())["input_ids"])
+    losses, end = [], 0
+    for begin in range(0, len(ids) - length + 1, stride):
+        with torch.no_grad():
+            chances = model(ids[None, begin : begin + length]).logits[0].double().log_softmax(-1)
+        for at in range(max(begin + 1, end), begin + length):
+            losses.append(-chances[at - begin - 1, ids[at]].item())
+        end = begin + length
+    (score,) = perplexity(tiny, file, seq_len=length, stride=stride, device="cpu")
+    assert score.tokens == len(losses)
+    assert score.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
+
+
+def test_texts_pooled_are_the_texts_as_one(tiny, text, tmp_path):
+    content = text.read_text(encoding="utf-8")
+    parts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, part in zip(parts, (content[:3200], content[3200:6000]), strict=True):
+        file.write_text(part)
+    (whole,) = perplexity(tiny, text, seq_len=32, device="cpu")
+    both = pooled("words", perplexity(tiny, parts, seq_len=32, device="cpu"))
+    assert (both.name, both.tokens) == (whole.name, whole.tokens)
+    assert [both.nll, both.bits_per_byte] == pytest.approx([whole.nll, whole.bits_per_byte], rel=1e-6)
 
 
 def with_head(folder: Path, value: float) -> Path:

@@ -1,0 +1,200 @@
+"""Ranks from the weights and the calibration text: spectra measured, candidates compared on held-out sequences."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lillama.distill.fisher import PROBED_TOKENS, Fisher, measured, moments
+from lillama.distill.prediction import Head
+from lillama.files import write_json
+from lillama.lowrank.compressed import compressed_copy, restored_copy
+from lillama.lowrank.factors import Moments, spectrum
+from lillama.model.spec import BlockSpec
+from lillama.progress import Progress
+from lillama.ranks.adaptive import Adaptive
+from lillama.ranks.plan import RankPlan
+from lillama.ranks.spectra import Spectra
+from lillama.resources import trim_memory
+from lillama.stream.store import ActivationStore
+from lillama.stream.streamed import advance, begin
+from lillama.teach import Lesson
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rank plan, what is predicted of it, and what was measured with its initial factors, before any teaching.
+
+    Attributes:
+        share: of the way from `uniform` to `adaptive` ranks.
+        keep: share of the whole model's numbers that it stores.
+        predicted: rise of the loss by the spectra, in nats a token.
+        kl: divergence from the original's predictions on the held-out sequences, in nats a token.
+        rise: of the text's own cross-entropy there, in nats a token.
+    """
+
+    share: float
+    keep: float
+    predicted: float
+    kl: float
+    rise: float
+
+
+def decided(lesson: Lesson) -> Lesson:
+    """Return a lesson whose ranks are final, with the gradients that its initialisation asks for.
+
+    Spectra, candidates and plan are written to the run folder; a resumed run reads them.
+    """
+    job, run = lesson.job, lesson.run
+    open_ranks = job.open_ranks and not run.allocation.is_file()
+    if not job.open_ranks:
+        job.plan.save(run.plan)
+    elif not open_ranks:
+        lesson = _planned(lesson, RankPlan.load(run.plan, job.plan.spec, job.recipe.storage))
+    fisher = None
+    if open_ranks or (job.recipe.init.needs_gradient and lesson.unfinished):
+        fisher = _fisher(lesson)
+    if open_ranks:
+        assert fisher is not None
+        lesson = _planned(lesson, _chosen(lesson, fisher))
+    if fisher is not None and not job.recipe.init.needs_gradient:
+        fisher.remove()
+        fisher = None
+    return replace(lesson, fisher=fisher)
+
+
+def measured_spectra(lesson: Lesson) -> Spectra:
+    """Return the spectra of a run's model, measured now if they were not yet."""
+    if not lesson.run.spectra.is_file():
+        _fisher(lesson).remove()
+    return Spectra.load(lesson.run.spectra)
+
+
+def _planned(lesson: Lesson, plan: RankPlan) -> Lesson:
+    return replace(lesson, job=replace(lesson.job, plan=plan))
+
+
+def _fisher(lesson: Lesson) -> Fisher:
+    """Measure gradients, and the spectra if they are not there yet."""
+    wanted, found = not lesson.run.spectra.is_file(), dict[str, Tensor]()
+    blocks = lesson.job.plan.spec.blocks
+
+    def names(index: int) -> list[str]:
+        block = blocks[index]
+        return [linear.name.removeprefix(f"{block.name}.") for linear in block.linears] if wanted else []
+
+    def visit(index: int, block: nn.Module, measured: Mapping[str, Moments]) -> None:
+        for name, found_moments in measured.items():
+            found[f"{blocks[index].name}.{name}"] = _spectrum(block.get_parameter(f"{name}.weight"), found_moments)
+        trim_memory()
+
+    rows = lesson.rows.train[: max(1, PROBED_TOKENS // lesson.tokens.ids.shape[1])]
+    fisher = measured(lesson.teacher, lesson.tokens.ids, lesson.tokens.mask, rows, lesson.shelf(), lesson.job.micro_batch,
+                      torch.Generator().manual_seed(lesson.job.recipe.seed), names, visit, lesson.report)  # fmt: skip
+    if wanted:
+        Spectra({name: values.numpy() for name, values in found.items()}).save(lesson.run.spectra)
+    return fisher
+
+
+def _spectrum(weight: Tensor, found: Moments) -> Tensor:
+    """Return the singular values of the weight between the mean second moments at both of its sides."""
+    inputs, gradients = found.inputs, found.gradients
+    assert inputs is not None and gradients is not None
+    values = spectrum(weight.detach(), inputs.sum, gradients.sum)
+    return (values / max(1, inputs.count)).cpu()
+
+
+def _chosen(lesson: Lesson, fisher: Fisher) -> RankPlan:
+    """Return the candidate that is best on the held-out sequences with its initial factors."""
+    recipe, spec, spectra = lesson.job.recipe, lesson.job.plan.spec, Spectra.load(lesson.run.spectra)
+    assert isinstance(recipe.ranks, Adaptive)  # no other allocator leaves ranks open
+    plans = recipe.ranks.candidates(spec, recipe.keep, recipe.scope, recipe.storage, spectra, recipe.bytes)
+    found = [
+        Candidate(share, plans[share].keep, spectra.rise(plans[share]), kl, rise)
+        for share, (kl, rise) in zip(plans, _tried(lesson, fisher, list(plans.values())), strict=True)
+    ]
+    best = min(found, key=lambda candidate: (candidate.kl, candidate.share))
+    if best.share == 0 and len(found) > 1:
+        logger.warning("uniform ranks were better than adaptive ones on the held-out calibration tokens, and are taken")
+    plans[best.share].save(lesson.run.plan)
+    rows = [asdict(candidate) for candidate in found]
+    write_json(lesson.run.allocation, {"version": VERSION, "chosen": best.share, "candidates": rows})
+    return plans[best.share]
+
+
+@torch.no_grad()
+def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[float, float]]:
+    """Return divergence and rise of the loss, in nats a held-out token, of each plan with its initial factors."""
+    model, spec, held_out = lesson.teacher, lesson.job.plan.spec, lesson.rows.held_out
+    ids, mask = lesson.tokens.ids[held_out], None if lesson.tokens.mask is None else lesson.tokens.mask[held_out]
+    probes, original, *streams = _stores(lesson, len(fisher.rows), len(ids), len(plans))
+    probe_mask = None if lesson.tokens.mask is None else lesson.tokens.mask[fisher.rows]
+    micro_batch = lesson.job.micro_batch
+    probe_calls = begin(model, lesson.tokens.ids[fisher.rows], probe_mask, probes, micro_batch)
+    calls = begin(model, ids, mask, original, micro_batch)
+    for stream in streams:
+        begin(model, ids, mask, stream, micro_batch)
+    for block in spec.blocks:
+        lesson.report(Progress("ranks", block.index, len(spec.blocks), block.name))
+        teacher = model.block(block.index)
+        ranks = [_within(block, plan) for plan in plans]
+        state = _widest(lesson, fisher, block, teacher, ranks, probes)
+        advance(teacher, block.index, probe_calls, probes, probes, micro_batch)
+        advance(teacher, block.index, calls, original, original, micro_batch)
+        for wanted, stream in zip(ranks, streams, strict=True):
+            student = restored_copy(model.blocks[block.index], wanted, _cut(state, teacher, wanted), model.device,
+                                    model.dtype)  # fmt: skip
+            advance(student, block.index, calls, stream, stream, micro_batch)
+        trim_memory()
+    lesson.report(Progress("ranks", len(spec.blocks), len(spec.blocks)))
+    head = Head(model, model.outside(head=True), calls)
+    found = [head.means(ids, mask, stream, original, micro_batch) for stream in (original, *streams)]
+    for store in (probes, original, *streams):
+        store.remove()
+    return [(kl, entropy - found[0][1]) for kl, entropy in found[1:]]
+
+
+def _stores(lesson: Lesson, probes: int, held_out: int, plans: int) -> list[ActivationStore]:
+    length, width, shelf = lesson.tokens.ids.shape[1], lesson.job.plan.spec.hidden_size, lesson.shelf()
+    counts, dtype = [probes, held_out, *[held_out] * plans], lesson.teacher.dtype
+    place = shelf.place(sum(counts) * length * width * dtype.itemsize)
+    shapes = [(count, length, width) for count in counts]
+    return [ActivationStore(shape, dtype, shelf, place, f"ranks-{index}") for index, shape in enumerate(shapes)]
+
+
+def _within(block: BlockSpec, plan: RankPlan) -> dict[str, int]:
+    return {name.removeprefix(f"{block.name}."): rank for name, rank in plan.within(block).items()}
+
+
+def _widest(
+    lesson: Lesson,
+    fisher: Fisher,
+    block: BlockSpec,
+    teacher: nn.Module,
+    ranks: list[dict[str, int]],
+    probes: ActivationStore,
+) -> dict[str, Tensor]:
+    """Return a block's student state at the largest rank that any plan gives to each linear."""
+    widest = {name: max(plan.get(name, 0) for plan in ranks) for name in {name for plan in ranks for name in plan}}
+    widest = {linear: widest[linear] for linear in sorted(widest)}
+    found = moments(teacher, widest, fisher.runs(block.index, probes.read)) if widest else {}
+    generator = torch.Generator().manual_seed(lesson.seed(block))
+    template, init = lesson.teacher.blocks[block.index], lesson.job.recipe.init
+    return compressed_copy(template, teacher, widest, init, found, generator).state_dict()
+
+
+def _cut(state: Mapping[str, Tensor], teacher: nn.Module, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return a state at smaller ranks; the leading columns of `left` and rows of `right` are the best there too."""
+    dense = teacher.state_dict()
+    cut = {name: tensor for name, tensor in state.items() if name in dense and tensor.numel()} | dict(dense)
+    for name, rank in ranks.items():
+        cut[f"{name}.weight"] = state[f"{name}.weight"]
+        cut[f"{name}.left.weight"] = state[f"{name}.left.weight"][:, :rank]
+        cut[f"{name}.right.weight"] = state[f"{name}.right.weight"][:rank]
+    return cut

@@ -1,0 +1,252 @@
+"""How fast models write and what memory they take: two models run in turn, each in a process of its own."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from lillama.errors import ModelError, RecipeError, ResourceError
+from lillama.evaluation import timed
+from lillama.evaluation.timed import TOO_MUCH, Footprint, Run, Setting
+from lillama.model.checkpoint import CheckpointReader
+from lillama.model.skeleton import skeleton
+from lillama.model.source import load_config, locate
+from lillama.progress import Progress, Report, silent
+from lillama.resources import pick_device
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Call = Callable[..., Any]
+PACKED = {"U8": 2}  # numbers of 4 bits
+WARM_UP = 2  # tokens: the prompt's and one step's
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Least, middle and largest of repeated measurements."""
+
+    min: float
+    median: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of some values.
+
+        Examples:
+            >>> Spread.of([3.0, 1.0, 5.0, 2.0])
+            Spread(min=1.0, median=2.5, max=5.0)
+        """
+        return cls(min(values), statistics.median(values), max(values))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured.
+
+    Attributes:
+        name: folder or hub id, as it was given.
+        folder: where it lies.
+        numbers: in its weight files; those of 4 bits lie there two in a byte.
+        disk_bytes: of these files.
+    """
+
+    name: str
+    folder: Path
+    numbers: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was measured at one batch size and one prompt length.
+
+    Attributes:
+        batch: sequences at once.
+        prompt: tokens of a prompt.
+        new: tokens written after it.
+        runs: of each model; the i-th run of the second came right after the i-th of the first.
+    """
+
+    batch: int
+    prompt: int
+    new: int
+    runs: tuple[tuple[Run, ...], ...]
+
+    def figures(self, index: int) -> dict[str, Spread]:
+        """Return the seconds to the first token, and the tokens a second of the prompt and of what is written after."""
+        first, rest = zip(*((run.first.clock, run.rest.clock) for run in self.runs[index]), strict=True)
+        return {
+            "first_token_seconds": Spread.of(first),
+            "prefill_tokens_per_second": Spread.of([self.batch * self.prompt / seconds for seconds in first]),
+            "decode_tokens_per_second": Spread.of([self.batch * (self.new - 1) / seconds for seconds in rest]),
+        }
+
+    def ratios(self) -> dict[str, Spread]:
+        """Return how many times as fast as the second model the first is, from its runs and their neighbours.
+
+        Once by the clock and once by what the processor computed, which on a busy machine is the steadier of the two.
+        """
+        pairs = list(zip(*self.runs, strict=True))
+        return {
+            "prefill": Spread.of([other.first.clock / own.first.clock for own, other in pairs]),
+            "decode": Spread.of([other.rest.clock / own.rest.clock for own, other in pairs]),
+            "prefill_processor": Spread.of([other.first.processor / own.first.processor for own, other in pairs]),
+            "decode_processor": Spread.of([other.rest.processor / own.rest.processor for own, other in pairs]),
+        }
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Speed, memory and size of a model, and of another one beside it.
+
+    Attributes:
+        subjects: the model, and the other one if there is one.
+        footprints: what each took.
+        cells: one for each batch size and prompt length.
+        conditions: device, threads, seed, repeats and versions.
+    """
+
+    subjects: tuple[Subject, ...]
+    footprints: tuple[Footprint, ...]
+    cells: tuple[Cell, ...]
+    conditions: dict[str, Any]
+
+    @property
+    def paired(self) -> bool:
+        """Whether two models were measured."""
+        return len(self.subjects) > 1
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as a JSON value with a version."""
+        roles = ("model", "against")[: len(self.subjects)]
+        models = {
+            role: {"name": one.name, "numbers": one.numbers, "disk_bytes": one.disk_bytes} | asdict(footprint)
+            for role, one, footprint in zip(roles, self.subjects, self.footprints, strict=True)
+        }
+        cells = []
+        for cell in self.cells:
+            parts = {role: cell.figures(index) for index, role in enumerate(roles)}
+            parts |= {"ratios": cell.ratios()} if self.paired else {}
+            values = {part: {name: asdict(spread) for name, spread in x.items()} for part, x in parts.items()}
+            cells.append({"batch": cell.batch, "prompt": cell.prompt, "new": cell.new} | values)
+        return {"version": 1, "conditions": self.conditions} | models | {"cells": cells}
+
+
+def benchmark(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    batch: Sequence[int] = (1, 4),
+    prompt: Sequence[int] = (128, 512),
+    new: int = 32,
+    repeats: int = 5,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    report: Report = silent,
+) -> Benchmark:
+    """Measure how fast a model reads prompts and writes after them, greedily and with a key-value cache.
+
+    Each model lives in a fresh process, so that its peak memory is its own. The two take turns, run by run, so that the
+    noise of a shared machine falls on both; before the runs that count, each warms up at the same batch and length. A script
+    that calls this needs the guard `if __name__ == "__main__":`, as for every process that Python spawns.
+
+    Args:
+        model: folder or hub id of a model with a language-model head, dense or compressed by lillama.
+        against: another one to compare with, usually the dense original.
+        batch: numbers of sequences at once.
+        prompt: numbers of tokens of a prompt; the tokens are random.
+        new: tokens to write, at least 2: the first belongs to the prompt. Ends of text are ignored.
+        repeats: runs of each model at every batch and length.
+        device: that computes; by default an accelerator if there is one.
+        dtype: of the weights in memory; by default the stored one.
+        threads: of the CPU; by default torch's own choice.
+        seed: of the prompts.
+        report: told about every batch and length.
+
+    Raises:
+        LillamaError: a model cannot be used, an option makes no sense, or memory does not suffice.
+    """
+    _refuse_below(1, batch=batch, prompt=prompt, repeats=[repeats], threads=[1 if threads is None else threads])
+    _refuse_below(2, new=[new])
+    names = [model] if against is None else [model, against]
+    subjects = tuple(subject(name, max(prompt), new) for name in names)
+    setting = Setting(str(pick_device(device)), dtype, threads or torch.get_num_threads(), seed)
+    grid = [(rows, length) for rows in batch for length in prompt]
+    cells: list[Cell] = []
+    with ExitStack() as stack:
+        processes = [stack.enter_context(process(one, setting)) for one in subjects]
+        for done, (rows, length) in enumerate(grid):
+            report(Progress("runs", done, len(grid), f"batch {rows}, prompt {length}"))
+            cells.append(Cell(rows, length, new, in_turn(processes, rows, length, new, repeats)))
+        report(Progress("runs", len(grid), len(grid)))
+        footprints = tuple(call(timed.footprint) for call in processes)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    conditions = {"device": setting.device, "threads": setting.threads, "seed": seed, "repeats": repeats} | versions
+    return Benchmark(subjects, footprints, tuple(cells), conditions)
+
+
+def subject(name: str | Path, prompt: int, new: int) -> Subject:
+    """Find a model and read its size; nothing is loaded.
+
+    Raises:
+        ModelError: no such model, it cannot write text, or not after so long a prompt.
+    """
+    folder = locate(name)
+    config = load_config(folder)
+    model = skeleton(config)
+    if not model.can_generate():
+        raise ModelError(
+            f"{folder}: {type(model).__name__} has no language-model head and cannot write; give one that has"
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # not all models bound it
+    if positions is not None and prompt + new > positions:
+        raise ModelError(
+            f"{folder}: a prompt of {prompt} and {new} new tokens make {prompt + new}, but the model has {positions} "
+            "positions; lower --prompt or --new"
+        )
+    reader = CheckpointReader(folder)
+    numbers = sum(math.prod(entry.shape) * PACKED.get(entry.dtype, 1) for entry in reader.entries.values())
+    return Subject(str(name), folder, numbers, sum(file.stat().st_size for file in reader.files))
+
+
+@contextmanager
+def process(one: Subject, setting: Setting) -> Iterator[Call]:
+    """Yield a function that calls another, with folder and setting before its own arguments, in one fresh process."""
+    with ProcessPoolExecutor(1, get_context("spawn"), timed.begin) as pool:
+
+        def call(function: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return pool.submit(function, str(one.folder), setting, *arguments).result()
+            except BrokenProcessPool:
+                raise ResourceError(
+                    f"{one.name}: its process was ended from outside, as happens when memory runs out; {TOO_MUCH}"
+                ) from None
+
+        yield call
+
+
+def in_turn(processes: Sequence[Call], batch: int, prompt: int, new: int, repeats: int) -> tuple[tuple[Run, ...], ...]:
+    """Return the runs of each model, taken round by round after one short run of each to warm up."""
+    for call in processes:
+        call(timed.run, batch, prompt, WARM_UP)
+    rounds = [[call(timed.run, batch, prompt, new) for call in processes] for _ in range(repeats)]
+    return tuple(zip(*rounds, strict=True))
+
+
+def _refuse_below(least: int, **options: Sequence[int]) -> None:
+    """Raise `RecipeError` where a value of an option is too small, or the option has none."""
+    for name, values in options.items():
+        smallest = min(values, default=0)
+        if smallest < least:
+            raise RecipeError(f"{name} is {smallest}; it must be at least {least}")

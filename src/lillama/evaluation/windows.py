@@ -1,0 +1,133 @@
+"""Texts as windows: what perplexity and agreement are measured on."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lillama.errors import CalibrationError
+from lillama.stream.streamed import StreamedModel
+
+LONGEST = 2048
+LABEL = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)
+
+Texts = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text as consecutive windows of equal length.
+
+    Attributes:
+        name: of the text.
+        ids: the windows; tokens after the last whole one are left out.
+        tokens_per_byte: of the whole text.
+        stride: from the beginning of a window to that of the next; None: the windows' length, so that none overlap.
+    """
+
+    name: str
+    ids: Int[Tensor, "windows length"]
+    tokens_per_byte: float
+    stride: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are predicted."""
+        return int(self.predicted(slice(None)).sum())
+
+    def predicted(self, rows: slice) -> Bool[Tensor, "windows predictions"]:
+        """Return which tokens after the first of each window are predicted.
+
+        In the text's first window all are. A later one predicts the last `stride`: those before them were predicted in the
+        windows before it, and only stand there as context.
+        """
+        count, length = self.ids.shape
+        later = torch.arange(count)[rows, None] > 0
+        return ~later | (torch.arange(1, length) >= length - (self.stride or length))
+
+
+def default_length(model: StreamedModel) -> int:
+    """Return the model's longest context, at most 2048 tokens."""
+    longest = getattr(model.skeleton.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+    return min(longest, LONGEST)
+
+
+def cut(
+    name: str,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    stride: int | None = None,
+    most: int | None = None,
+) -> Windows:
+    """Tokenise a text without special tokens and cut it into windows; a shorter text is one window.
+
+    Args:
+        name: of the text.
+        text: to be cut.
+        tokenizer: of the model.
+        length: tokens of a window.
+        stride: from window to window; by default `length`.
+        most: keep so many windows, spread evenly over the text; by default all.
+
+    Raises:
+        CalibrationError: windows or text have fewer than two tokens, or the stride leaves tokens out.
+    """
+    if length < 2:
+        raise CalibrationError(f"seq_len is {length}; windows of at least two tokens are needed to measure perplexity")
+    if stride is not None and not 1 <= stride <= length:
+        raise CalibrationError(f"stride is {stride}; it must lie between 1 and the window's {length} tokens")
+    if most is not None and most < 1:
+        raise CalibrationError(f"windows is {most}; at least one is needed")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise CalibrationError(f"{name}: {len(ids)} tokens; a text of at least two is needed to measure perplexity")
+    length = min(length, len(ids))
+    step = min(stride or length, length)
+    windows = torch.tensor(ids).unfold(0, length, step)
+    return Windows(name, windows[spread(len(windows), most)], len(ids) / len(text.encode()), step)
+
+
+def spread(total: int, most: int | None) -> Int[Tensor, " chosen"]:
+    """Return at most `most` indices below `total`, evenly spread; the first is 0.
+
+    >>> spread(10, 4).tolist()
+    [0, 2, 5, 7]
+    """
+    count = min(total, total if most is None else most)
+    return torch.arange(count) * total // max(count, 1)
+
+
+def named(texts: Texts) -> dict[str, Path]:
+    """Return name -> path of text files; the name is the file's, or the whole path where two files share one."""
+    paths = [path for _, path in labelled(texts)]
+    stems = [path.name.split(".txt")[0] for path in paths]
+    return {stem if stems.count(stem) == 1 else str(path): path for stem, path in zip(stems, paths, strict=True)}
+
+
+def labelled(texts: Texts) -> list[tuple[str | None, Path]]:
+    """Part `language=path` into both; a path without a label, or a file whose name has one in it, has no language.
+
+    >>> [language for language, _ in labelled(["fra=livre.txt", "novel.txt"])]
+    ['fra', None]
+    """
+    found: list[tuple[str | None, Path]] = []
+    for text in [texts] if isinstance(texts, str | Path) else texts:
+        parts = None if Path(text).exists() else LABEL.fullmatch(str(text))
+        found.append((parts[1], Path(parts[2])) if parts else (None, Path(text)))
+    return found
+
+
+def languages(texts: Texts) -> dict[str, list[str]]:
+    """Return language -> names of its texts, in order; texts without a language are in none."""
+    names = {path: name for name, path in named(texts).items()}
+    found: dict[str, list[str]] = {}
+    for language, path in dict.fromkeys(labelled(texts)):
+        if language is not None:
+            found.setdefault(language, []).append(names[path])
+    return found

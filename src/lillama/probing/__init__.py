@@ -1,0 +1,1 @@
+"""Minimal pairs: does a model find the right text likelier than the wrong one?"""

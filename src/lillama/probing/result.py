@@ -1,0 +1,99 @@
+"""What probing found, as a value and as JSON."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lillama.probing.average import Accuracy, Interval
+from lillama.probing.benchmark import ScoreName, Unit
+from lillama.probing.trials import Trial
+
+VERSION = 1
+CHANCE = 0.5
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a model was asked.
+
+    Attributes:
+        model: that was asked.
+        against: the dense model that it was compared with; empty: none.
+        score: how a log-probability became the score of a text.
+        unit: what that counted.
+    """
+
+    model: str
+    against: str
+    score: ScoreName
+    unit: Unit
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a model, or another system, scored on a benchmark.
+
+    Attributes:
+        benchmark: its name.
+        asked: how the model was asked; None where the trials were given.
+        total: accuracy over all.
+        breakdowns: grouping -> accuracy of each of its groups.
+        trials: every pair with its two scores.
+        pairs: distinct pairs.
+        ties: trials whose two texts are equally likely; each counts half.
+        identical: trials whose two texts are the same to the model (the same tokens), or the same altogether.
+        notes: what a reader should know, one line each.
+    """
+
+    benchmark: str
+    asked: Asked | None
+    total: Accuracy
+    breakdowns: Mapping[str, tuple[Accuracy, ...]]
+    trials: tuple[Trial, ...]
+    pairs: int
+    ties: int
+    identical: int
+    notes: tuple[str, ...]
+
+    @property
+    def overall(self) -> float:
+        """Accuracy over all, as the benchmark averages."""
+        return self.total.score or 0.0
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 % bootstrap interval of `overall`; None for a single pair or word."""
+        return self.total.interval
+
+    @property
+    def groups(self) -> dict[str, float]:
+        """Group -> accuracy, in the benchmark's main breakdown; empty groups are left out."""
+        first = next(iter(self.breakdowns.values()), ())
+        return {group.label: group.score for group in first if group.score is not None}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values; the trials are left out, `write_trials` writes them."""
+        found = {"version": VERSION, "benchmark": self.benchmark}
+        if self.asked is not None:
+            found |= asdict(self.asked)
+        return found | {
+            "overall": self.overall,
+            "interval": self.interval,
+            "chance": CHANCE,
+            "groups": self.groups,
+            "pairs": self.pairs,
+            "trials": len(self.trials),
+            "items": self.total.items,
+            "ties": self.ties,
+            "identical": self.identical,
+            "breakdowns": {name: [asdict(group) for group in groups] for name, groups in self.breakdowns.items()},
+            "compared": _compared(self.total),
+            "notes": list(self.notes),
+        }
+
+
+def _compared(total: Accuracy) -> dict[str, Any] | None:
+    """Return the overall comparison with the dense model, if there was one."""
+    if total.dense is None:
+        return None
+    return {"dense": total.dense, "difference": total.difference, "interval": total.difference_interval}

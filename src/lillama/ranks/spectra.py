@@ -1,0 +1,62 @@
+"""Whitened singular spectra of all linears: what the loss is predicted to rise by when a rank is kept."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+
+from lillama.errors import OutputError
+from lillama.files import atomic_file
+from lillama.ranks.plan import RankPlan
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """The singular values of `G_out^(1/2) W G_in^(1/2)` of every linear, in units of the square root of a nat.
+
+    `G_in` is the mean of `x x^T` over calibration tokens, `G_out` that of `g g^T`, `g` the gradient of a token's
+    log-likelihood at the linear's output under the model's own distribution (Fisher). To second order, and with the layers
+    taken as independent (K-FAC, arXiv 1503.05671), a change `D` of the weight raises the loss of a token by half of
+    `||G_out^(1/2) D G_in^(1/2)||_F^2`: the best factors of rank r raise it by half of the squares behind the r-th.
+
+    Attributes:
+        singular: name of a linear -> its singular values, the largest first.
+
+    Examples:
+        >>> Spectra({"up": np.array([3.0, 2.0, 1.0])}).rises("up").tolist()
+        [7.0, 2.5, 0.5, 0.0]
+    """
+
+    singular: Mapping[str, Values]
+
+    def rises(self, name: str) -> Values:
+        """Return the predicted rise of the loss, in nats a token, for the ranks 0, 1, ..., full of a linear."""
+        squares = self.singular[name][::-1] ** 2
+        return 0.5 * np.concatenate(([0.0], np.cumsum(squares)))[::-1]
+
+    def rise(self, plan: RankPlan) -> float:
+        """Return the predicted rise of the loss under a rank plan, in nats a token; interactions are left out."""
+        return float(sum(self.rises(linear.name)[rank] for linear, rank in plan if rank is not None))
+
+    def save(self, path: Path) -> None:
+        """Write the spectra; `load` reads them back."""
+        with atomic_file(path) as temporary:
+            save_file({name: np.ascontiguousarray(values) for name, values in self.singular.items()}, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> "Spectra":
+        """Read spectra.
+
+        Raises:
+            OutputError: the file is damaged.
+        """
+        try:
+            return cls(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise OutputError(f"{path}: not readable ({error}); begin anew with --restart") from None

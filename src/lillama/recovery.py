@@ -1,0 +1,222 @@
+"""The recovery tail over a compressed model, after all its blocks are taught; and where its results lie.
+
+recovered/0003.safetensors   a block after the tail, in fp32; there are none if the tail brought nothing
+recovered/log.json           how it went; its presence marks the tail as finished
+recovery/                    the latest state, while it goes on
+"""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lillama.distill.block import step_total
+from lillama.distill.end_to_end import Chain, KeptGraphs, Recomputed, graph_bytes
+from lillama.distill.joint import SNAPSHOT_SECONDS, Bench
+from lillama.distill.learner import Learner
+from lillama.distill.objective import Units
+from lillama.distill.prediction import Head
+from lillama.distill.recover import RecoverConfig, RecoverLog
+from lillama.distill.spectrum import largest_singular_value
+from lillama.distill.tail import Tail, TailData
+from lillama.distill.trace import GROWTH
+from lillama.files import write_json
+from lillama.lowrank.compressed import restored_copy
+from lillama.model.checkpoint import load_tensors, save_tensors
+from lillama.model.spec import BlockSpec
+from lillama.progress import Progress
+from lillama.resources import free_memory, trim_memory
+from lillama.stream.calls import CallTable
+from lillama.stream.store import ActivationStore
+from lillama.stream.streamed import advance, begin
+from lillama.teach import TRAINING_BYTES, Lesson
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+STATE_BYTES = TRAINING_BYTES + 4  # a parameter under training, and in the best state
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What the tail leaves in a run folder.
+
+    Attributes:
+        run: the run folder.
+    """
+
+    run: Path
+
+    @property
+    def state(self) -> Path:
+        """Folder of the latest state, while the tail goes on."""
+        return self.run / "recovery"
+
+    @property
+    def done(self) -> bool:
+        """Whether the tail is finished."""
+        return self._log.is_file()
+
+    def save_block(self, index: int, state: Mapping[str, Tensor]) -> None:
+        """Write a block; `load` does not see it before the tail is finished."""
+        self._log.parent.mkdir(exist_ok=True)
+        save_tensors(self._weights(index), state)
+
+    def finish(self, log: RecoverLog) -> None:
+        """Write the log, which marks the tail as finished; the latest state is removed."""
+        self._log.parent.mkdir(exist_ok=True)
+        write_json(self._log, {"version": VERSION} | asdict(log))
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def load(self, index: int) -> dict[str, Tensor] | None:
+        """Read a block after the tail; None if it stays as it was taught."""
+        log = self.log()
+        if log is None or not log["improved"] or not self._weights(index).is_file():
+            return None
+        return load_tensors(self._weights(index))
+
+    def log(self) -> dict[str, Any] | None:
+        """Read the record of a finished tail."""
+        return json.loads(self._log.read_text(encoding="utf-8")) if self.done else None
+
+    @property
+    def _log(self) -> Path:
+        return self.run / "recovered" / "log.json"
+
+    def _weights(self, index: int) -> Path:
+        return self.run / "recovered" / f"{index:04}.safetensors"
+
+
+def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
+    """Train all compressed blocks together, and write those that are better than before on the held-out sequences.
+
+    Nothing is done if the tail is switched off or finished, or no block is compressed. Blocks that stayed dense are left
+    as they are, and so is all outside the blocks.
+    """
+    place = Recovered(lesson.run.path)
+    trained = {block.index: block for block in lesson.blocks if lesson.ranks(block)}
+    if not config.epochs or not trained or place.done:
+        return
+    calls, inputs, targets = _streamed(lesson, min(trained))
+    boundaries = dict[int, ActivationStore]()
+    chain = _chain(lesson, trained, config, calls, inputs, boundaries)
+    tail = Tail(
+        chain=chain,
+        head=Head(lesson.teacher, lesson.teacher.outside(head=True), calls),
+        data=TailData(lesson.tokens.ids, lesson.tokens.mask, targets, lesson.rows, lesson.job.micro_batch),
+        config=config,
+        lr=_lr(lesson, config),
+        seed=lesson.job.recipe.seed,
+        folder=place.state,
+        snapshot_seconds=snapshot_seconds,
+    )
+    log, states = tail.run(lesson.report)
+    grown = dict[str, float]()
+    for index, state in states.items():
+        taught = lesson.run.load_block(index)
+        grown |= _grown(trained[index].name, lesson.ranks(trained[index]), taught, state)
+        place.save_block(index, taught | state)
+    _warn_of_growth(grown)
+    place.finish(replace(log, grown=grown))
+    for store in (inputs, targets, *boundaries.values()):
+        store.remove()
+    trim_memory()
+
+
+def _grown(
+    block: str, linears: Iterable[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return full name of a linear -> growth of its largest singular value, where that is worth a warning."""
+    growth = {f"{block}.{name}": _largest(after, name) / max(_largest(before, name), 1e-30) for name in linears}
+    return {name: factor for name, factor in growth.items() if factor > GROWTH}
+
+
+def _warn_of_growth(grown: Mapping[str, float]) -> None:
+    if grown:
+        name, factor = max(grown.items(), key=lambda item: item[1])
+        logger.warning(
+            "recovery: the largest singular value of %d linears grew by more than half, of %s to the %.1f-fold; lower "
+            "recover.lr",
+            len(grown), name, factor,
+        )  # fmt: skip
+
+
+def _largest(state: Mapping[str, Tensor], name: str) -> float:
+    return largest_singular_value(state[f"{name}.left.weight"].cpu(), state[f"{name}.right.weight"].cpu())
+
+
+def _streamed(lesson: Lesson, first: int) -> tuple[CallTable, ActivationStore, ActivationStore]:
+    """Run the original over all sequences; return its calls, its inputs of block `first`, and its last outputs."""
+    model, ids, rows = lesson.teacher, lesson.tokens.ids, lesson.job.micro_batch
+    shape, shelf = (*ids.shape, lesson.job.plan.spec.hidden_size), lesson.shelf()
+    place = shelf.place(2 * math.prod(shape) * model.dtype.itemsize)
+    inputs, targets = (ActivationStore(shape, model.dtype, shelf, place, f"tail-{name}") for name in ("in", "out"))
+    calls, total = begin(model, ids, lesson.tokens.mask, inputs, rows), len(model.blocks)
+    for index in range(total):
+        lesson.report(Progress("blocks", index, total, f"original, {model.stack}.{index}"))
+        source, sink = inputs if index <= first else targets, inputs if index < first else targets
+        advance(model.block(index), index, calls, source, sink, rows)
+    lesson.report(Progress("blocks", total, total))
+    return calls, inputs, targets
+
+
+def _chain(
+    lesson: Lesson,
+    trained: Mapping[int, BlockSpec],
+    config: RecoverConfig,
+    calls: CallTable,
+    inputs: ActivationStore,
+    boundaries: dict[int, ActivationStore],
+) -> Chain:
+    """Return the blocks under training; `boundaries` is filled where graphs do not fit into memory."""
+    blocks = range(min(trained), len(lesson.teacher.blocks))
+    resident = free_memory(lesson.teacher.device) // 2 // (STATE_BYTES * max(b.params for b in trained.values()))
+    bench = Bench(_learners(lesson, config), lesson.run.scratch / "tail", resident)
+    if resident < len(trained) or not _graphs_fit(lesson, bench, blocks, config, calls, inputs):
+        shelf, shape = lesson.shelf(), (config.batch_size, *inputs.shape[1:])
+        place = shelf.place(len(blocks) * math.prod(shape) * inputs.dtype.itemsize)
+        boundaries |= {index: ActivationStore(shape, inputs.dtype, shelf, place, f"tail-{index}") for index in blocks}
+    tape = Recomputed(boundaries) if boundaries else KeptGraphs()
+    return Chain(bench, frozenset(trained), _dense_blocks(lesson), blocks, calls, inputs, tape)
+
+
+def _graphs_fit(
+    lesson: Lesson, bench: Bench, blocks: range, config: RecoverConfig, calls: CallTable, inputs: ActivationStore
+) -> bool:
+    """Tell whether the graphs of all blocks for one batch take at most a quarter of the free memory."""
+    rows = torch.arange(min(config.batch_size, lesson.job.micro_batch, inputs.shape[0]))
+    run = partial(bench[blocks[0]]._run, calls.select(blocks[0], rows, inputs.device))
+    needed = graph_bytes(run, inputs.read(rows)) * len(blocks) * math.ceil(config.batch_size / len(rows))
+    return needed <= free_memory(inputs.device) // 4
+
+
+def _learners(lesson: Lesson, config: RecoverConfig) -> Callable[[int], Learner]:
+    """Return what makes the learner of a block as distillation left it."""
+    training, lr = config.training, _lr(lesson, config)
+    steps, specs = step_total(lesson.rows, training), {block.index: block for block in lesson.blocks}
+
+    def learner(index: int) -> Learner:
+        template, state = lesson.teacher.blocks[index], lesson.run.load_block(index)
+        ranks, device = lesson.ranks(specs[index]), lesson.teacher.device
+        return Learner(restored_copy(template, ranks, state, device, torch.float32), training, lr, steps, Units())
+
+    return learner
+
+
+def _dense_blocks(lesson: Lesson) -> Callable[[int], nn.Module]:
+    """Return what gives a block of the original; those that an eighth of the free memory holds are not read again."""
+    model, spec = lesson.teacher, lesson.job.plan.spec
+    largest = max(block.params for block in spec) * model.dtype.itemsize
+    return lru_cache(free_memory(model.device) // 8 // largest)(model.block)
+
+
+def _lr(lesson: Lesson, config: RecoverConfig) -> float:
+    return config.training.peak_lr(lesson.job.plan.spec.hidden_size)

@@ -1,0 +1,106 @@
+"""What a finished compression is."""
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lillama.distill.prediction import Change
+from lillama.evaluation.perplexity import TextScore
+from lillama.ranks.plan import RankPlan
+from lillama.recipe import Recipe
+
+FILE = "lillama.json"  # in the folder of a result
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """One text under the original and under the compressed model."""
+
+    before: TextScore
+    after: TextScore
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a model's weight files hold.
+
+    Attributes:
+        params: numbers, those of the order of rows and of scales among them.
+        bytes: that these take.
+    """
+
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished compression.
+
+    Attributes:
+        path: the compressed model's folder.
+        run: the run folder.
+        plan: rank of each linear.
+        stored: numbers and bytes of the result's weights, as they stand in its files.
+        recipe: what was computed.
+        texts: perplexities before and after.
+        held_out: what became of the predictions on the held-out calibration sequences.
+        seconds: that this call took; less than the whole if it resumed an earlier one.
+        peak_bytes: largest memory of this process.
+
+    Examples:
+        >>> from lillama import plan
+        >>> planned = plan("demo/model", keep=0.8)
+        >>> stored, change = Stored(6_399_744, 12_799_488), Change(kl=0.02, rise=0.01)
+        >>> result = Result(Path("small"), Path("small.run"), planned.plan, stored, planned.recipe, (), change, 60.0, 10**9)
+        >>> result.as_json()["params"]
+        {'dense': 7999744, 'kept': 6399744}
+    """
+
+    path: Path
+    run: Path
+    plan: RankPlan
+    stored: Stored
+    recipe: Recipe
+    texts: tuple[TextPair, ...]
+    held_out: Change
+    seconds: float
+    peak_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the value that `lillama compress --json` prints; `version` counts its breaking changes."""
+        spec = self.plan.spec
+        return {
+            "version": 1,
+            "path": str(self.path),
+            "run": str(self.run),
+            "recipe": self.recipe.hash,
+            "keep": self.stored.params / spec.params,
+            "params": {"dense": spec.params, "kept": self.stored.params},
+            "bytes": {"dense": spec.params * spec.bytes_per_param, "kept": self.stored.bytes},
+            "texts": [
+                {
+                    "name": pair.before.name,
+                    "tokens": pair.before.tokens,
+                    "before": _score(pair.before),
+                    "after": _score(pair.after),
+                }
+                for pair in self.texts
+            ],
+            "held_out": asdict(self.held_out),
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "environment": environment(),
+        }
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    libraries = ("lillama", "torch", "transformers", "safetensors")
+    return {name: version(name) for name in libraries} | {"python": platform.python_version()}
+
+
+def _score(score: TextScore) -> dict[str, float]:
+    return {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}

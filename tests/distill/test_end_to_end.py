@@ -1,0 +1,82 @@
+"""Gradients that run back block by block equal those of plain autograd through all blocks at once."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lillama.distill.end_to_end import Chain, KeptGraphs, Part, Recomputed, graph_bytes
+from lillama.distill.joint import Bench
+from lillama.distill.learner import Learner
+from lillama.distill.objective import Units
+from lillama.stream.calls import BlockCall, CallTable
+from lillama.stream.store import ActivationStore, Shelf
+
+BATCH = torch.tensor([7, 2, 11, 5, 3])
+TRAINED, BLOCKS = (1, 3), range(1, 5)
+
+
+@pytest.fixture
+def chain(toy):
+    """Return a function that makes a chain of four blocks, of which the first and the third are trained."""
+    torch.manual_seed(1)
+    dense = {index: type(toy.teacher)().requires_grad_(False) for index in BLOCKS}
+    students = {index: toy.student() for index in TRAINED}
+
+    def make(recomputed: bool, resident: int = 9) -> Chain:
+        config, inputs = toy.config(), toy.data().teacher
+        shelf = Shelf(torch.device("cpu"), toy.folder, 0, 1 << 30)
+        stores = {i: ActivationStore((8, *inputs.shape[1:]), torch.float32, shelf, "disk", f"b{i}") for i in BLOCKS}
+        tape = Recomputed(stores) if recomputed else KeptGraphs()
+
+        def learner(index: int) -> Learner:
+            return Learner(copy.deepcopy(students[index]), config, 1e-3, 10, Units())
+
+        bench = Bench(learner, toy.folder / "bench", resident)
+        return Chain(bench, frozenset(TRAINED), dense.__getitem__, BLOCKS, CallTable([BlockCall()] * 5), inputs, tape)
+
+    make.whole = nn.ModuleList([copy.deepcopy(students.get(i, dense[i])) for i in BLOCKS])
+    return make
+
+
+def gradients(chain: Chain, micro_batch: int, slope: torch.Tensor) -> dict[str, torch.Tensor]:
+    parts = Part.of(BATCH, micro_batch)
+    outputs = chain.forward(parts)
+    torch.testing.assert_close(outputs, chain.outputs(parts), rtol=0, atol=0)
+    assert not any(output.requires_grad for output in outputs)
+    found = {}
+    for index in chain.backward(parts, list(slope.split(micro_batch))):
+        named = chain.bench[index].student.named_parameters()
+        found |= {f"{index}.{name}": parameter.grad.clone() for name, parameter in named}
+    return found
+
+
+@pytest.mark.parametrize("micro_batch", [2, 5])
+@pytest.mark.parametrize(("recomputed", "resident"), [(True, 9), (True, 1), (False, 9)])
+def test_equal_those_of_plain_autograd(toy, chain, recomputed, resident, micro_batch):
+    made = chain(recomputed, resident)
+    hidden = made.inputs.read(BATCH)
+    slope = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    found = gradients(made, micro_batch, slope)
+    for index in TRAINED:
+        chain.whole[index - 1].requires_grad_(True)
+    for block in chain.whole:
+        hidden = block(hidden)[0]
+    hidden.backward(slope)
+    wanted = {f"{i}.{n}": p.grad for i in TRAINED for n, p in chain.whole[i - 1].named_parameters()}
+    assert set(found) == set(wanted) and next(iter(found)).startswith("3.")
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_both_tapes_give_the_same_bits(chain):
+    slope = torch.randn(5, 6, 12, generator=torch.Generator().manual_seed(2))
+    kept, recomputed = gradients(chain(False), 2, slope), gradients(chain(True), 2, slope)
+    assert all(torch.equal(gradient, recomputed[name]) for name, gradient in kept.items())
+
+
+def test_the_size_of_a_graph():
+    linear, hidden = nn.Linear(10, 30, bias=False), torch.randn(7, 10)
+    assert graph_bytes(linear, hidden) == 4 * (10 * 30 + 7 * 10)
+    assert graph_bytes(lambda x: linear(x).tanh(), hidden) == 4 * (10 * 30 + 7 * 10 + 7 * 30)

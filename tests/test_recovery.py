@@ -1,0 +1,247 @@
+"""The recovery tail over tiny models: against plain training of the whole model, with little memory, after a kill."""
+
+import itertools
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lillama import recovery
+from lillama.calibration.gather import gather
+from lillama.distill.block import batches
+from lillama.distill.recover import RecoverConfig
+from lillama.distill.tail import Tail
+from lillama.lowrank.install import install
+from lillama.prepare import Machine, prepared
+from lillama.progress import silent
+from lillama.ranks.plan import RankPlan
+from lillama.recovery import Recovered, recover
+from lillama.run import RunDir
+from lillama.stream.streamed import open_streamed
+from lillama.teach import Lesson, teach_sequentially
+
+CONFIG = RecoverConfig(epochs=2, batch_size=8, lr=1e-3, lr_scale="width", lr_width=None, checks=4)
+STEPS = 8
+
+
+@pytest.fixture
+def taught(tiny, quick, tmp_path) -> Callable[..., Lesson]:
+    """Return a function that makes a lesson whose blocks are taught, in a folder of its own."""
+    counter = itertools.count()
+
+    def make(model: Path = tiny, only: int | None = None, mask: bool = False, micro_batch: int = 5) -> Lesson:
+        recipe = quick(distill={"epochs": 0}, calibration={"tokens": 960})
+        folder = tmp_path / f"run-{next(counter)}"
+        (folder / "scratch").mkdir(parents=True)
+        job = prepared(model, recipe, "quick", None, Machine(device="cpu", micro_batch=micro_batch))
+        if only is not None:
+            ranks = {name: rank if f".{only}." in name else None for name, rank in job.plan.ranks.items()}
+            job = replace(job, plan=RankPlan(job.plan.spec, ranks))
+        tokens = gather(recipe.calibration, model, job.tokenizer, recipe.seed, job.device, silent)
+        if mask:
+            real = torch.ones_like(tokens.ids, dtype=torch.bool)
+            real[1::3, 20:] = False
+            real[2::5, :7] = False
+            tokens = replace(tokens, mask=real)
+        lesson = Lesson(job, tokens, RunDir(folder), silent)
+        teach_sequentially(lesson)
+        return lesson
+
+    return make
+
+
+def states(lesson: Lesson) -> dict[str, torch.Tensor]:
+    found = ((block.index, Recovered(lesson.run.path).load(block.index)) for block in lesson.blocks)
+    return {f"{index}.{name}": tensor for index, state in found if state for name, tensor in state.items()}
+
+
+def log(lesson: Lesson) -> dict:
+    found = Recovered(lesson.run.path).log()
+    assert found is not None
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
+def assert_same_bits(first: Lesson, second: Lesson) -> None:
+    assert log(first) == log(second)
+    one, other = states(first), states(second)
+    assert one and set(one) == set(other)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_the_compressed_model_comes_nearer_to_the_original(taught):
+    lesson = taught()
+    recover(lesson, CONFIG)
+    first = log(lesson)
+    assert first["improved"] and first["final"]["kl"] < 0.9 * first["initial"]["kl"]
+    assert first["best_step"] == first["steps"] == STEPS and first["stopped"] == ""
+    assert not Recovered(lesson.run.path).state.exists()
+    for block in lesson.blocks:  # what was written is what was measured
+        name = f"{block.index:04}.safetensors"
+        shutil.copy(lesson.run.path / "recovered" / name, lesson.run.path / "blocks" / name)
+    before = states(lesson)
+    recover(lesson, CONFIG)
+    assert log(lesson) == first  # finished: nothing is done
+    (lesson.run.path / "recovered" / "log.json").unlink()
+    recover(lesson, replace(CONFIG, lr=1e-12))
+    assert log(lesson)["initial"] == pytest.approx(first["final"], rel=1e-6)
+    assert set(before) == set(states(lesson)) or not log(lesson)["improved"]
+
+
+def whole_model(lesson: Lesson) -> torch.nn.Module:
+    """Return transformers' own model with the factors that distillation left."""
+    model = AutoModelForCausalLM.from_pretrained(lesson.teacher.reader.folder, dtype=torch.float32).eval()
+    install(model, lesson.job.plan.factorised)
+    for block in lesson.blocks:
+        if lesson.ranks(block):
+            model.get_submodule(block.name).load_state_dict(
+                {name: tensor.float() for name, tensor in lesson.run.load_block(block.index).items()}
+            )
+    return model
+
+
+@pytest.mark.parametrize(("only", "mask", "lm"), [(None, False, 0.0), (None, True, 0.3), (1, True, 0.0)])
+def test_equals_plain_training_of_the_whole_model(taught, only, mask, lm):
+    """Five steps with AdamW on transformers' own model, each block clipped for itself."""
+    lesson = taught(only=only, mask=mask)
+    config = replace(CONFIG, epochs=1, lr=1e-3, lm=lm, checks=1, clip=0.05)
+    recover(lesson, config)
+    model, training = whole_model(lesson), config.training
+    teacher = AutoModelForCausalLM.from_pretrained(lesson.teacher.reader.folder, dtype=torch.float32).eval()
+    trained = [model.get_submodule(block.name) for block in lesson.blocks if lesson.ranks(block)]
+    model.requires_grad_(False)
+    groups = [list(block.requires_grad_(True).parameters()) for block in trained]
+    optimiser = torch.optim.AdamW([p for group in groups for p in group], lr=1e-3, weight_decay=0.0)
+    ids, real = lesson.tokens.ids, lesson.tokens.mask
+    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+    for step, rows in enumerate(batches(lesson.rows, training, lesson.job.recipe.seed)):
+        optimiser.param_groups[0]["lr"] = 1e-3 * training.lr_factor(step, STEPS // 2)
+        given = {"input_ids": ids[rows], "attention_mask": real[rows].long() if mask else None}
+        found = model(**given).logits.log_softmax(-1)
+        wanted = teacher(**given).logits.detach().log_softmax(-1)
+        loss = (1 - lm) * (wanted.exp() * (wanted - found)).sum(-1)[real[rows]].mean()
+        followed = real[rows][:, :-1] & real[rows][:, 1:]
+        chances = found[:, :-1].gather(-1, ids[rows][:, 1:, None])[..., 0]
+        (loss - lm * chances[followed].mean()).backward()
+        for group in groups:
+            assert torch.nn.utils.clip_grad_norm_(group, 0.05) > 0.05  # or the test would not see it
+        optimiser.step()
+        optimiser.zero_grad()
+    written = states(lesson)
+    assert {name.partition(".")[0] for name in written} == ({"0", "1", "2"} if only is None else {str(only)})
+    for block, module in zip((b for b in lesson.blocks if lesson.ranks(b)), trained, strict=True):
+        for name, parameter in module.named_parameters():
+            close = written[f"{block.index}.{name}"].isclose(parameter.detach(), atol=3e-5, rtol=1e-3)
+            assert close.float().mean() > 0.98, name  # Adam turns the rounding of a gradient near 0 into a whole step
+
+
+def test_padding_does_not_matter(taught):
+    first, second = taught(mask=True), taught(mask=True)
+    second = replace(second, tokens=replace(second.tokens, ids=second.tokens.ids.masked_fill(~second.tokens.mask, 7)))
+    assert not torch.equal(first.tokens.ids, second.tokens.ids)
+    assert torch.equal(first.run.load_block(2)["mlp.up_proj.left.weight"],
+                       second.run.load_block(2)["mlp.up_proj.left.weight"])  # fmt: skip
+    for lesson in (first, second):
+        recover(lesson, replace(CONFIG, lm=0.5))
+    assert_same_bits(first, second)
+
+
+def test_little_memory_changes_nothing(taught, monkeypatch):
+    plenty, little = taught(), taught()
+    recover(plenty, CONFIG)
+    monkeypatch.setattr(recovery, "free_memory", lambda device: 0)
+    kept = []
+    monkeypatch.setattr(recovery, "KeptGraphs", lambda: kept.append(1))
+    recover(little, CONFIG)
+    assert not kept and list((little.run.scratch / "tail").glob("learner-*"))
+    assert_same_bits(plenty, little)
+
+
+class Killed(BaseException):
+    """The end of the process, as far as this one can play it."""
+
+
+@pytest.mark.parametrize("stop", [1, 6])
+def test_a_killed_tail_goes_on_to_the_same_bits(taught, monkeypatch, stop):
+    whole, stopped = taught(), taught()
+    recover(whole, CONFIG)
+    step, taken = Tail._step, []
+
+    def counted(self, *args):
+        taken.append(1)
+        if len(taken) == stop + 1:
+            raise Killed
+        return step(self, *args)
+
+    monkeypatch.setattr(Tail, "_step", counted)
+    with pytest.raises(Killed):
+        recover(stopped, CONFIG, snapshot_seconds=-1)
+    assert Recovered(stopped.run.path).state.is_dir() and not Recovered(stopped.run.path).done
+    recover(stopped, CONFIG, snapshot_seconds=-1)
+    assert len(taken) == STEPS + 1
+    assert_same_bits(whole, stopped)
+
+
+def test_a_hopeless_rate_keeps_the_start(taught, caplog):
+    lesson = taught()
+    with caplog.at_level(logging.WARNING):
+        recover(lesson, replace(CONFIG, lr=30.0, clip=None))
+    assert not log(lesson)["improved"] and log(lesson)["final"] == log(lesson)["initial"]
+    assert not states(lesson) and len(caplog.records) == 1
+    assert "diverged by step 2; the blocks stay as they were" in caplog.text
+    json.dumps(log(lesson), allow_nan=False)
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> Iterator[Callable[[int], None]]:
+    """Return a function that spoils a weight after a step."""
+
+    def poison(after: int) -> None:
+        step = Tail._step
+
+        def spoilt(self, batch, trace):
+            step(self, batch, trace)
+            if len(trace.losses) == after:
+                with torch.no_grad():
+                    next(self.chain.bench[1].student.parameters()).fill_(math.nan)
+
+        monkeypatch.setattr(Tail, "_step", spoilt)
+
+    return poison
+
+
+@pytest.mark.parametrize(("after", "kept"), [(1, 0), (5, 4)])
+def test_a_loss_that_is_not_finite_ends_the_tail(taught, poisoned, caplog, after, kept):
+    lesson = taught()
+    poisoned(after)
+    with caplog.at_level(logging.WARNING):
+        recover(lesson, CONFIG)
+    assert log(lesson)["stopped"] == "not finite" and log(lesson)["best_step"] == kept
+    assert log(lesson)["improved"] == (kept > 0)
+    assert len([record for record in caplog.records if "not finite" in record.message]) == 1
+    assert all(tensor.isfinite().all() for tensor in states(lesson).values())
+    json.dumps(log(lesson), allow_nan=False)
+
+
+def test_switched_off_or_nothing_to_train(taught):
+    lesson = taught()
+    recover(lesson, replace(CONFIG, epochs=0))
+    assert Recovered(lesson.run.path).log() is None and Recovered(lesson.run.path).load(0) is None
+    nothing = replace(lesson.job, plan=RankPlan(lesson.job.plan.spec, dict.fromkeys(lesson.job.plan.ranks)))
+    recover(replace(lesson, job=nothing), CONFIG)
+    assert not (lesson.run.path / "recovered").exists()
+
+
+def test_computes_in_half_precision_with_full_masters(taught, make_model):
+    lesson = taught(make_model(torch.bfloat16))
+    teacher = open_streamed(lesson.teacher.reader.folder, torch.device("cpu"), torch.bfloat16)
+    recover(replace(lesson, job=replace(lesson.job, teacher=teacher)), CONFIG)
+    assert log(lesson)["final"]["kl"] < 0.9 * log(lesson)["initial"]["kl"]
+    weight = states(lesson)["1.mlp.up_proj.left.weight"]
+    assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
