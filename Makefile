@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # The matrices of the small models here are too small to share among threads; processes run side by side instead.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help demo test check docs bench-quality bench-memory clean
+.PHONY: help demo test check docs bench-quality bench-ablation bench-speed bench-inference bench-memory clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -32,8 +32,17 @@ docs: $(VENV)/.ready-docs  ## write the recipe table and build the documentation
 	$(BIN)/python docs/recipe_table.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench-quality: $(VENV)/.ready  ## perplexity of every recipe, into bench/results/ (hours)
+bench-quality: $(VENV)/.ready  ## loss and generated text of every recipe at six sizes, into bench/results/ (hours)
 	$(ONE_THREAD) $(BIN)/python bench/quality.py
+
+bench-ablation: $(VENV)/.ready  ## each part of the default recipe off and on, into bench/results/ (an hour)
+	$(ONE_THREAD) $(BIN)/python bench/ablation.py
+
+bench-speed: $(VENV)/.ready  ## how near compressing comes to the machine's limit, into bench/results/
+	$(ONE_THREAD) $(BIN)/python bench/speed.py
+
+bench-inference: $(VENV)/.ready  ## compressed against dense in use, into bench/results/
+	$(ONE_THREAD) $(BIN)/python bench/inference.py
 
 bench-memory: $(VENV)/.ready  ## peak memory against depth, into bench/results/
 	$(ONE_THREAD) $(BIN)/python bench/memory.py

@@ -1,52 +1,54 @@
-"""Change one choice of the default recipe at a time: what does it cost or bring?
+"""Each part of the default recipe switched off alone, and switched on alone: what does it bring?
 
-    python bench/ablation.py                       # all rows, then bench/results/ablation.{json,md}
-    python bench/ablation.py --row stream-both     # one row in this process
+    python bench/ablation.py                            # all rows, then bench/results/ablation.{json,md}
+    python bench/ablation.py --only no-recovery 0       # one row in this process, printed
 
-The same model and texts as `quality.py`, with a quarter of the tokens and the first 100,000 characters of each dev text: small
-enough to be run again whenever a choice is in doubt. 80 % of the block parameters kept.
+The same model, texts and sizes as `quality.py`, with fewer tokens and the first 100,000 characters of each dev text: small
+enough to be run again whenever a choice is in doubt. All rows take the same bytes.
 """
 
 import argparse
 import json
-import math
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from quality import ASSETS, LANGUAGES, MODEL, RESULTS, SEED
+from quality import CASES, RESULTS, ROWS, SEQ_LEN
 
-TOKENS, SEQ_LEN, KEEP, CHARACTERS = 32_768, 256, 0.8, 100_000
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "default": ("default", {}),
-    "init-svd": ("plain SVD init", {"init": {"name": "svd"}}),
-    "stream-both": ("both streams (twice the work)", {"distill": {"stream": "both"}}),
-    "stream-teacher": ("teacher's stream", {"distill": {"stream": "teacher"}}),
-    "loss-l1-cosine": ("published loss, L1 + cosine", {"distill": {"loss": {"name": "l1-cosine"}}}),
-    "loss-token-mse": ("squared error relative to each token", {"distill": {"loss": {"name": "token-mse"}}}),
-    "lr-half": ("half the learning rate", {"distill": {"lr": 1e-3}}),
-    "lr-double": ("twice the learning rate", {"distill": {"lr": 4e-3}}),
-    "batch-32": ("batches of 32 sequences", {"distill": {"batch_size": 32}}),
-    "schedule-joint": ("joint schedule", {"distill": {"schedule": "joint"}}),
+CASE, TOKENS, KEEP, CHARACTERS, SEEDS = CASES["eltec-llama-8m"], 16_384, 0.6, 100_000, (0, 1)
+UNIFORM, PLAIN, WHITENED = (
+    {"ranks": {"name": "uniform"}},
+    {"storage": {"form": "plain"}},
+    {"init": {"name": "whitened"}},
+)
+NO_TAIL = {"recover": {"epochs": 0}}
+BASE = UNIFORM | PLAIN | WHITENED | NO_TAIL  # local distillation alone
+DEFAULT: dict[str, Any] = {}
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("default", DEFAULT),
+    "no-allocation": ("- adaptive ranks (uniform)", UNIFORM),
+    "no-pivot": ("- pivot storage (plain factors)", PLAIN),
+    "no-local": ("- local distillation", {"distill": {"epochs": 0}}),
+    "no-recovery": ("- recovery tail", NO_TAIL),
+    "no-two-sided": ("- two-sided whitening (one-sided)", WHITENED),
+    "base": ("local distillation alone: uniform, plain, whitened", BASE),
+    "only-allocation": ("+ adaptive ranks", BASE | {"ranks": {"name": "adaptive"}}),
+    "only-pivot": ("+ pivot storage", BASE | {"storage": {"form": "pivot"}}),
+    "only-recovery": ("+ recovery tail", BASE | {"recover": {"epochs": 2}}),
+    "only-two-sided": ("+ two-sided whitening", BASE | {"init": {"name": "two-sided"}}),
+    "look-ahead": ("default + look-ahead 0.5", {"distill": {"look_ahead": 0.5}}),
+    "sub-blocks": ("default + loss by sub-block 0.3", {"distill": {"sub_blocks": 0.3}}),
+    "adaptive-target": ("default + adaptive target 0.5", {"distill": {"adaptive": 0.5}}),
+    "norm": ("default + norm term 0.1", {"distill": {"norm": 0.1}}),
+    "l1-cosine": ("default, published loss", {"distill": {"loss": {"name": "l1-cosine"}}}),
 }
 
 
-def scores(model: Path) -> dict[str, float]:
-    """Return the negative log-likelihood of the shortened dev texts."""
-    import lillama
-
-    with tempfile.TemporaryDirectory() as folder:
-        texts = []
-        for language in LANGUAGES:
-            whole = (ASSETS / "text" / f"{language}.dev.txt").read_text(encoding="utf-8")
-            texts.append(Path(folder) / f"{language}.dev.txt")
-            texts[-1].write_text(whole[:CHARACTERS], encoding="utf-8")
-        return {score.name: score.nll for score in lillama.perplexity(model, texts, seq_len=SEQ_LEN)}
-
-
-def measure(row: str) -> dict[str, Any]:
+def measure(row: str, seed: int) -> dict[str, Any]:
     """Compress with one choice changed and measure the excess loss."""
     import torch
 
@@ -54,53 +56,77 @@ def measure(row: str) -> dict[str, Any]:
     from lillama.recipe import load_recipe
 
     torch.set_num_threads(1)
-    sources = [{"path": str(ASSETS / "text" / f"{language}.calib.txt")} for language in LANGUAGES]
+    sources = [{"path": str(path)} for path in CASE.texts("calib")]
     calibration = {"sources": sources, "tokens": TOKENS, "seq_len": SEQ_LEN}
-    recipe = load_recipe("default", {"scope": "blocks", "seed": SEED, "calibration": calibration} | ROWS[row][1])
+    recipe = load_recipe("default", {"scope": "blocks", "seed": seed, "calibration": calibration} | CHANGES[row][1])
+    plain = lillama.plan(CASE.folder, recipe="baselines/svd", keep=KEEP, scope="blocks").plan
     with tempfile.TemporaryDirectory() as folder:
-        result = lillama.compress(MODEL, Path(folder) / "out", keep=KEEP, recipe=recipe)
-        after, before = scores(result.path), scores(MODEL)
+        result = lillama.compress(CASE.folder, Path(folder) / "out", recipe=recipe, nbytes=plain.kept_bytes)
+        after, before = _losses(result.path, Path(folder)), _losses(CASE.folder, Path(folder))
     excess = {name: after[name] - before[name] for name in before}
-    return {"row": row, "name": ROWS[row][0], "excess": excess, "params": result.plan.kept_params}
+    return {"ablation": row, "seed": seed, "excess": excess, "bytes": result.stored.bytes}
+
+
+def _losses(model: Path, folder: Path) -> dict[str, float]:
+    """Return the mean negative log-likelihood of the shortened dev texts."""
+    import lillama
+
+    texts = []
+    for path in CASE.texts("dev"):
+        texts.append(folder / path.name)
+        texts[-1].write_text(path.read_text(encoding="utf-8")[:CHARACTERS], encoding="utf-8")
+    return {score.name: score.nll for score in lillama.perplexity(model, texts, seq_len=SEQ_LEN)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as Markdown."""
     text = (
-        f"# One choice changed at a time, on {MODEL.name}\n\n"
-        f"{KEEP:.0%} of the block parameters kept, {TOKENS:,} calibration tokens (half English, half French) in sequences of "
-        f"{SEQ_LEN}, seed {SEED}. Excess loss in nats on the first {CHARACTERS:,} characters of each dev text. "
-        "Written by `python bench/ablation.py`.\n\n"
-        "| change | excess eng | excess fra | mean against default |\n|---|---:|---:|---:|\n"
+        f"# Parts of the default switched off and on, on {CASE.name}\n\n"
+        f"{KEEP:.0%} of the block parameters in plain factors, the same bytes for all rows; {TOKENS:,} calibration tokens "
+        f"(half English, half French) in sequences of {SEQ_LEN}. Excess loss in nats on the first {CHARACTERS:,} characters of "
+        "each dev text, averaged over the two; seeds in the columns. Written by `python bench/ablation.py`.\n\n"
+        f"| change | {' | '.join(f'seed {seed}' for seed in SEEDS)} | mean | against default |\n"
+        f"|---|{'---:|' * (len(SEEDS) + 2)}\n"
     )
-    means = {row["row"]: math.fsum(row["excess"].values()) / len(row["excess"]) for row in rows}
-    for row in rows:
-        values = " | ".join(f"{row['excess'][f'{language}.dev']:.4f}" for language in LANGUAGES)
-        text += f"| {row['name']} | {values} | {means[row['row']] / means['default'] - 1:+.0%} |\n"
+    found = {(row["ablation"], row["seed"]): statistics.fmean(row["excess"].values()) for row in rows}
+    means = {name: [found[name, seed] for seed in SEEDS if (name, seed) in found] for name in CHANGES}
+    for name, (label, _) in CHANGES.items():
+        if means[name]:
+            cells = " | ".join(f"{found[name, seed]:.4f}" if (name, seed) in found else "" for seed in SEEDS)
+            same = [found["default", seed] for seed in SEEDS if (name, seed) in found]
+            change = statistics.fmean(means[name]) / statistics.fmean(same) - 1
+            text += f"| {label} | {cells} | {statistics.fmean(means[name]):.4f} | {change:+.0%} |\n"
     return text
+
+
+def write_tables() -> None:
+    """Write what the finished rows say."""
+    rows = [json.loads(path.read_text()) for path in sorted(ROWS.glob("ablation-*.json"))]
+    (RESULTS / "ablation.json").write_text(json.dumps({"version": 2, "tokens": TOKENS, "rows": rows}, indent=2) + "\n")
+    (RESULTS / "ablation.md").write_text(table(rows))
+    print(table(rows))
 
 
 def main() -> None:
     """Run one row, or all in processes of their own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", choices=list(ROWS))
+    parser.add_argument("--only", nargs=2, metavar=("ROW", "SEED"))
+    parser.add_argument("--tables", action="store_true", help="only write the tables again")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if arguments.row:
-        text = json.dumps(measure(arguments.row), indent=2) + "\n"
-        arguments.out.write_text(text) if arguments.out else print(text)
+    given = parser.parse_args()
+    if given.only:
+        text = json.dumps(measure(given.only[0], int(given.only[1])), indent=2) + "\n"
+        given.out.write_text(text) if given.out else print(text)
         return
-    folder = RESULTS / "rows"
-    folder.mkdir(parents=True, exist_ok=True)
-    for row in ROWS:
-        out = folder / f"ablation-{row}.json"
-        if not out.is_file():
-            subprocess.run([sys.executable, __file__, "--row", row, "--out", str(out)], check=True)
-            print(row, "done", flush=True)
-    rows = [json.loads((folder / f"ablation-{row}.json").read_text()) for row in ROWS]
-    (RESULTS / "ablation.json").write_text(json.dumps({"version": 1, "rows": rows}, indent=2) + "\n")
-    (RESULTS / "ablation.md").write_text(table(rows))
-    print(table(rows))
+    ROWS.mkdir(parents=True, exist_ok=True)
+    for seed in SEEDS if not given.tables else ():
+        for row in CHANGES:
+            out = ROWS / f"ablation-{row}-{seed}.json"
+            if not out.is_file():
+                command = [sys.executable, __file__, "--only", row, str(seed), "--out", str(out)]
+                subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                print(out.name, json.loads(out.read_text())["excess"], flush=True)
+    write_tables()
 
 
 if __name__ == "__main__":

@@ -33,14 +33,15 @@ OBJECTIVE = {  # what the plain loop does too
     "schedule": "sequential", "stream": "student", "loss": {"name": "mse"}, "norm": 0.0, "look_ahead": 0.0, "sub_blocks": 0.0,
     "adaptive": 0.0,
 }  # fmt: skip
-INITIALISING = ("grams", "factors")
-FIXED = ("factors", "files", "bookkeeping")  # whatever the number of tokens
+INITIALISING = ("grams", "gradients", "spectra", "trials", "factors")
+FIXED = ("spectra", "factors", "files", "bookkeeping")  # whatever the number of tokens
 NOTES = f"""
 - matmul: fp32, (2048 x hidden) by (hidden x hidden), in the same process. step: forward, loss, backward, clipping and
   optimiser, with the reading of the activations. Counted are matrix products alone: 6 operations for each weight of the
   factors and each token, and 6 x {SEQ_LEN} x hidden a token for causal attention.
-- initialisation: Grams and factors, as a share of the whole time of a block at {FULL_TOKENS:,} tokens and {FULL_EPOCHS}
-  epochs. It is extrapolated: what was measured a token is multiplied; factors, files and bookkeeping count once.
+- initialisation: Grams, gradients, spectra, trials of ranks and factors, as a share of a block's whole time at {FULL_TOKENS:,}
+  tokens and {FULL_EPOCHS} epochs, without recovery. It is extrapolated: what was measured a token is multiplied (gradients are
+  measured on a part of the tokens); spectra, factors, files and bookkeeping count once.
 - tokens/s: trained tokens over the time of steps, of both streams and of the bookkeeping between. The plain loop runs both
   whole models on every batch and takes the activations from hooks: the deeper the model, the slower. Its losses are the
   same, step by step, to {{difference:.0e}} of their value.
@@ -67,7 +68,7 @@ class Stages:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._note()
-            self._open.append(stage)
+            self._open.append("gradients" if stage == "grams" and "gradients" in self._open else stage)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -80,6 +81,7 @@ class Stages:
 @contextmanager
 def staged() -> Iterator[Stages]:
     """Time the stages of `compress` by the functions that do them."""
+    import lillama.allocation
     import lillama.teach
     from lillama.distill.grams import GramWatch
     from lillama.distill.learner import Learner
@@ -88,8 +90,11 @@ def staged() -> Iterator[Stages]:
 
     stages = Stages()
     places = {
-        "grams": [(lillama.teach, "collect_grams"), (GramWatch, "add")],
-        "factors": [(lillama.teach, "compressed_copy")],
+        "grams": [(GramWatch, "add")],
+        "gradients": [(lillama.allocation, "measured"), (lillama.allocation, "moments"), (lillama.teach, "moments")],
+        "spectra": [(lillama.allocation, "_spectrum")],
+        "trials": [(lillama.allocation, "advance")],
+        "factors": [(lillama.teach, "compressed_copy"), (lillama.allocation, "compressed_copy")],
         "teacher's stream": [(Streams, "teach")],
         "student's stream": [(Streams, "move_on")],
         "steps": [(Learner, "step")],
@@ -100,8 +105,7 @@ def staged() -> Iterator[Stages]:
     with ExitStack() as patches:
         for stage, owners in places.items():
             for owner, name in owners:
-                if name in vars(owner):
-                    patches.enter_context(patch.object(owner, name, stages.timed(stage, getattr(owner, name))))
+                patches.enter_context(patch.object(owner, name, stages.timed(stage, getattr(owner, name))))
         yield stages
 
 
@@ -208,7 +212,7 @@ def measure(hidden: int) -> dict[str, Any]:
         with captured() as taught, staged() as stages:
             result = lillama.compress(
                 folder / "model", folder / "out", keep=KEEP, recipe=recipe, calibration=[str(folder / "text.txt")],
-                tokens=rows * SEQ_LEN, seq_len=SEQ_LEN, machine=Machine("cpu"),
+                tokens=rows * SEQ_LEN, seq_len=SEQ_LEN, machine=Machine("cpu"), recover=False,
             )  # fmt: skip
         rates.append(matmul_rate(hidden))
         ids = TokenBlocks.load(result.run / "calibration").ids.long()
@@ -220,7 +224,11 @@ def measure(hidden: int) -> dict[str, Any]:
 
 def extrapolated(seconds: dict[str, float], rows: int) -> dict[str, float]:
     """Return the seconds of each stage at the default budget, from those of so many sequences."""
-    growth = dict.fromkeys(seconds, FULL_TOKENS / (rows * SEQ_LEN)) | dict.fromkeys(FIXED, 1.0)
+    from lillama.distill.fisher import PROBED_TOKENS
+
+    tokens = rows * SEQ_LEN
+    growth = dict.fromkeys(seconds, FULL_TOKENS / tokens) | dict.fromkeys(FIXED, 1.0)
+    growth["gradients"] = PROBED_TOKENS / min(tokens, PROBED_TOKENS)
     growth["steps"] *= FULL_EPOCHS / EPOCHS
     return {stage: spent * growth[stage] for stage, spent in seconds.items()}
 
@@ -283,11 +291,11 @@ def table(found: list[dict[str, Any]]) -> str:
             f"| {row['hidden']} | {row['matmul_gflops']:.0f} | {row['step_gflops']:.0f} | {row['step_over_matmul']:.2f} "
             f"| {row['initialisation_share']:.1%} | {own:,.0f} | {plain:,.0f} | {own / plain:.2f} |\n"
         )
-    stages = list(found[0]["full_seconds"])
+    stages = list(dict.fromkeys(stage for row in found for stage in row["full_seconds"]))
     text += NOTES.format(difference=max(row["largest_difference_of_losses"] for row in found))
     text += f"\n| hidden | {' | '.join(stages)} |\n|---:|{'---:|' * len(stages)}\n"
     for row in found:
-        spent = [f"{row['full_seconds'][stage] / DEPTH:,.1f}" for stage in stages]
+        spent = [f"{row['full_seconds'].get(stage, 0) / DEPTH:,.1f}" for stage in stages]
         text += f"| {row['hidden']} | {' | '.join(spent)} |\n"
     return text
 

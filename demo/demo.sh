@@ -28,3 +28,7 @@ if ! wait "$smaller"; then
 fi
 
 python demo/compare.py demo/model demo/out/keep-0.80 demo/out/keep-0.60
+
+echo
+echo "The report of both, for a browser:"
+lillama report demo/out/keep-0.80 demo/out/keep-0.60 --out demo/out/report.html

@@ -91,8 +91,8 @@ def quick(text: Path) -> Callable[..., Recipe]:
                 "recover": {"epochs": 0},
                 "distill": {
                     "schedule": "sequential", "stream": "both", "loss": {"name": "mse"}, "epochs": 2, "batch_size": 8,
-                    "lr": 2e-3, "lr_width": None, "lr_schedule": "cosine", "warmup": 0.05, "betas": [0.9, 0.999],
-                    "weight_decay": 0.0, "clip": 1.0, "held_out": 0.1,
+                    "lr": 2e-3, "lr_scale": "width", "lr_width": None, "lr_schedule": "cosine", "warmup": 0.05,
+                    "betas": [0.9, 0.999], "weight_decay": 0.0, "clip": 1.0, "held_out": 0.1,
                 },
                 "calibration": {"sources": [{"path": str(text)}], "tokens": 1280, "seq_len": 32},
             },

@@ -7,17 +7,17 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lillama.distill.fisher import PROBED_TOKENS, Fisher, measured, moments
+from lillama.distill.fisher import PROBED_TOKENS, Fisher, measured
 from lillama.distill.prediction import Head
 from lillama.files import write_json
 from lillama.lowrank.compressed import compressed_copy, restored_copy
-from lillama.lowrank.factors import Moments, spectrum
+from lillama.lowrank.factors import Moments, exact_device, spectrum
 from lillama.model.spec import BlockSpec
 from lillama.progress import Progress
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
-from lillama.resources import trim_memory
+from lillama.resources import free_memory, trim_memory
 from lillama.stream.store import ActivationStore
 from lillama.stream.streamed import advance, begin
 from lillama.teach import Lesson
@@ -25,6 +25,7 @@ from lillama.teach import Lesson
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+KEPT_SHARE = 8  # of the free memory, moments of all blocks may take one part in so many; else they are computed again
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def _planned(lesson: Lesson, plan: RankPlan) -> Lesson:
 def _fisher(lesson: Lesson) -> Fisher:
     """Measure gradients, and the spectra if they are not there yet."""
     wanted, found = not lesson.run.spectra.is_file(), dict[str, Tensor]()
-    blocks = lesson.job.plan.spec.blocks
+    blocks, kept = lesson.job.plan.spec.blocks, dict[int, dict[str, Moments]]()
+    fits = sum(map(_moment_bytes, blocks)) <= free_memory(exact_device(lesson.job.device)) // KEPT_SHARE
 
     def names(index: int) -> list[str]:
         block = blocks[index]
@@ -92,6 +94,8 @@ def _fisher(lesson: Lesson) -> Fisher:
     def visit(index: int, block: nn.Module, measured: Mapping[str, Moments]) -> None:
         for name, found_moments in measured.items():
             found[f"{blocks[index].name}.{name}"] = _spectrum(block.get_parameter(f"{name}.weight"), found_moments)
+        if wanted and fits:
+            kept[index] = dict(measured)
         trim_memory()
 
     rows = lesson.rows.train[: max(1, PROBED_TOKENS // lesson.tokens.ids.shape[1])]
@@ -99,7 +103,11 @@ def _fisher(lesson: Lesson) -> Fisher:
                       torch.Generator().manual_seed(lesson.job.recipe.seed), names, visit, lesson.report)  # fmt: skip
     if wanted:
         Spectra({name: values.numpy() for name, values in found.items()}).save(lesson.run.spectra)
-    return fisher
+    return replace(fisher, kept=kept)
+
+
+def _moment_bytes(block: BlockSpec) -> int:
+    return 8 * sum(linear.in_features**2 + linear.out_features**2 for linear in block.linears)
 
 
 def _spectrum(weight: Tensor, found: Moments) -> Tensor:
@@ -183,7 +191,7 @@ def _widest(
     """Return a block's student state at the largest rank that any plan gives to each linear."""
     widest = {name: max(plan.get(name, 0) for plan in ranks) for name in {name for plan in ranks for name in plan}}
     widest = {linear: widest[linear] for linear in sorted(widest)}
-    found = moments(teacher, widest, fisher.runs(block.index, probes.read)) if widest else {}
+    found = fisher.moments(block.index, teacher, widest, probes.read) if widest else {}
     generator = torch.Generator().manual_seed(lesson.seed(block))
     template, init = lesson.teacher.blocks[block.index], lesson.job.recipe.init
     return compressed_copy(template, teacher, widest, init, found, generator).state_dict()

@@ -13,6 +13,7 @@ from lillama.commands.export import export
 from lillama.commands.make_stimuli import make
 from lillama.commands.plan import plan
 from lillama.commands.probe import probe
+from lillama.commands.report import report
 from lillama.errors import LillamaError
 
 PATHS = (
@@ -30,7 +31,7 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # `run` tells of it
 )
-for command in (compress, plan, evaluate, export, bench):
+for command in (compress, plan, evaluate, export, bench, report):
     app.command(command)
 probing = App(name="probe")
 probing.default(probe)
@@ -50,7 +51,7 @@ def run(work: Callable[[], Any]) -> int:
     except (CycloptsError, LillamaError) as error:
         return _fail(str(error), getattr(error, "exit_status", 2))
     except KeyboardInterrupt:
-        return _fail("interrupted; the same `compress` command goes on from here", 1)
+        return _fail("interrupted; an interrupted `compress` goes on with the same command", 1)
     except BrokenPipeError:
         return 1
     except OSError as error:

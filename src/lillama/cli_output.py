@@ -17,7 +17,13 @@ from rich.table import Table
 
 from lillama.progress import Progress, Report, silent
 
-WORDS = {"calibration": "calibration text", "blocks": "blocks", "steps": "  steps", "perplexity": "perplexity"}
+WORDS = {
+    "calibration": "calibration text",
+    "fisher": "spectra",
+    "steps": "  steps",
+    "recover": "recovery",
+    "probe": "probed texts",
+}
 
 
 @contextmanager

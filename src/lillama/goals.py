@@ -1,15 +1,18 @@
 """The smallest model within a bound on the loss: predicted from spectra, then measured and corrected."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from lillama.errors import BudgetError
 
 ATTEMPTS = 4
 CLOSE = 0.75  # a measured rise between this share of the bound and the bound is near enough
 FIRST_GUESS = 1.5  # measured rise of a finished model over the predicted one, before any was measured
-LARGEST, SMALLEST, STEP = 0.99, 0.05, 0.0025
+STEP = 0.0025
+GRID = [round(0.05 + STEP * index, 4) for index in range(377)]  # up to 0.99
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,10 @@ def smallest_within(
     Raises:
         BudgetError: no attempt was within the bound.
     """
-    grid = [LARGEST - STEP * index for index in range(round((LARGEST - SMALLEST) / STEP) + 1)]
-    curve = {keep: predicted(keep) for keep in grid}
+    predicted = cache(predicted)
     done: list[Attempt] = []
     while len(done) < ATTEMPTS:
-        keep = _next(most, curve, done)
+        keep = _next(most, predicted, done)
         if any(abs(keep - one.keep) < STEP / 2 for one in done):
             break
         done.append(Attempt(keep, attempt(keep)))
@@ -64,16 +66,17 @@ def smallest_within(
     return min(within), done
 
 
-def _next(most: float, curve: dict[float, float], done: list[Attempt]) -> float:
+def _next(most: float, predicted: Callable[[float], float], done: list[Attempt]) -> float:
     """Return the smallest keep that is expected to be within the bound, above all that were not."""
     failed = max((one.keep for one in done if one.rise > most), default=0.0)
-    fitting = [keep for keep, rise in curve.items() if keep > failed and rise * _factor(keep, curve, done) <= most]
-    return min(fitting, default=LARGEST)
+    grid = [keep for keep in GRID if keep > failed]
+    fitting = bisect_left(grid, True, key=lambda keep: predicted(keep) * _factor(keep, predicted, done) <= most)
+    return grid[fitting] if fitting < len(grid) else GRID[-1]
 
 
-def _factor(keep: float, curve: dict[float, float], done: list[Attempt]) -> float:
+def _factor(keep: float, predicted: Callable[[float], float], done: list[Attempt]) -> float:
     """Return how many times the predicted rise is expected to be measured at a keep."""
-    known = sorted((one.keep, max(one.rise, 1e-6) / max(curve[one.keep], 1e-12)) for one in done)
+    known = sorted((one.keep, max(one.rise, 1e-6) / max(predicted(one.keep), 1e-12)) for one in done)
     if not known:
         return FIRST_GUESS
     below = [row for row in known if row[0] <= keep]

@@ -9,7 +9,7 @@ class Progress:
     """One moment of a running task.
 
     Attributes:
-        task: which task: `"calibration"`, `"blocks"`, `"steps"`, `"perplexity"`, `"export"`.
+        task: which task: `"calibration"`, `"fisher"`, `"ranks"`, `"blocks"`, `"steps"`, `"recover"`, `"perplexity"`, ...
         done: units finished.
         total: units in all.
         detail: what is at work now, for example a block's name.

@@ -193,7 +193,7 @@ def _graphs_fit(
 ) -> bool:
     """Tell whether the graphs of all blocks for one batch take at most a quarter of the free memory."""
     rows = torch.arange(min(config.batch_size, lesson.job.micro_batch, inputs.shape[0]))
-    run = partial(bench[blocks[0]]._run, calls.select(blocks[0], rows, inputs.device))
+    run = partial(bench[blocks[0]].run, calls.select(blocks[0], rows, inputs.device))
     needed = graph_bytes(run, inputs.read(rows)) * len(blocks) * math.ceil(config.batch_size / len(rows))
     return needed <= free_memory(inputs.device) // 4
 

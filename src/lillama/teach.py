@@ -9,7 +9,7 @@ from torch import nn
 
 from lillama.calibration.pack import TokenBlocks
 from lillama.distill.block import Rows, distill_block, step_total
-from lillama.distill.fisher import Fisher, moments
+from lillama.distill.fisher import Fisher
 from lillama.distill.joint import SNAPSHOT_SECONDS, Bench, JointData, JointTraining
 from lillama.distill.learner import Learner
 from lillama.distill.objective import Units, sub_blocks
@@ -181,7 +181,7 @@ def initial_student(
     generator = torch.Generator().manual_seed(lesson.seed(block))
     fisher, probed = lesson.fisher, {}
     if fisher is not None:
-        probed = moments(teacher, ranks, fisher.runs(block.index, lambda part: streams.teacher.read(fisher.rows[part])))
+        probed = fisher.moments(block.index, teacher, ranks, lambda part: streams.teacher.read(fisher.rows[part]))
     found = {name: Moments(grams.get(name), probed[name].gradients if probed else None) for name in ranks}
     return compressed_copy(lesson.teacher.blocks[block.index], teacher, ranks, init, found, generator)
 

@@ -1,4 +1,4 @@
-"""The languages that come with lillama, and small sets of each."""
+"""The languages that come with lillama, and sets of each."""
 
 import pytest
 
@@ -13,7 +13,8 @@ def language(request) -> Language:
 
 @pytest.fixture(scope="session")
 def words(language) -> StimuliSet:
-    return lexical_set(language, built_in_vocabulary(language), "test", pairs=200, seed=1)
+    """The set that comes with lillama, made anew."""
+    return lexical_set(language, built_in_vocabulary(language), "test", pairs=1200, seed=0)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from lillama.errors import OutputError, ProbeError
 from lillama.probing.benchmark import load_benchmark, packaged_data
 from lillama.probing.pairs import read_pairs
 from lillama.stimuli.make import make_stimuli, write_table
-from lillama.stimuli.sets import built_in_vocabulary, lexical_set, syntactic_set
+from lillama.stimuli.sets import syntactic_set
 from lillama.stimuli.vocabulary import read_word_list
 
 
@@ -20,11 +20,8 @@ def run(*words: object) -> int:
     return exit_.value.code
 
 
-def test_what_comes_with_lillama_is_what_make_makes(language, tmp_path):
-    for stimuli in (
-        lexical_set(language, built_in_vocabulary(language), "", 1200, 0),
-        syntactic_set(language, None, "", 1200, 0),
-    ):
+def test_what_comes_with_lillama_is_what_make_makes(language, words, tmp_path):
+    for stimuli in (words, syntactic_set(language, None, "", 1200, 0)):
         write_table(tmp_path / "set.csv", stimuli)
         assert (tmp_path / "set.csv").read_bytes() == (packaged_data() / f"{stimuli.name}.csv").read_bytes()
         assert all(abs(value - 0.5) <= 0.02 for models in stimuli.control.values() for value in models.values())
@@ -110,7 +107,7 @@ def test_a_list_that_is_no_text(tmp_path):
 
 def test_options_that_make_no_sense(tmp_path):
     with pytest.raises(ProbeError, match="language de: choose one of en, fr"):
-        make_stimuli(tmp_path / "out", "de")  # type: ignore[arg-type]
+        make_stimuli(tmp_path / "out", "de")
     with pytest.raises(ProbeError, match="--pairs is 0"):
         make_stimuli(tmp_path / "out", "en", pairs=0)
     with pytest.raises(ProbeError, match="--vocabulary and --text are two sources"):

@@ -1,6 +1,7 @@
 """`lillama compress`."""
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -36,6 +37,7 @@ def compress(
     micro_batch: int | None = None,
     activation_memory: str | None = None,
     shard_size: str = "5GB",
+    log_dir: Path | None = None,
     json: Annotated[bool, Flag] = False,
 ) -> None:
     """Make MODEL smaller and write it to OUT, an ordinary model folder.
@@ -91,6 +93,8 @@ def compress(
         Memory for activations between blocks, for example 4GB; what is more goes to disk [default: a quarter of what is free].
     shard_size
         Largest size of a weight file of the result.
+    log_dir
+        Folder for TensorBoard's event files: the loss of each block, and of recovery.
     json
         Print the result as JSON.
     """
@@ -99,7 +103,12 @@ def compress(
     from lillama.prepare import Machine
 
     machine = Machine(device, micro_batch, size(activation_memory), size(shard_size) or 0)
-    with cli_output.progress(json) as report:
+    with ExitStack() as stack:
+        report = stack.enter_context(cli_output.progress(json))
+        if log_dir is not None:
+            from lillama.report.live import logged
+
+            report = stack.enter_context(logged(report, log_dir))
         result = work(model, out, keep=keep, nbytes=size(bytes), max_loss=max_loss, recipe=recipe,
                       calibration=calibration, tokens=tokens, seq_len=seq_len, scope=scope, bits=bits,
                       recover=not no_recover, targets=targets, ignore=ignore, seed=seed, rank_plan=plan,

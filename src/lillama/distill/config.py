@@ -50,7 +50,7 @@ class DistillConfig:
     adaptive: Annotated[float, Field(ge=0, le=1)] = 0.0
     epochs: Annotated[int, Field(ge=0)] = 4
     batch_size: Annotated[int, Field(ge=1)] = 8
-    lr: Annotated[float, Field(gt=0)] = 2e-2
+    lr: Annotated[float, Field(gt=0)] = 4e-2
     lr_scale: Literal["width", "rms"] = "rms"
     lr_width: Annotated[int, Field(ge=1)] | None = 256
     lr_schedule: Literal["constant", "cosine"] = "cosine"

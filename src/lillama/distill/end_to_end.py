@@ -143,7 +143,7 @@ class Chain:
 
     def _block(self, index: int) -> Callable[[BlockCall, Tensor], Tensor]:
         if index in self.trained:
-            return self.bench[index]._run
+            return self.bench[index].run
         block = self.dense(index)
         return lambda call, hidden: call(block, hidden)
 

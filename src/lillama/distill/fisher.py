@@ -6,13 +6,13 @@ at its outputs, from which a block's part can be computed again at any time.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lillama.distill.grams import _real, watched
+from lillama.distill.grams import real, watched
 from lillama.distill.prediction import Head
 from lillama.lowrank.factors import Gram, Moments
 from lillama.progress import Progress, Report
@@ -50,6 +50,7 @@ class Fisher:
         calls: how blocks are called for these sequences.
         mask: true at their real tokens; None if all are.
         micro_batch: sequences that are computed at once.
+        kept: moments of some blocks' linears, which need not be computed again.
     """
 
     rows: Int[Tensor, " n"]
@@ -57,6 +58,23 @@ class Fisher:
     calls: CallTable
     mask: Bool[Tensor, "n length"] | None
     micro_batch: int
+    kept: dict[int, dict[str, Moments]] = field(default_factory=dict)
+
+    def moments(
+        self, index: int, block: nn.Module, names: Iterable[str], read: Callable[[slice], Tensor]
+    ) -> dict[str, Moments]:
+        """Return the second moments at some linears of a block, as they are kept, or computed again to the same bits.
+
+        Args:
+            index: of the block.
+            block: dense, with its weights.
+            names: of the linears within the block.
+            read: returns the block's inputs for some of `rows`.
+        """
+        names = list(names)
+        if index in self.kept:
+            return {name: self.kept[index][name] for name in names}
+        return moments(block, names, self.runs(index, read))
 
     def runs(self, index: int, read: Callable[[slice], Tensor]) -> Iterator[BackwardRun]:
         """Yield a block's runs by micro-batches; `read` returns its inputs for some of `rows`."""
@@ -145,7 +163,7 @@ def moments(
             watch.add(run.mask)
             for name, gradient in zip(names, found[1:], strict=True):
                 gradients.setdefault(name, Gram.zeros(gradient.shape[-1], gradient.device)).add(
-                    _real(gradient, run.mask)
+                    real(gradient, run.mask)
                 )
             if sink is not None:
                 sink.write(slice(start, start + len(hidden)), found[0])

@@ -35,7 +35,7 @@ class GramWatch:
         for name, x in self._seen.items():
             leader = leaders.setdefault(id(x), name)
             if leader == name:
-                self.grams.setdefault(name, Gram.zeros(x.shape[-1], x.device)).add(_real(x, mask))
+                self.grams.setdefault(name, Gram.zeros(x.shape[-1], x.device)).add(real(x, mask))
             else:
                 self.grams[name] = self.grams[leader]
         self._seen.clear()
@@ -75,5 +75,6 @@ def collect_grams(block: nn.Module, names: Iterable[str], runs: Iterable[Run]) -
     return watch.grams
 
 
-def _real(x: Tensor, mask: Tensor | None) -> Float[Tensor, "tokens width"]:
+def real(x: Tensor, mask: Tensor | None) -> Float[Tensor, "tokens width"]:
+    """Return the vectors at the real tokens, one in a row."""
     return x.flatten(0, -2) if mask is None else x[mask.to(x.device)]

@@ -86,7 +86,7 @@ class Learner:
     @torch.no_grad()
     def forward(self, call: BlockCall, hidden: Tensor) -> Tensor:
         """Run the student as it is now."""
-        return self._run(call, hidden)
+        return self.run(call, hidden)
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the student's parameters."""
@@ -126,7 +126,7 @@ class Learner:
     def _loss(self, micro: MicroBatch, stream: str) -> Tensor:
         """Return the sum of the loss over the real tokens of one stream."""
         with recorded(self.student, micro.parts) as parts:
-            output = self._run(micro.call, micro.inputs[stream])
+            output = self.run(micro.call, micro.inputs[stream])
         losses = token_losses(self.config, self.units, micro, stream, output, parts)
         return (losses if micro.mask is None else losses.masked_fill(~micro.mask, 0)).sum()
 
@@ -134,7 +134,8 @@ class Learner:
         """Return how often a stream counts: twice where both are wanted, but the student's is still the teacher's."""
         return 2.0 if self.config.stream == "both" and len(micro.inputs) == 1 else 1.0
 
-    def _run(self, call: BlockCall, hidden: Tensor) -> Tensor:
+    def run(self, call: BlockCall, hidden: Tensor) -> Tensor:
+        """Run the student in the type of `hidden`, as the finished model will; gradients flow into the masters."""
         if hidden.dtype == torch.float32:
             return call(self.student, hidden)
         working = {name: parameter.to(hidden.dtype) for name, parameter in self.student.named_parameters()}

@@ -40,7 +40,7 @@ class RecoverConfig:
 
     epochs: Annotated[int, Field(ge=0)] = 2
     batch_size: Annotated[int, Field(ge=1)] = 8
-    lr: Annotated[float, Field(gt=0)] = 3e-3
+    lr: Annotated[float, Field(gt=0)] = 2e-3
     lr_scale: Literal["width", "rms"] = "rms"
     lr_width: Annotated[int, Field(ge=1)] | None = 256
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -17,6 +17,7 @@ from lillama.ranks.plan import PLAIN, RankPlan, Scope, budget
 
 Ranks = dict[str, int | None]
 TOLERANCE = 0.005  # a budget is met from below within this share of the model, or of its blocks
+BISECTIONS = 32  # of the share of the break-even ranks
 PRINTED = 10_000  # the smallest reachable keep is named in steps of 1 / PRINTED
 
 
@@ -48,7 +49,7 @@ class Uniform:
         low, high = 0.0, 1.0
         best = self._plan(spec, low, storage)
         refuse_unreachable(best, target, keep, scope)
-        for _ in range(50):
+        for _ in range(BISECTIONS):
             share = (low + high) / 2
             trial = self._plan(spec, share, storage)
             if trial.kept_params <= target:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal, get_args
 import yaml
 from pydantic import Field, TypeAdapter, with_config
 
+from lillama.errors import ProbeError, suggestion
+
 LanguageName = Literal["en", "fr"]
 LANGUAGES: tuple[LanguageName, ...] = get_args(LanguageName)
 Pair = tuple[str, str]
@@ -84,13 +86,18 @@ class Language:
 
 
 @cache
-def load_language(name: LanguageName) -> Language:
+def load_language(name: str) -> Language:
     """Read what comes with lillama for a language.
+
+    Raises:
+        ProbeError: nothing comes with it.
 
     Examples:
         >>> sorted(load_language("fr").phenomena)[:2]
         ['adj_noun_order', 'anaphor_gender_agreement']
     """
+    if name not in LANGUAGES:
+        raise ProbeError(f"language {name}: choose one of {', '.join(LANGUAGES)}{suggestion(name, LANGUAGES)}")
     tree = yaml.safe_load((language_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
     return TypeAdapter(Language).validate_python(tree)
 

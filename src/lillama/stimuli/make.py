@@ -9,10 +9,10 @@ from typing import Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lillama.calibration.documents import read_text
-from lillama.errors import OutputError, ProbeError, suggestion
+from lillama.errors import OutputError, ProbeError
 from lillama.files import atomic_folder
 from lillama.probing.benchmark import Benchmark, load_benchmark
-from lillama.stimuli.language import LANGUAGES, LanguageName, load_language
+from lillama.stimuli.language import LanguageName, load_language
 from lillama.stimuli.pronounce import Espeak, Gruut, Pronouncer
 from lillama.stimuli.sets import StimuliSet, Task, built_in_vocabulary, lexical_set, syntactic_set
 from lillama.stimuli.vocabulary import Vocabulary, read_known, read_texts, read_word_list
@@ -23,7 +23,7 @@ PAIRS = 1200
 
 def make_stimuli(
     out: str | Path,
-    language: LanguageName,
+    language: str,
     *,
     vocabulary: str | Path | None = None,
     texts: Sequence[str | Path] = (),
@@ -52,8 +52,8 @@ def make_stimuli(
         CalibrationError: a text is not understood.
     """
     out, paths = Path(out), [Path(text) for text in texts]
-    _check(out, language, vocabulary, paths, pairs)
     spoken = load_language(language)
+    _check(out, vocabulary, paths, pairs)
     given = _vocabulary(vocabulary, paths)
     words = (given or built_in_vocabulary(spoken)).with_known(word for path in known for word in read_known(Path(path)))
     origin = words.source if given else "the words that come with lillama"
@@ -63,7 +63,7 @@ def make_stimuli(
         engine = f" --phonemes {phonemes}" if phonemes and task == "lexical" else ""
         source = f"made by `{command}{engine}` from {origin}"
         if task == "lexical":
-            sets.append(lexical_set(spoken, words, source, pairs, seed, _pronouncer(phonemes, language)))
+            sets.append(lexical_set(spoken, words, source, pairs, seed, _pronouncer(phonemes, spoken.name)))
         else:
             read = (read_text(path) for path in paths)
             sets.append(syntactic_set(spoken, given and words, source, pairs, seed, read))
@@ -98,10 +98,8 @@ def _pronouncer(engine: Engine | None, language: LanguageName) -> Pronouncer | N
     return engines[engine](language) if engine else None
 
 
-def _check(out: Path, language: str, vocabulary: str | Path | None, texts: Sequence[Path], pairs: int) -> None:
+def _check(out: Path, vocabulary: str | Path | None, texts: Sequence[Path], pairs: int) -> None:
     """Refuse what cannot work, before any work is done."""
-    if language not in LANGUAGES:
-        raise ProbeError(f"language {language}: choose one of {', '.join(LANGUAGES)}{suggestion(language, LANGUAGES)}")
     if vocabulary is not None and texts:
         raise ProbeError("--vocabulary and --text are two sources of one thing; give one of them")
     if pairs < 1:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from lillama.stimuli.language import LANGUAGES, Language, language_folder, load_language
@@ -54,14 +55,15 @@ def built_in_vocabulary(language: Language) -> Vocabulary:
     return read_word_list(language_folder() / f"words-{language.name}.csv")
 
 
-def real_words() -> set[str]:
+@cache
+def real_words() -> frozenset[str]:
     """Return all that comes with lillama and is a word, in any of its languages."""
     languages = [load_language(name) for name in LANGUAGES]
     found = set(read_known(language_folder() / "real-words.txt"))
     for language in languages:
         found |= built_in_vocabulary(language).known
         found |= {form for words in language.lists.values() for entry in words.entries() for form in entry.values()}
-    return found
+    return frozenset(found)
 
 
 def lexical_set(

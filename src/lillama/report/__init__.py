@@ -1,0 +1,1 @@
+"""A page about finished or running compressions, made from their artefacts alone."""

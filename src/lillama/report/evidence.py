@@ -1,0 +1,192 @@
+"""What a result or a run folder holds: every artefact that can be read, and the names of those that cannot."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
+
+from lillama.errors import OutputError
+
+RESULT, RUN = "lillama.json", "run.json"
+Json = dict[str, Any]
+Values = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Files with what the other commands printed as JSON.
+
+    Attributes:
+        evaluation: of `lillama evaluate`.
+        probes: of `lillama probe`, one or more.
+        bench: of `lillama bench`.
+    """
+
+    evaluation: Path | None = None
+    probes: tuple[Path, ...] = ()
+    bench: Path | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known about one compression; what is not there is None or empty.
+
+    Attributes:
+        name: for the reader.
+        base: name of the original, as the model card tells it.
+        artefacts: name without suffix -> content of a JSON file of the run.
+        blocks: logs of the finished blocks, in their order.
+        spectra: linear -> its singular values, the largest first.
+        probes: what `lillama probe` found.
+        missing: a line for each artefact that should be there and is not, or cannot be read.
+    """
+
+    name: str
+    base: str = ""
+    artefacts: Mapping[str, Json] = field(default_factory=dict)
+    blocks: tuple[Json, ...] = ()
+    spectra: Mapping[str, Values] = field(default_factory=dict)
+    probes: tuple[Json, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Json:
+        """Return a JSON artefact; empty if there is none."""
+        return self.artefacts.get(name, {})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the compressed model exists."""
+        return bool(self["metrics"])
+
+    @property
+    def recipe(self) -> Json:
+        """The recipe as the run's identity tells it."""
+        return dict(self["run"].get("identity", {}).get("recipe", {}))
+
+
+@dataclass
+class Reader:
+    """Reads artefacts; what fails is noted, never raised.
+
+    Attributes:
+        missing: notes so far.
+    """
+
+    missing: list[str] = field(default_factory=list)
+
+    def json(self, path: Path, wanted: bool = True, key: str = "version") -> Json:
+        """Return the content of a JSON file; empty if it is not there, is damaged or has not `key`."""
+        value = self._read(path, lambda: json.loads(path.read_text(encoding="utf-8")), wanted)
+        if isinstance(value, dict) and key in value:
+            return value
+        if value is not None:
+            self.missing.append(f"{path.parent.name}/{path.name}: damaged, it has no {key!r}")
+        return {}
+
+    def tensors(self, path: Path, wanted: bool) -> Mapping[str, Values]:
+        """Return the arrays of a safetensors file; none if it is not there or is damaged."""
+        return self._read(path, lambda: load_file(path), wanted) or {}
+
+    def _read(self, path: Path, load: Callable[[], Any], wanted: bool) -> Any:
+        name = f"{path.parent.name}/{path.name}"
+        if not path.is_file():
+            self.missing += [f"{name}: not there"] if wanted else []
+            return None
+        try:
+            return load()
+        except (OSError, ValueError, SafetensorError):
+            self.missing.append(f"{name}: damaged")
+            return None
+
+
+def collect(path: Path, extra: Extra | None = None) -> Evidence:
+    """Read what a result's folder or a run folder holds.
+
+    Args:
+        path: of either; the other one is found beside it.
+        extra: files that lie elsewhere; those of the run folder are found without.
+
+    Raises:
+        OutputError: the folder is neither.
+    """
+    extra = extra or Extra()
+    out, run = _places(path)
+    reader = Reader()
+    result = reader.json(run / "metrics.json" if path == run else out / RESULT, wanted=False)
+    if not run.is_dir():
+        reader.missing.append(f"{run.name}: the run folder is gone, and with it ranks, spectra and losses")
+        found = _extras(reader, run, extra)
+        return Evidence(path.name, _base(out), {"metrics": result, **found[0]}, (), {}, found[1], tuple(reader.missing))
+    files = {"run": (RUN, "identity"), "spec": ("spec.json", "blocks"), "plan": ("plan.json", "linears"),
+             "manifest": ("calibration/manifest.json", "tokens")}  # fmt: skip
+    artefacts = {name: reader.json(run / file, key=key) for name, (file, key) in files.items()}
+    recipe = artefacts["run"].get("identity", {}).get("recipe", {})
+    adaptive = (
+        recipe.get("ranks", {}).get("name") == "adaptive" and artefacts["run"]["identity"].get("plan") == "by spectra"
+    )
+    tail = bool(result) and bool(recipe.get("recover", {}).get("epochs"))
+    artefacts |= {
+        "metrics": result,
+        "allocation": reader.json(run / "allocation.json", adaptive and bool(result)),
+        "recovery": reader.json(run / "recovered" / "log.json", tail, "improved"),
+    }
+    blocks = tuple(log for file in sorted(run.glob("blocks/*.json")) if (log := reader.json(file, key="block")))
+    spectra = reader.tensors(run / "spectra.safetensors", adaptive and bool(result))
+    found = _extras(reader, run, extra)
+    _note_blocks(reader, artefacts, len(blocks))
+    return Evidence(
+        path.name, _base(out) if result else "", artefacts | found[0], blocks, spectra, found[1], tuple(reader.missing)
+    )
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    """Return the result's folder and the run folder."""
+    if (path / RESULT).is_file():
+        beside = path.with_name(f"{path.name}.run")
+        return path, beside if beside.is_dir() else _told(path / RESULT, "run") or beside
+    if (path / RUN).is_file() or ((path / "spec.json").is_file() and (path / "plan.json").is_file()):
+        beside = path.with_name(path.name.removesuffix(".run"))
+        known = path.suffix == ".run" and (beside / RESULT).is_file()
+        return beside if known else _told(path / "metrics.json", "path") or beside, path
+    if not path.exists():
+        raise OutputError(f"{path}: there is no such folder; give a result of lillama or a run folder")
+    raise OutputError(f"{path}: neither a result of lillama (no {RESULT}) nor a run folder (no {RUN})")
+
+
+def _told(file: Path, key: str) -> Path | None:
+    """Return the folder that a result's JSON names."""
+    told = Reader().json(file).get(key)
+    return Path(told) if isinstance(told, str) and Path(told).is_dir() else None
+
+
+def _extras(reader: Reader, run: Path, extra: Extra) -> tuple[dict[str, Json], tuple[Json, ...]]:
+    """Return what the other commands printed, from the files that were named or lie in the run folder."""
+    evaluation, bench = extra.evaluation or run / "evaluation.json", extra.bench or run / "bench.json"
+    found = {
+        "evaluation": reader.json(evaluation, extra.evaluation is not None),
+        "bench": reader.json(bench, extra.bench is not None),
+    }
+    files: Sequence[Path] = extra.probes or sorted(run.glob("probe*.json"))
+    values = [reader.json(file) for file in files]
+    return found, tuple(part for value in values if value for part in value.get("results", [value]))
+
+
+def _base(out: Path) -> str:
+    """Return the original's name from the heading of the model card."""
+    try:
+        lines = (out / "README.md").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return ""
+    return next((line[2:].rpartition(", ")[0] for line in lines if line.startswith("# ")), "")
+
+
+def _note_blocks(reader: Reader, artefacts: Mapping[str, Json], finished: int) -> None:
+    total = len(artefacts["spec"].get("blocks", ()))
+    if not artefacts["metrics"]:
+        reader.missing.append(f"metrics.json: not there; the run is not finished ({finished} of {total} blocks are)")

@@ -1,0 +1,89 @@
+"""Figures about the teaching: losses of each block, the error from block to block, the recovery tail."""
+
+from lillama.report.evidence import Evidence, Json
+from lillama.report.figure import Cell, Figure
+from lillama.report.svg import Axes, Line, Role, chart, titled
+
+STREAMS: tuple[tuple[int, str, Role, Role], ...] = (
+    (1, "teacher stream", "dense", "dense thin"),
+    (2, "student stream", "kept", "kept thin"),
+)
+MOMENTS: tuple[tuple[str, str, Role], ...] = (
+    ("initial", "before teaching", "dense"),
+    ("final", "after teaching", "kept"),
+)
+
+
+def losses(evidence: Evidence) -> Figure | None:
+    """Draw the loss of each block on both streams while it was taught, and the held-out checks."""
+    logs = [log for log in evidence.blocks if log["steps"]]
+    if not logs:
+        return None
+    plots = tuple(titled(log["block"], _curves(log)) for log in logs)
+    return Figure(
+        "losses", "How each block learned",
+        "Training loss (thin) and held-out loss (dots) while the block was taught, on the original's activations (teacher "
+        "stream) and on those of the compressed blocks before it (student stream).",
+        plots, ("block", "steps", "tokens", "held-out loss before", "after", "better by, %", "best step"),
+        tuple(map(_row, logs)), True,
+        ("teacher stream", "student stream"),
+    )  # fmt: skip
+
+
+def _row(log: Json) -> tuple[Cell, ...]:
+    better = 100 * (1 - log["final"] / log["initial"]) if log["initial"] else 0.0
+    return log["block"], log["steps"], log["tokens"], log["initial"], log["final"], better, log["best_step"]
+
+
+def _curves(log: Json) -> str:
+    lines = []
+    for column, stream, role, thin in STREAMS:
+        training = [(row[0], row[column]) for row in log["curve"] if row[column] is not None]
+        checks = [(row[0], row[column]) for row in log["held_out"] if row[column] is not None]
+        lines += [Line(f"training, {stream}", training, thin)] if training else []
+        lines += [Line(f"held out, {stream}", checks, role, marks=True, joined=False)] if checks else []
+    return chart(f"Losses of {log['block']}", Axes("step", "loss", log_y=True, whole_x=True), lines)
+
+
+def carried(evidence: Evidence) -> Figure | None:
+    """Draw the held-out loss of each block before and after teaching."""
+    logs = evidence.blocks
+    if len(logs) < 2:
+        return None
+    places = [_index(log, place) for place, log in enumerate(logs)]
+    lines = [
+        Line(name, [(float(place), log[key]) for place, log in zip(places, logs, strict=True)], role, marks=True)
+        for key, name, role in MOMENTS
+    ]
+    axes = Axes("block", "held-out loss", log_y=True, whole_x=True, width=640, height=260)
+    return Figure(
+        "carried", "Error carried from block to block",
+        "Held-out loss at each block's output.",
+        (chart("Held-out loss of each block before and after teaching", axes, lines),),
+        ("block", "before", "after"), tuple((log["block"], log["initial"], log["final"]) for log in logs),
+        legend=("before teaching", "after teaching"),
+    )  # fmt: skip
+
+
+def recovery(evidence: Evidence) -> Figure | None:
+    """Draw the divergence from the original while all blocks learned together."""
+    log = evidence["recovery"]
+    if not log:
+        return None
+    training = [(float(step), value) for step, value, _ in log["curve"]]
+    checks = [(float(row[0]), row[1]) for row in log["held_out"]]
+    axes = Axes("step", "KL, nats", whole_x=True, zero_y=True, width=640, height=260)
+    lines = [Line("training", training, "kept thin"), Line("held out", checks, "kept", marks=True)]
+    return Figure(
+        "recovery", "Recovery",
+        "Divergence of the next token from the original's, while all compressed blocks learned together: training (thin) "
+        "and held out (dots).",
+        (chart("Divergence during recovery", axes, lines),),
+        ("step", "KL, nats", "cross-entropy, nats", "norm against the original"),
+        tuple(tuple(row) for row in log["held_out"]), legend=(),
+    )  # fmt: skip
+
+
+def _index(log: Json, place: int) -> int:
+    digits = log["block"].rpartition(".")[2]
+    return int(digits) if digits.isdigit() else place

@@ -1,0 +1,159 @@
+"""The report as one HTML file, as Markdown and as JSON."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from lillama.files import atomic_file
+from lillama.report import learning, measures, structure, summary
+from lillama.report.evidence import Evidence, Extra, collect
+from lillama.report.figure import Cell, Figure, shown
+from lillama.report.trust import doubts
+
+VERSION = 1
+BROKEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError)  # of a damaged artefact
+FIGURES: tuple[Callable[[Evidence], Figure | None], ...] = (
+    structure.sizes, structure.ranks, structure.spectra, learning.losses, learning.carried, learning.recovery,
+    measures.evaluation, measures.probing, measures.speed,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """What the page tells of one compression."""
+
+    name: str
+    headline: str
+    facts: tuple[summary.Row, ...]
+    doubts: tuple[str, ...]
+    missing: tuple[str, ...]
+    figures: tuple[Figure, ...]
+    origin: tuple[tuple[str, str], ...]
+    recipe: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values; drawings are left out."""
+        return {
+            "name": self.name,
+            "headline": self.headline,
+            "facts": [dict(zip(("name", "original", "compressed", "change"), row, strict=True)) for row in self.facts],
+            "warnings": list(self.doubts),
+            "missing": list(self.missing),
+            "figures": {figure.key: _table(figure) for figure in self.figures},
+            "origin": dict(self.origin),
+        }
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report.
+
+    Attributes:
+        title: heading.
+        chapters: one for each compression.
+        compared: quality against size, where there are several.
+        finished: whether no run is still going on.
+    """
+
+    title: str
+    chapters: tuple[Chapter, ...]
+    compared: Figure | None
+    finished: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values; `version` counts their breaking changes."""
+        found = {"version": VERSION, "models": [chapter.as_json() for chapter in self.chapters]}
+        return found | ({"compared": _table(self.compared)} if self.compared else {})
+
+    def as_html(self, refresh: float | None = None) -> str:
+        """Return a self-contained page.
+
+        Args:
+            refresh: seconds after which a browser reads it again.
+        """
+        here = files("lillama.report")
+        style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+        return _render("page.html.jinja", page=self, style=style, script=script, refresh=refresh)
+
+    def as_markdown(self) -> str:
+        """Return the tables as Markdown."""
+        return _render("page.md.jinja", page=self)
+
+
+def report(paths: Sequence[Path], extra: Extra | None = None) -> Page:
+    """Read results and run folders, and tell what they say.
+
+    Args:
+        paths: results' folders or run folders.
+        extra: what the other commands printed about the first of them.
+
+    Raises:
+        OutputError: a folder is neither.
+    """
+    found = [collect(path, extra if index == 0 else None) for index, path in enumerate(paths)]
+    try:
+        compared = measures.compared(found)
+    except BROKEN:
+        compared = None
+    finished = all(evidence.finished for evidence in found)
+    return Page(summary.shared(found), tuple(map(_chapter, found)), compared, finished)
+
+
+def write(page: Page, out: Path, refresh: float | None = None) -> tuple[Path, Path, Path]:
+    """Write a report beside `out`, with the suffixes .html, .md and .json, and return the three places."""
+    texts = {
+        ".html": page.as_html(refresh),
+        ".md": page.as_markdown(),
+        ".json": json.dumps(page.as_json(), indent=2, ensure_ascii=False) + "\n",
+    }
+    places = [out.with_name(out.name.removesuffix(".html") + suffix) for suffix in texts]
+    for place, text in zip(places, texts.values(), strict=True):
+        with atomic_file(place) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return places[0], places[1], places[2]
+
+
+def _chapter(evidence: Evidence) -> Chapter:
+    missing = list(evidence.missing)
+
+    def told(what: str, tell: Callable[[Evidence], Any], instead: Any) -> Any:
+        try:
+            return tell(evidence)
+        except BROKEN as error:
+            missing.append(f"{what}: an artefact has not the form that was expected ({type(error).__name__}: {error})")
+            return instead
+
+    figures = [told(draw.__name__, draw, None) for draw in FIGURES]
+    headline, facts = told("headline", summary.headline, ""), told("main table", summary.facts, ())
+    warnings = told("warnings", lambda known: tuple(doubts(known)), ())
+    origin, recipe = told("origin", summary.origin, ()), told("recipe", lambda known: known.recipe, {})
+    shown_recipe = yaml.safe_dump(recipe, sort_keys=False) if recipe else ""
+    return Chapter(evidence.name, headline, facts, warnings, tuple(missing),
+                   tuple(figure for figure in figures if figure), origin, shown_recipe)  # fmt: skip
+
+
+def _table(figure: Figure) -> dict[str, Any]:
+    return {"title": figure.title, "columns": list(figure.columns), "rows": [list(row) for row in figure.rows]}
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("lillama.report", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=template.endswith(".html.jinja"),
+    )  # fmt: skip
+    environment.filters |= {"shown": shown, "number": _is_number, "cell": _cell}
+    return environment.get_template(template).render(values | {"columns": summary.COLUMNS})
+
+
+def _is_number(cell: Cell) -> bool:
+    return isinstance(cell, int | float)
+
+
+def _cell(cell: Cell) -> str:
+    return shown(cell).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,29 @@
+"""Write a report once, or again and again while its runs go on."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lillama.report.evidence import RESULT, Extra
+from lillama.report.page import report, write
+
+
+def default_place(path: Path) -> Path:
+    """Return where the report of a folder goes: into a run folder, or beside a result, which keeps its content."""
+    path = path.resolve()
+    return path.with_name(f"{path.name}-report.html") if (path / RESULT).is_file() else path / "report.html"
+
+
+def written(paths: Sequence[Path], place: Path, extra: Extra) -> Path:
+    """Write the report and return the HTML file's place."""
+    return write(report(paths, extra), place)[0]
+
+
+def watched(
+    paths: Sequence[Path], place: Path, extra: Extra, seconds: float, sleep: Callable[[float], None] = time.sleep
+) -> Path:
+    """Write the report every few seconds until all runs are finished, and return the HTML file's place."""
+    while not (page := report(paths, extra)).finished:
+        write(page, place, refresh=seconds)
+        sleep(seconds)
+    return write(page, place)[0]

@@ -1,0 +1,167 @@
+"""A report tells what the artefacts hold, names what they lack, and never fails on a damaged one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lillama.cli import main
+from lillama.compression import compress
+from lillama.report.evidence import Extra
+from lillama.report.page import report, write
+from lillama.report.watch import default_place, watched
+
+KEYS = ["sizes", "ranks", "spectra", "losses", "carried", "recovery", "evaluation", "probing", "speed"]
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def status(*words: object) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(word) for word in words])
+    return int(exit_.value.code or 0)
+
+
+def test_a_whole_result_has_every_figure_and_no_doubt(out):
+    (chapter,) = report([out]).chapters
+    assert [figure.key for figure in chapter.figures] == KEYS
+    assert chapter.doubts == () and chapter.missing == ()
+    assert chapter.headline == "toy, 80.0% of its parameters."
+    assert [row[0] for row in chapter.facts][:3] == ["parameters", "weights", "perplexity, novel"]
+
+
+def test_result_and_run_folder_tell_the_same(out, unfinished):
+    one, two = report([out]).as_json(), report([unfinished]).as_json()
+    assert {**one["models"][0], "name": ""} == {**two["models"][0], "name": ""}
+
+
+def test_sizes_add_up_to_what_the_plan_stores(out):
+    figures = report([out]).as_json()["models"][0]["figures"]
+    rows = {row[0]: row[1:] for row in figures["sizes"]["rows"]}
+    assert rows["block 0"][:2] == [32 * 32 + 48 * 32, 8 * 64 + 48 * 32]
+    assert rows["attn.q_proj"][:2] == [3 * 32 * 32, 3 * 8 * 64]
+
+
+def test_an_evaluation_stands_beside_that_of_the_original(out):
+    rows = report([out]).as_json()["models"][0]["figures"]["evaluation"]["rows"]
+    assert rows[0] == ["novel", "perplexity", 9.0, 10.0, "+0.1000 [+0.0000, +0.2000]"]
+    assert rows[-1] == ["quiz", "acc", 0.4, 0.5, "+0.1000 [+0.0000, +0.2000]"]
+
+
+def test_a_real_compression_lacks_nothing(tiny, quick, text, tmp_path):
+    compress(tiny, tmp_path / "out", recipe=quick(distill={"epochs": 1}), texts=[text])
+    (chapter,) = report([tmp_path / "out"]).chapters
+    assert chapter.missing == () and {"sizes", "ranks", "losses", "carried"} <= {one.key for one in chapter.figures}
+    assert "perplexity, words" in [row[0] for row in chapter.facts]
+
+
+def test_three_files_appear_with_one_version(out, tmp_path):
+    html, markdown, value = write(report([out]), tmp_path / "page.html")
+    assert json.loads(value.read_text())["version"] == 1
+    assert "| parameters | 10,000 | 8,000 | -20.0% |" in markdown.read_text()
+    assert html.read_text().count('<svg role="img" aria-label="') == 2 + 1 + 2 + 3 + 1 + 1 + 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("calibration/manifest.json", {"tokens": 4000, "wanted": 4000}, "Short calibration: 4,000"),
+        ("calibration/manifest.json", {"wanted": 200_000}, "ran out"),
+        ("blocks/0001.json", {"improved": False}, "1 of 3 blocks did not improve on their initialisation: layers.1"),
+        ("blocks/0001.json", {"retried": True}, "diverged and was tried again"),
+        ("blocks/0001.json", {"singular": {"mlp.up_proj": [1.0, 2.0]}}, "of layers.1.mlp.up_proj 2.0-fold"),
+        ("recovered/log.json", {"improved": False}, "The recovery tail brought nothing"),
+        ("allocation.json", {"chosen": 0.0}, "Uniform ranks were taken"),
+        ("metrics.json", {"held_out": {"kl": 0.0, "rise": -0.5}}, None),
+    ],
+)
+def test_reasons_for_doubt_are_told(out, unfinished, file, changes, words):
+    change(unfinished / file, **changes)
+    doubts = report([unfinished]).chapters[0].doubts
+    assert [words in line for line in doubts] == [True] if words else not doubts
+
+
+def test_text_unlike_the_calibration_is_told(out, unfinished):
+    texts = json.loads((unfinished / "metrics.json").read_text())["texts"]
+    texts[0]["after"]["perplexity"] = 15.0
+    change(unfinished / "metrics.json", texts=texts)
+    assert "the calibration text is unlike it" in report([unfinished]).chapters[0].doubts[0]
+
+
+def test_few_pairs_are_told(out, unfinished):
+    probe = json.loads((unfinished / "probe.json").read_text())
+    probe["results"][0]["breakdowns"]["phenomenon"][0]["items"] = 12
+    change(unfinished / "probe.json", **probe)
+    assert "toy-pairs: fewer than 100 items in agreement" in report([out]).chapters[0].doubts[0]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"linears": 3}', '{"linears": [{"name": "x"}]}'])
+@pytest.mark.parametrize("name", ["plan.json", "spec.json", "blocks/0001.json", "recovered/log.json", "metrics.json"])
+def test_what_is_damaged_is_named_and_the_rest_is_shown(out, unfinished, name, damage, tmp_path):
+    (unfinished / name).write_text(damage)
+    page = report([unfinished])
+    chapter = page.chapters[0]
+    assert chapter.missing
+    assert len(chapter.figures) >= 3
+    write(page, tmp_path / "page.html")
+
+
+def test_damaged_spectra_are_named(out, unfinished):
+    (unfinished / "spectra.safetensors").write_bytes(b"no tensors")
+    (chapter,) = report([out]).chapters
+    assert chapter.missing == ("small.run/spectra.safetensors: damaged",)
+    assert [figure.key for figure in chapter.figures] == [key for key in KEYS if key != "spectra"]
+
+
+def test_a_result_without_its_run_still_has_its_main_table(out, unfinished):
+    shutil.rmtree(unfinished)
+    (chapter,) = report([out]).chapters
+    assert chapter.facts and not chapter.figures
+    assert "the run folder is gone" in chapter.missing[0]
+
+
+def test_names_from_artefacts_are_never_markup(out, unfinished):
+    change(unfinished / "blocks/0001.json", block="<script>alert(1)</script>")
+    assert "<script>alert" not in report([out]).as_html()
+
+
+def test_several_results_are_compared(out, unfinished, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    page = report([out, other])
+    assert page.compared is not None and [row[0] for row in page.compared.rows] == ["small", "other"]
+
+
+def test_files_of_other_commands_are_taken_from_where_they_lie(out, unfinished, tmp_path):
+    probe = (unfinished / "probe.json").rename(tmp_path / "elsewhere.json")
+    keys = {figure.key for figure in report([out], Extra(probes=(probe,))).chapters[0].figures}
+    assert "probing" in keys
+
+
+def test_foreign_folders_are_refused_in_one_line(tmp_path, capsys):
+    assert status("report", tmp_path) == 2
+    assert status("report", tmp_path / "nothing") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "neither a result" in lines[0] and "no such folder" in lines[1]
+
+
+def test_the_command_says_where_the_page_is(out, unfinished, capsys):
+    assert status("report", out) == 0 and status("report", unfinished) == 0
+    places = capsys.readouterr().out.split()
+    assert places == [str(out.with_name("small-report.html")), str(unfinished / "report.html")]
+    assert all(Path(place).is_file() for place in places)
+
+
+def test_watching_ends_with_the_run(unfinished, finish):
+    place, seen = default_place(unfinished), []
+
+    def sleep(seconds: float) -> None:
+        seen.append(f'http-equiv="refresh" content="{seconds:g}"' in place.read_text())
+        if len(seen) == 2:
+            finish()
+
+    watched([unfinished], place, Extra(), 3.0, sleep)
+    assert seen == [True, True] and 'http-equiv="refresh"' not in place.read_text()
