@@ -257,11 +257,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     names = [case.name for case in CASES.values() if any(entry["model"] == case.name for entry in rows)]
     figure, panels = plt.subplots(1, len(names), figsize=(6.2 * len(names), 4.6), squeeze=False)
     for panel, name in zip(panels[0], names, strict=True):
-        for row, (label, _, _) in RECIPES.items():
+        for index, (row, (label, _, _)) in enumerate(RECIPES.items()):
             means = {keep: [mean_excess(e) for e in rows if _key(e) == (name, row, keep)] for keep in KEEPS}
             points = [(keep, statistics.fmean(values)) for keep, values in means.items() if values]
             if points:
-                bold = {"linewidth": 2.4, "color": "black"} if row == "default" else {"linewidth": 1.2, "alpha": 0.85}
+                bold = (
+                    {"linewidth": 2.4, "color": "black"}
+                    if row == "default"
+                    else {"linewidth": 1.2, "color": f"C{index}"}
+                )
                 panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label, **bold)
         panel.set(
             title=name, xlabel="bytes kept, as a share of the blocks", ylabel="excess loss, nats a token", yscale="log"
