@@ -214,7 +214,7 @@ def test_bars_on_a_terminal(tiny, recipe, text, tmp_path):
     os.close(main_end)
     table, _ = process.communicate()
     assert process.returncode == 0
-    for word in (b"blocks", b"steps", b"loss", b"tokens/s", b"3/3", b"0:00:00", b"perplexity"):
+    for word in (b"blocks", b"steps", b"loss", b"held-out loss", b"tokens/s", b"3/3", b"0:00:00", b"perplexity"):
         assert word in drawn, word
     assert b"parameters" in table and b"tokens/s" not in table
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -344,5 +345,9 @@ def test_nothing_is_taught_twice(tiny, quick, text, tmp_path, monkeypatch):
 def test_progress_tells_of_every_stage(tiny, quick, text, tmp_path):
     told = []
     compress(tiny, tmp_path / "out", recipe=quick(), texts=[text], report=told.append)
-    assert {p.task for p in told} == {"calibration", "blocks", "steps", "perplexity"}
+    assert {p.task for p in told} == {"calibration", "blocks", "steps", "taught", "perplexity"}
+    taught = [p.detail for p in told if p.task == "taught"]
+    assert len(taught) == 3 and all(
+        re.fullmatch(r"model\.layers\.\d: held-out loss [\d.]+ -> [\d.]+", t) for t in taught
+    )
     assert [(p.done, p.total) for p in told if p.task == "blocks"] == [(0, 3), (1, 3), (2, 3), (3, 3)]

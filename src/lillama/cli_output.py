@@ -62,7 +62,10 @@ class Drawing:
         self._tasks: dict[str, tuple[TaskID, float, Progress]] = {}
 
     def __call__(self, progress: Progress) -> None:
-        """Draw one moment."""
+        """Draw one moment; a block that is taught gets a line of its own above the bars."""
+        if progress.task == "taught":
+            self.bars.console.print(progress.detail, highlight=False)
+            return
         now = time.monotonic()
         if progress.task not in self._tasks:
             task = self.bars.add_task(WORDS.get(progress.task, progress.task), total=progress.total, note="")

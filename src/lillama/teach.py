@@ -90,6 +90,8 @@ class Lesson:
                 "text: lower distill.lr, or set distill.norm", block.name, name, ratio,
             )  # fmt: skip
         self.run.save_block(block.index, student.state_dict(), log)
+        moved = f"{log.block}: held-out loss {log.initial:.5f} -> {log.final:.5f}"
+        self.report(Progress("taught", block.index + 1, len(self.blocks), moved))
 
     def finished(self, block: BlockSpec) -> nn.Module:
         """Return a finished student as it was written, to compute with."""

@@ -38,6 +38,7 @@ def compress(
     activation_memory: str | None = None,
     shard_size: str = "5GB",
     log_dir: Path | None = None,
+    wandb: Annotated[bool, Flag] = False,
     json: Annotated[bool, Flag] = False,
 ) -> None:
     """Make MODEL smaller and write it to OUT, an ordinary model folder.
@@ -95,6 +96,8 @@ def compress(
         Largest size of a weight file of the result.
     log_dir
         Folder for TensorBoard's event files: the loss of each block, and of recovery.
+    wandb
+        With --log-dir: log to Weights & Biases too.
     json
         Print the result as JSON.
     """
@@ -108,7 +111,9 @@ def compress(
         if log_dir is not None:
             from lillama.report.live import logged
 
-            report = stack.enter_context(logged(report, log_dir))
+            report = stack.enter_context(
+                logged(report, log_dir, ("tensorboard", "wandb") if wandb else ("tensorboard",))
+            )
         result = work(model, out, keep=keep, nbytes=size(bytes), max_loss=max_loss, recipe=recipe,
                       calibration=calibration, tokens=tokens, seq_len=seq_len, scope=scope, bits=bits,
                       recover=not no_recover, targets=targets, ignore=ignore, seed=seed, rank_plan=plan,

@@ -49,8 +49,8 @@ class Gruut:
     def _engine(self) -> tuple[Mapping[str, str], Callable[[str], Sequence[str]]]:
         """The lexicon, first pronunciations last so that they stay, and the model; gruut itself scans it for each word."""
         try:
-            from gruut.g2p import GraphemesToPhonemes
-            from gruut.utils import find_lang_dir
+            from gruut.g2p import GraphemesToPhonemes  # pyright: ignore[reportMissingImports]
+            from gruut.utils import find_lang_dir  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ProbeError("phonemes by gruut need the extra `phonemes`: pip install 'lillama[phonemes]'") from error
         folder = find_lang_dir({"en": "en-us", "fr": "fr-fr"}[self.language])
