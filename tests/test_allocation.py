@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lillama import allocation
 from lillama.compression import compress, preview
-from lillama.errors import BudgetError, RecipeError
+from lillama.errors import BudgetError, OutputError, RecipeError
 from lillama.hub.export import export
 from lillama.model.describe import describe
 from lillama.ranks.adaptive import Adaptive
@@ -114,6 +114,13 @@ def test_senseless_bounds_are_refused(tiny, quick, tmp_path, most):
     with pytest.raises(RecipeError, match=f"max-loss is {most:g}; give nats a token above 0"):
         compress(tiny, tmp_path / "out", recipe=quick(**BEST), max_loss=most)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bound_does_not_go_into_the_run_folder_of_one_size(tiny, quick, result):
+    before = sorted(path.name for path in result.run.iterdir())
+    with pytest.raises(OutputError, match="holds a run of one size; give --max-loss another folder"):
+        compress(tiny, result.path, recipe=quick(**BEST), max_loss=0.05)
+    assert sorted(path.name for path in result.run.iterdir()) == before
 
 
 def test_a_preview_shows_ranks_and_a_falling_curve_and_writes_nothing(tiny, quick, tmp_path, monkeypatch):

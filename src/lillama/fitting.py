@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lillama.allocation import measured_spectra
-from lillama.errors import BudgetError, RecipeError
+from lillama.errors import BudgetError, OutputError, RecipeError
 from lillama.files import atomic_folder
 from lillama.goals import smallest_within
 from lillama.making import Order, lesson_of, made, refuse_foreign
@@ -18,7 +18,7 @@ from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 from lillama.recipe import Recipe
 from lillama.result import Result
-from lillama.run import opened
+from lillama.run import MARKER, opened
 
 SHOWN = tuple(round(0.95 - 0.05 * index, 2) for index in range(14))
 
@@ -28,6 +28,8 @@ def smallest(order: Order, most: float) -> Result:
     refuse_foreign(order.out)
     if most <= 0:
         raise RecipeError(f"max-loss is {most:g}; give nats a token above 0, for example 0.02")
+    if (order.run / MARKER).is_file():
+        raise OutputError(f"{order.run}: holds a run of one size; give --max-loss another folder with --run")
     found: dict[float, Result] = {}
 
     def attempt(keep: float) -> float:
