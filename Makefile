@@ -21,12 +21,13 @@ demo: $(VENV)/.ready  ## compress the model in demo/model at two sizes and compa
 test: $(VENV)/.ready  ## run all tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
 
-check: $(VENV)/.ready  ## lint, formatting, types, import floors, the recipe table of the docs
+check: $(VENV)/.ready  ## lint, formatting, types, import floors, the tables of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python docs/recipe_table.py --check
+	$(BIN)/python docs/architectures.py --check
 
 docs: $(VENV)/.ready-docs  ## write the recipe table and build the documentation in site/
 	$(BIN)/python docs/recipe_table.py
@@ -48,7 +49,7 @@ bench-memory: $(VENV)/.ready  ## peak memory against depth, into bench/results/
 	$(ONE_THREAD) $(BIN)/python bench/memory.py
 
 clean:  ## remove what the targets made, .venv excepted
-	rm -rf demo/out site dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf demo/out site dist build ci-artefacts .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests bench docs demo -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.ready: pyproject.toml constraints.txt

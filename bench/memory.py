@@ -73,17 +73,17 @@ def yardstick(folder: Path, plan: Any) -> dict[str, int]:
     import torch
 
     from lillama.lowrank.install import install
-    from lillama.stream.store import ActivationStore, Shelf
+    from lillama.stream.batch import Batch
+    from lillama.stream.store import Shelf, Stores
     from lillama.stream.streamed import begin, open_streamed
 
     model = open_streamed(folder / "model", torch.device("cpu"))
     spec = plan.spec.blocks[0]
     ranks = {name.removeprefix(f"{spec.name}."): rank for name, rank in plan.within(spec).items()}
     shelf = Shelf(torch.device("cpu"), folder, 0, 1 << 40)
-    hidden = ActivationStore((MICRO_BATCH, SEQ_LEN, HIDDEN), torch.float32, shelf, "host", "hidden")
-    call = begin(model, torch.zeros(MICRO_BATCH, SEQ_LEN, dtype=torch.long), None, hidden, MICRO_BATCH).select(
-        0, slice(0, MICRO_BATCH), torch.device("cpu")
-    )
+    batch = Batch.of_tokens(torch.zeros(MICRO_BATCH, SEQ_LEN, dtype=torch.long))
+    calls, hidden = begin(model, batch, Stores(shelf, torch.float32, "hidden"), MICRO_BATCH)
+    call = calls.select(0, slice(0, MICRO_BATCH), torch.device("cpu"))
     student = model.block(0)
     install(student, ranks)
     student.requires_grad_(True)

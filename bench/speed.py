@@ -91,7 +91,7 @@ def staged() -> Iterator[Stages]:
     stages = Stages()
     places = {
         "grams": [(GramWatch, "add")],
-        "gradients": [(lillama.allocation, "measured"), (lillama.allocation, "moments"), (lillama.teach, "moments")],
+        "gradients": [(lillama.allocation, "measured"), (lillama.allocation, "moments")],
         "spectra": [(lillama.allocation, "_spectrum")],
         "trials": [(lillama.allocation, "advance")],
         "factors": [(lillama.teach, "compressed_copy"), (lillama.allocation, "compressed_copy")],

@@ -55,6 +55,12 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """Return a function that writes a model folder of its own, which a test may damage."""
     return lambda *args, **changes: save_model(tmp_path_factory.mktemp("models") / "tiny", *args, **changes)

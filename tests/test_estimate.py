@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from lillama.distill.fisher import PROBED_TOKENS
-from lillama.estimate import EFFICIENCY, estimate, matmul_rate
+from lillama.distill.prediction import LOGIT_BYTES
+from lillama.estimate import EFFICIENCY, LOGITS, estimate, matmul_rate
 from lillama.lowrank.initialize import Svd, TwoSided, Whitened
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
+from lillama.ranks.adaptive import Adaptive
+from lillama.ranks.allocate import Uniform
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe
 
@@ -40,10 +43,12 @@ def plan() -> Plan:
 
 
 def recipe(stream: str = "both", epochs: int = 4, schedule: str = "sequential", gram: bool = False) -> Recipe:
-    """A recipe over 1000 tokens."""
+    """A recipe over 1000 tokens, with ranks from shapes alone and no recovery."""
     base = Recipe()
     return replace(
         base,
+        ranks=Uniform(),
+        recover=replace(base.recover, epochs=0),
         init=Whitened() if gram else Svd(),
         distill=replace(base.distill, stream=stream, epochs=epochs, schedule=schedule),
         calibration=replace(base.calibration, tokens=1000, seq_len=50),
@@ -62,15 +67,68 @@ def test_operations_are_those_counted_by_hand(plan: Plan) -> None:
     assert wide[0] - wide[1] == 1000 * (512 * (512 + 256) + 1536 * (1536 + 256))  # tiles above the diagonal alone
 
 
+DENSE, KEPT, HEAD = 6 * 64**2 + 64, 10 * 2 * 4 * 64 + 64, 1000  # of a block, of its student, outside the blocks
+SQUARES = 64**2 + 192**2  # of the widths at one side of a block's linears
+FACTORS = 2 * 64**2 * (44 * 64 + 8 * 192)  # of a block
+
+
 @pytest.mark.parametrize("tokens", [1000, 10**6])
 def test_gradients_of_a_few_tokens_and_their_grams_are_counted(plan: Plan, tokens: int) -> None:
     base = recipe("teacher", epochs=1, gram=True)
     base = replace(base, calibration=replace(base.calibration, tokens=tokens))
     plain, both = (estimate(plan(blocks=1), replace(base, init=init), 4, 2) for init in (Whitened(), TwoSided()))
-    probed, squares = min(tokens, PROBED_TOKENS), 64**2 + 192**2
-    assert both.memory_bytes - plain.memory_bytes == 8 * squares
-    assert both.flops - plain.flops == probed * (10 * (6 * 64**2 + 64) + 4 * squares)
-    assert both.activation_bytes - plain.activation_bytes == 3 * probed * 64 * 4
+    probed = min(tokens, PROBED_TOKENS)
+    assert both.memory_bytes - plain.memory_bytes == 8 * SQUARES
+    assert both.flops - plain.flops == probed * (10 * DENSE + 4 * HEAD + 4 * SQUARES)
+    stores = max(2 * tokens + probed, 3 * probed)  # teaching, or the pass back before it
+    assert both.activation_bytes == stores * 64 * 4 and plain.activation_bytes == 2 * tokens * 64 * 4
+
+
+@pytest.mark.parametrize("free", [0, 10**9])
+def test_spectra_and_the_comparison_of_rank_plans_are_counted(plan: Plan, free: int) -> None:
+    """Two plans in all: the original and two students run over the 100 tokens held out, the original over 1000 others."""
+    base = recipe("teacher", epochs=1, gram=True)
+    base = replace(base, init=TwoSided(), distill=replace(base.distill, held_out=0.1))
+    adaptive = replace(base, ranks=Adaptive(mix=(0.5,)))
+    even, chosen = (estimate(plan(blocks=3), one, 4, 2, free=free) for one in (base, adaptive))
+    spectra = 1000 * 3 * 4 * SQUARES + 3 * FACTORS
+    passed = 1000 * 3 * 2 * DENSE + 100 * 3 * 2 * (DENSE + 2 * KEPT) + 100 * 3 * 2 * 2 * HEAD + 3 * FACTORS
+    moments = 1000 * 3 * (4 * DENSE + 4 * SQUARES)  # once more for the plans, or once for all
+    assert chosen.flops - even.flops == spectra + passed + (-moments if free else moments)
+    assert estimate(plan(), adaptive, 4, 2, open_ranks=False) == estimate(plan(), base, 4, 2)
+
+
+def test_many_plans_over_many_held_out_tokens_are_the_most_activations_there_are(plan: Plan) -> None:
+    base = recipe("teacher")
+    base = replace(base, ranks=Adaptive(mix=(0.2, 0.4, 0.6)), distill=replace(base.distill, held_out=0.5))
+    assert estimate(plan(), base, 4, 2).activation_bytes == (4 * 1000 + 5 * 500) * 64 * 4
+
+
+@pytest.mark.parametrize(("factorised", "chain"), [((0, 1, 2), 3), ((1,), 2)])
+def test_the_recovery_tail_is_counted_from_the_first_trained_block_to_the_head(
+    plan: Plan, factorised: tuple[int, ...], chain: int
+) -> None:
+    base = recipe("teacher", epochs=1)
+    base = replace(base, distill=replace(base.distill, held_out=0.1))
+    tail = replace(base, recover=replace(base.recover, epochs=2, checks=4, batch_size=3))
+    made = plan(factorised=factorised)
+    without, found = estimate(made, base, 4, 2), estimate(made, tail, 4, 2)
+    trained, dense = len(factorised), chain - len(factorised)
+    forth, back = 2 * (trained * KEPT + dense * DENSE), 4 * trained * KEPT + 2 * dense * DENSE
+    steps, checks = 2 * 900 * (2 * forth + back + 6 * HEAD), 5 * 100 * (forth + 4 * HEAD)
+    assert found.flops - without.flops == 1000 * 2 * 3 * DENSE + steps + checks
+    assert found.activation_bytes == (2 * 1000 + chain * 3 * 50) * 64 * 4
+    assert found.disk_bytes - without.disk_bytes == 48 * trained * KEPT
+    assert found.memory_bytes - without.memory_bytes == HEAD * 4 + LOGITS * 50 * (HEAD // 64) * 4
+
+
+def test_logits_take_no_more_memory_than_they_are_cut_to(plan: Plan) -> None:
+    base = recipe()
+    base = replace(base, recover=replace(base.recover, epochs=1), calibration=replace(base.calibration, seq_len=10**7))
+    small = plan()
+    large = replace(small, spec=replace(small.spec, params=small.spec.params + 10**6))
+    assert 4 * 10**7 * (HEAD // 64) > LOGIT_BYTES
+    assert estimate(large, base, 4, 2).memory_bytes - estimate(small, base, 4, 2).memory_bytes == 4 * 10**6
 
 
 def test_what_the_objective_adds_is_counted(plan: Plan) -> None:
@@ -125,12 +183,15 @@ def test_activations_are_one_store_for_each_stream_and_one_for_the_target(
 
 def test_disk_holds_the_result_and_the_finished_blocks(plan: Plan) -> None:
     made = plan()
-    assert estimate(made, recipe(), 4, 2).disk_bytes == made.kept_bytes + 2 * 3 * (10 * 2 * 4 * 64 + 64)
+    assert estimate(made, recipe(), 4, 2).disk_bytes == made.kept_bytes + 4 * 3 * (
+        10 * 2 * 4 * 64 + 64
+    )  # blocks in fp32
 
 
 def test_a_plan_that_changes_nothing_costs_nothing(plan: Plan) -> None:
-    found = estimate(plan(rank=None), recipe(), 4, 2, rate=1.0)
-    assert found.flops == 0 and found.memory_bytes == 0 and found.seconds == 0
+    for wanted in (recipe(), Recipe()):
+        found = estimate(plan(rank=None), wanted, 4, 2, rate=1.0)
+        assert found.flops == 0 and found.memory_bytes == 0 and found.seconds == 0
 
 
 def test_seconds_follow_from_the_measured_rate(plan: Plan) -> None:

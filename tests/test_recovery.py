@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lillama import recovery
 from lillama.calibration.gather import gather
@@ -245,3 +245,23 @@ def test_computes_in_half_precision_with_full_masters(taught, make_model):
     assert log(lesson)["final"]["kl"] < 0.9 * log(lesson)["initial"]["kl"]
     weight = states(lesson)["1.mlp.up_proj.left.weight"]
     assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_only_the_routers_of_experts_learn_where_that_is_asked_for(taught, make_model, tmp_path):
+    folder = make_model()
+    config = MixtralConfig(**json.loads((folder / "config.json").read_text()) | {"architectures": None,
+        "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2})  # fmt: skip
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    lesson, routers = taught(folder), replace(CONFIG, trains="routers", lr=1e-2)
+    recover(lesson, routers)
+    assert log(lesson)["improved"] and log(lesson)["final"]["kl"] < log(lesson)["initial"]["kl"]
+    taught_before = {f"{b.index}.{n}": t for b in lesson.blocks for n, t in lesson.run.load_block(b.index).items()}
+    changed = {name for name, tensor in states(lesson).items() if not torch.equal(tensor, taught_before[name])}
+    assert changed == {f"{block.index}.mlp.gate.weight" for block in lesson.blocks}
+
+
+def test_without_experts_there_is_no_router_to_teach(taught):
+    lesson = taught()
+    recover(lesson, replace(CONFIG, trains="routers"))
+    assert Recovered(lesson.run.path).log() is None

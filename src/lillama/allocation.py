@@ -1,6 +1,7 @@
 """Ranks from the weights and the calibration text: spectra measured, candidates compared on held-out sequences."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lillama.distill.fisher import PROBED_TOKENS, Fisher, measured
 from lillama.distill.prediction import Head
+from lillama.estimate import moments_fit
 from lillama.files import write_json
 from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.factors import Moments, exact_device, spectrum
@@ -18,14 +20,14 @@ from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 from lillama.resources import free_memory, trim_memory
-from lillama.stream.store import ActivationStore
+from lillama.stream.calls import CallTable
+from lillama.stream.store import ActivationStore, Stores
 from lillama.stream.streamed import advance, begin
 from lillama.teach import Lesson
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-KEPT_SHARE = 8  # of the free memory, moments of all blocks may take one part in so many; else they are computed again
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _fisher(lesson: Lesson) -> Fisher:
     """Measure gradients, and the spectra if they are not there yet."""
     wanted, found = not lesson.run.spectra.is_file(), dict[str, Tensor]()
     blocks, kept = lesson.job.plan.spec.blocks, dict[int, dict[str, Moments]]()
-    fits = sum(map(_moment_bytes, blocks)) <= free_memory(exact_device(lesson.job.device)) // KEPT_SHARE
+    fits = moments_fit(blocks, free_memory(exact_device(lesson.job.device)))
 
     def names(index: int) -> list[str]:
         block = blocks[index]
@@ -98,24 +100,24 @@ def _fisher(lesson: Lesson) -> Fisher:
             kept[index] = dict(measured)
         trim_memory()
 
-    rows = lesson.rows.train[: max(1, PROBED_TOKENS // lesson.tokens.ids.shape[1])]
-    fisher = measured(lesson.teacher, lesson.tokens.ids, lesson.tokens.mask, rows, lesson.shelf(), lesson.job.micro_batch,
-                      torch.Generator().manual_seed(lesson.job.recipe.seed), names, visit, lesson.report)  # fmt: skip
+    rows = lesson.rows.train[: max(1, PROBED_TOKENS // lesson.job.recipe.calibration.seq_len)]
+    generator = torch.Generator().manual_seed(lesson.job.recipe.seed)
+    fisher = measured(lesson.teacher, lesson.batch, rows, lesson.shelf(), lesson.job.micro_batch, generator, names, visit,
+                      lesson.report)  # fmt: skip
     if wanted:
         Spectra({name: values.numpy() for name, values in found.items()}).save(lesson.run.spectra)
     return replace(fisher, kept=kept)
 
 
-def _moment_bytes(block: BlockSpec) -> int:
-    return 8 * sum(linear.in_features**2 + linear.out_features**2 for linear in block.linears)
-
-
 def _spectrum(weight: Tensor, found: Moments) -> Tensor:
-    """Return the singular values of the weight between the mean second moments at both of its sides."""
+    """Return the singular values of the weight between the mean second moments at both of its sides.
+
+    A change of the weight raises the loss of a predicted token by what it does to each vector that comes to it.
+    """
     inputs, gradients = found.inputs, found.gradients
     assert inputs is not None and gradients is not None
     values = spectrum(weight.detach(), inputs.sum, gradients.sum)
-    return (values / max(1, inputs.count)).cpu()
+    return (values / math.sqrt(max(1, inputs.count) * max(1, gradients.count)) * math.sqrt(found.share)).cpu()
 
 
 def _chosen(lesson: Lesson, fisher: Fisher) -> RankPlan:
@@ -139,41 +141,39 @@ def _chosen(lesson: Lesson, fisher: Fisher) -> RankPlan:
 @torch.no_grad()
 def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[float, float]]:
     """Return divergence and rise of the loss, in nats a held-out token, of each plan with its initial factors."""
-    model, spec, held_out = lesson.teacher, lesson.job.plan.spec, lesson.rows.held_out
-    ids, mask = lesson.tokens.ids[held_out], None if lesson.tokens.mask is None else lesson.tokens.mask[held_out]
-    probes, original, *streams = _stores(lesson, len(fisher.rows), len(ids), len(plans))
-    probe_mask = None if lesson.tokens.mask is None else lesson.tokens.mask[fisher.rows]
-    micro_batch = lesson.job.micro_batch
-    probe_calls = begin(model, lesson.tokens.ids[fisher.rows], probe_mask, probes, micro_batch)
-    calls = begin(model, ids, mask, original, micro_batch)
-    for stream in streams:
-        begin(model, ids, mask, stream, micro_batch)
-    for block in spec.blocks:
-        lesson.report(Progress("ranks", block.index, len(spec.blocks), block.name))
-        teacher = model.block(block.index)
-        ranks = [_within(block, plan) for plan in plans]
-        state = _widest(lesson, fisher, block, teacher, ranks, probes)
-        advance(teacher, block.index, probe_calls, probes, probes, micro_batch)
-        advance(teacher, block.index, calls, original, original, micro_batch)
-        for wanted, stream in zip(ranks, streams, strict=True):
-            student = restored_copy(model.blocks[block.index], wanted, _cut(state, teacher, wanted), model.device,
-                                    model.dtype)  # fmt: skip
-            advance(student, block.index, calls, stream, stream, micro_batch)
-        trim_memory()
+    model, spec, rate = lesson.teacher, lesson.job.plan.spec, lesson.job.micro_batch
+    held_out, shelf = lesson.batch[lesson.rows.held_out], lesson.shelf()
+    wanted = {"probes": fisher.batch, "original": held_out} | {f"plan-{n}": held_out for n in range(len(plans))}
+    new = {name: Stores(shelf, model.dtype, f"ranks-{name}", len(wanted) + 1) for name in wanted}
+    ends = {name: list[ActivationStore]() for name in wanted}  # of the stacks that are done with
+    calls: dict[str, CallTable] = {}
+    for stack in range(len(model.stacks)):
+        now: dict[str, ActivationStore] = {}
+        for name, batch in wanted.items():
+            calls[name], now[name] = begin(model, batch, new[name], rate, stack, dict(enumerate(ends[name])))
+        for index in model.indices(stack):
+            block = spec.blocks[index]
+            lesson.report(Progress("ranks", index, len(spec.blocks), block.name))
+            teacher, ranks = model.block(index), [_within(block, plan) for plan in plans]
+            state = _widest(lesson, fisher, block, teacher, ranks, now["probes"])
+            students = {
+                f"plan-{n}": restored_copy(
+                    model.template(index), given, _cut(state, teacher, given), model.device, model.dtype
+                )
+                for n, given in enumerate(ranks)
+            }
+            for name, store in now.items():
+                advance(students.get(name, teacher), index, calls[name], store, store, rate)
+            trim_memory()
+        for name, store in now.items():
+            ends[name].append(store)
     lesson.report(Progress("ranks", len(spec.blocks), len(spec.blocks)))
-    head = Head(model, model.outside(head=True), calls)
-    found = [head.means(ids, mask, stream, original, micro_batch) for stream in (original, *streams)]
-    for store in (probes, original, *streams):
-        store.remove()
+    head, original = Head(model, model.outside(head=True), calls["original"]), ends["original"][-1]
+    names = ["original", *(f"plan-{n}" for n in range(len(plans)))]
+    found = [head.means(held_out, ends[name][-1], original, rate) for name in names]
+    for stores in new.values():
+        stores.remove()
     return [(kl, entropy - found[0][1]) for kl, entropy in found[1:]]
-
-
-def _stores(lesson: Lesson, probes: int, held_out: int, plans: int) -> list[ActivationStore]:
-    length, width, shelf = lesson.tokens.ids.shape[1], lesson.job.plan.spec.hidden_size, lesson.shelf()
-    counts, dtype = [probes, held_out, *[held_out] * plans], lesson.teacher.dtype
-    place = shelf.place(sum(counts) * length * width * dtype.itemsize)
-    shapes = [(count, length, width) for count in counts]
-    return [ActivationStore(shape, dtype, shelf, place, f"ranks-{index}") for index, shape in enumerate(shapes)]
 
 
 def _within(block: BlockSpec, plan: RankPlan) -> dict[str, int]:
@@ -193,7 +193,7 @@ def _widest(
     widest = {linear: widest[linear] for linear in sorted(widest)}
     found = fisher.moments(block.index, teacher, widest, probes.read) if widest else {}
     generator = torch.Generator().manual_seed(lesson.seed(block))
-    template, init = lesson.teacher.blocks[block.index], lesson.job.recipe.init
+    template, init = lesson.teacher.template(block.index), lesson.job.recipe.init
     return compressed_copy(template, teacher, widest, init, found, generator).state_dict()
 
 

@@ -1,22 +1,29 @@
 """What a compression will need: memory, disk and time, from shapes alone."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from lillama.distill.fisher import PROBED_TOKENS
+from lillama.distill.prediction import LOGIT_BYTES
 from lillama.lowrank.factors import TILE
 from lillama.model.spec import BlockSpec, LinearSpec
+from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe
 
 TRIAL_SIZE, TRIAL_SECONDS = 1024, 0.2
 EFFICIENCY = 0.6  # of the measured matmul rate that a training step is assumed to reach
-JOINT_BYTES = (
-    36  # a parameter in the files of the joint schedule: initial state, and two snapshots while one replaces the other
-)
+FINISHED_BYTES = 4  # a parameter in the file of a finished block
+# A parameter in the files of a schedule over all blocks: two snapshots of 12 or 16 bytes while one replaces the other, and
+# what finds no room in memory: initial state (joint), or state under training and best state (recovery).
+JOINT_BYTES, TAIL_BYTES = 36, 48
 MASTER_BYTES = 20  # a parameter under training in fp32: itself, gradient, two moments, best state
+KEPT_SHARE = 8  # of the free memory, moments of all blocks may take one part in so many; else they are computed again
+LOGITS = 5  # (tokens x vocabulary) matrices in memory together
 
 
 @dataclass(frozen=True)
@@ -38,40 +45,127 @@ class Estimate:
     seconds: float | None
 
 
-def estimate(plan: RankPlan, recipe: Recipe, itemsize: int, micro_batch: int, rate: float | None = None) -> Estimate:
+@dataclass(frozen=True)
+class _Stage:
+    """What a stage of the work needs: bytes on the device, bytes of activations between blocks, operations."""
+
+    memory: int
+    activations: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done, and how much of everything there is."""
+
+    plan: RankPlan
+    recipe: Recipe
+    itemsize: int
+    micro_batch: int
+    open_ranks: bool
+    free: int
+
+    @cached_property
+    def trained(self) -> list[BlockSpec]:
+        return [block for block in self.plan.spec if self.plan.within(block)]
+
+    @cached_property
+    def kept(self) -> dict[int, int]:
+        """Block index -> parameters of the student, or of the block itself where it stays dense."""
+        return {
+            block.index: block.params
+            - sum(linear.params - linear.params_at(self.plan[linear.name]) for linear in block.linears)
+            for block in self.plan.spec
+        }
+
+    @property
+    def all(self) -> int:
+        """Parameters of all blocks."""
+        return self.plan.spec.block_params
+
+    @property
+    def head(self) -> int:
+        """Parameters of the head, taken as all that lies outside the blocks: exact where it shares the embeddings."""
+        return self.plan.spec.params - self.all
+
+    @property
+    def tokens(self) -> int:
+        return self.recipe.calibration.tokens
+
+    @property
+    def held_out(self) -> int:
+        return round(self.recipe.distill.held_out * self.tokens)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether gradients are measured."""
+        return self.open_ranks or self.recipe.init.needs_gradient
+
+    @property
+    def probed(self) -> int:
+        """Tokens on which gradients are measured."""
+        return min(self.tokens, PROBED_TOKENS) if self.gradients else 0
+
+    @property
+    def moments_again(self) -> bool:
+        """Whether the moments are computed each time that they are asked for, or kept from when the spectra were."""
+        return not (self.open_ranks and moments_fit(self.plan.spec, self.free))
+
+    def stored(self, tokens: int) -> int:
+        """Return the bytes of activations of some tokens."""
+        return tokens * self.plan.spec.hidden_size * self.itemsize
+
+    def head_memory(self) -> int:
+        """Return the bytes of the head and its logits."""
+        logits = 4 * self.recipe.calibration.seq_len * (self.head // self.plan.spec.hidden_size)
+        return self.head * self.itemsize + LOGITS * min(LOGIT_BYTES, logits)
+
+
+def estimate(
+    plan: RankPlan,
+    recipe: Recipe,
+    itemsize: int,
+    micro_batch: int,
+    rate: float | None = None,
+    *,
+    open_ranks: bool = True,
+    free: int = 0,
+) -> Estimate:
     """Estimate what a compression by this plan will need.
 
     Args:
-        plan: ranks of the model's linears.
+        plan: ranks of the model's linears; of about the final size where they are still open.
         recipe: what is computed.
         itemsize: bytes of a weight or activation in memory.
         micro_batch: sequences that are computed at once.
         rate: floating-point operations a second, from `matmul_rate`.
+        open_ranks: whether a recipe that takes ranks from the weights may do so; false where a file gives them.
+        free: bytes of memory that are free on the device; moments that find no room in them are computed again.
     """
-    spec, tokens, config = plan.spec, recipe.calibration.tokens, recipe.distill
-    joint = config.schedule == "joint"
-    own_stream = not joint and config.stream != "teacher"
-    trained = [block for block in spec if plan.within(block)]
-    run = spec.blocks[: max((block.index for block in trained), default=-1) + 1]  # those above need not run
-    kept = sum(_kept(block, plan) for block in trained)
-    memory = [_memory(block, plan, recipe, itemsize, micro_batch) for block in trained]
-    fed = 2 if config.stream == "both" else 1
-    forward = sum(2 * block.params + own_stream * 2 * _kept(block, plan) for block in run)
-    adapted = sum(2 * block.params for block in trained) if config.adaptive else 0
-    ahead = max(block.params for block in spec) if config.look_ahead else 0  # forth and back, its weights are frozen
-    training = sum((3 * 2 * _kept(block, plan) + 4 * ahead) * fed * config.epochs for block in trained)
-    flops = tokens * (forward + adapted + training) + sum(_initial_flops(block, recipe) for block in trained)
-    probed = min(tokens, PROBED_TOKENS) if recipe.init.needs_gradient else 0
-    flops += probed * 6 * sum(block.params for block in spec)  # forth, and forth again on the way back
-    stores = (3 if own_stream else 2) + bool(config.look_ahead) + bool(config.adaptive)
-    parts = max((len(_children(block)) for block in trained), default=0) if config.sub_blocks else 0
+    work = _Work(plan, recipe, itemsize, micro_batch, open_ranks and recipe.ranks.needs_spectra, free)
+    stages = [_teaching(work)] if work.trained else []
+    if work.trained and work.gradients:
+        stages.append(_gradients(work))
+    if work.trained and isinstance(recipe.ranks, Adaptive) and work.open_ranks:
+        stages.append(_comparison(work, 1 + len(recipe.ranks.mix)))
+    if work.trained and recipe.recover.epochs:
+        stages.append(_recovery(work))
+    flops = sum(stage.flops for stage in stages)
+    files = JOINT_BYTES if recipe.distill.schedule == "joint" else 0
+    files = max(files, TAIL_BYTES if recipe.recover.epochs else 0) + FINISHED_BYTES
     return Estimate(
-        memory_bytes=(sum(memory) if joint else max(memory, default=0)) + ahead * itemsize,
-        activation_bytes=((stores + parts) * tokens + (len(spec.blocks) + 2) * probed) * spec.hidden_size * itemsize,
-        disk_bytes=plan.kept_bytes + kept * (spec.bytes_per_param + (JOINT_BYTES if joint else 0)),
+        memory_bytes=max((stage.memory for stage in stages), default=0),
+        activation_bytes=max((stage.activations for stage in stages), default=0),
+        disk_bytes=plan.kept_bytes + files * sum(work.kept[block.index] for block in work.trained),
         flops=flops,
         seconds=None if rate is None else flops / (EFFICIENCY * rate),
     )
+
+
+def moments_fit(blocks: Iterable[BlockSpec], free: int) -> bool:
+    """Tell whether the moments at all linears may stay in memory; they may take an eighth of what is free."""
+    linears = (linear for block in blocks for linear in block.linears)
+    return sum(8 * (linear.in_features**2 + linear.out_features**2) for linear in linears) <= free // KEPT_SHARE
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -85,34 +179,98 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * TRIAL_SIZE**3 * count / (time.perf_counter() - start)
 
 
-def _memory(block: BlockSpec, plan: RankPlan, recipe: Recipe, itemsize: int, micro_batch: int) -> int:
+def _teaching(work: _Work) -> _Stage:
+    """Return what distillation needs, block by block or in all blocks, and the blocks' initialisation."""
+    spec, tokens, config, kept = work.plan.spec, work.tokens, work.recipe.distill, work.kept
+    joint = config.schedule == "joint"
+    own_stream = not joint and config.stream != "teacher"
+    run = spec.blocks[: work.trained[-1].index + 1]  # those above need not run
+    memory = [_memory(block, work) for block in work.trained]
+    fed = 2 if config.stream == "both" else 1
+    forward = sum(2 * block.params + own_stream * 2 * kept[block.index] for block in run)
+    adapted = sum(2 * block.params for block in work.trained) if config.adaptive else 0
+    ahead = max(block.params for block in spec) if config.look_ahead else 0  # forth and back, its weights are frozen
+    training = sum((3 * 2 * kept[block.index] + 4 * ahead) * fed * config.epochs for block in work.trained)
+    stores = (3 if own_stream else 2) + bool(config.look_ahead) + bool(config.adaptive)
+    parts = max(len(_children(block)) for block in work.trained) if config.sub_blocks else 0
+    probed = len(spec.blocks) * work.probed if work.recipe.init.needs_gradient else 0
+    return _Stage(
+        memory=(sum(memory) if joint else max(memory)) + ahead * work.itemsize,
+        activations=work.stored((stores + parts) * tokens + probed),
+        flops=tokens * (forward + adapted + training) + sum(_initial_flops(block, work) for block in work.trained),
+    )
+
+
+def _gradients(work: _Work) -> _Stage:
+    """Return what one pass forth and one back through the original needs, and the spectra on the way where ranks are open."""
+    spec, flops = work.plan.spec, 6 * work.all + 4 * work.head  # forth, and forth again on the way back
+    if work.open_ranks:
+        flops += sum(_moment_flops(block) for block in spec)
+    spectra = sum(map(_factor_flops, spec.linears)) if work.open_ranks else 0
+    return _Stage(
+        memory=max(max(_memory(block, work) for block in work.trained), work.head_memory()),
+        activations=work.stored((len(spec.blocks) + 2) * work.probed),
+        flops=work.probed * flops + spectra,
+    )
+
+
+def _comparison(work: _Work, plans: int) -> _Stage:
+    """Return what it takes to run the original and the initial students by so many plans over the held-out tokens."""
+    spec, streams = work.plan.spec, work.all + plans * sum(work.kept.values())
+    probed = 2 * work.all
+    if work.moments_again:
+        probed += sum(4 * block.params + _moment_flops(block) for block in work.trained)
+    return _Stage(
+        memory=max(max(_memory(block, work) for block in work.trained), work.head_memory()),
+        activations=work.stored((len(spec.blocks) + 1) * work.probed + (1 + plans) * work.held_out),
+        flops=work.held_out * (2 * streams + (1 + plans) * 4 * work.head)
+        + work.probed * probed
+        + sum(_factor_flops(linear) for block in work.trained for linear in block.linears),
+    )
+
+
+def _recovery(work: _Work) -> _Stage:
+    """Return what the recovery tail needs where graphs find no room, so that every block runs again on the way back."""
+    spec, config, seq_len = work.plan.spec, work.recipe.recover, work.recipe.calibration.seq_len
+    chain, trained = spec.blocks[work.trained[0].index :], {block.index for block in work.trained}
+    forward = sum(2 * work.kept[block.index] for block in chain)
+    back = sum((4 if block.index in trained else 2) * work.kept[block.index] for block in chain)
+    learnt = config.epochs * (work.tokens - work.held_out) * (2 * forward + back + 6 * work.head)
+    checked = (config.checks + 1) * work.held_out * (forward + 4 * work.head)
+    return _Stage(
+        memory=max(_memory(block, work) for block in work.trained) + work.head_memory(),
+        activations=work.stored(2 * work.tokens + len(chain) * config.batch_size * seq_len),
+        flops=work.tokens * 2 * work.all + learnt + checked,
+    )
+
+
+def _memory(block: BlockSpec, work: _Work) -> int:
     """Return the bytes of teacher, student under training, Grams and one micro-batch's activations of a block."""
     grams = sum(width**2 for width in _gram_widths(block))
-    gradients = sum(linear.out_features**2 for linear in block.linears) if recipe.init.needs_gradient else 0
-    widths = sum(linear.in_features + 2 * linear.out_features + (plan[linear.name] or 0) for linear in block.linears)
-    activations = micro_batch * recipe.calibration.seq_len * widths * itemsize
-    return block.params * itemsize + _kept(block, plan) * MASTER_BYTES + 8 * (grams + gradients) + activations
+    gradients = sum(linear.out_features**2 for linear in block.linears) if work.gradients else 0
+    widths = sum(x.in_features + 2 * x.out_features + (work.plan[x.name] or 0) for x in block.linears)
+    activations = work.micro_batch * work.recipe.calibration.seq_len * widths * work.itemsize
+    return block.params * work.itemsize + work.kept[block.index] * MASTER_BYTES + 8 * (grams + gradients) + activations
 
 
-def _kept(block: BlockSpec, plan: RankPlan) -> int:
-    return block.params - sum(linear.params - linear.params_at(plan[linear.name]) for linear in block.linears)
-
-
-def _initial_flops(block: BlockSpec, recipe: Recipe) -> int:
+def _initial_flops(block: BlockSpec, work: _Work) -> int:
     """Return the operations of a block's initialisation; its inputs come with the teacher's own forward pass."""
-    tokens, init = recipe.calibration.tokens, recipe.init
-    flops = sum(map(_factor_flops, block.linears))
+    flops, init = sum(map(_factor_flops, block.linears)), work.recipe.init
     if init.needs_gram:
-        flops += tokens * sum(map(_gram_flops, _gram_widths(block)))
-    if init.needs_gradient:
-        widths = [*_gram_widths(block), *(linear.out_features for linear in block.linears)]
-        flops += min(tokens, PROBED_TOKENS) * (4 * block.params + sum(map(_gram_flops, widths)))
+        flops += work.tokens * _grams_flops(_gram_widths(block))
+    if init.needs_gradient and work.moments_again:
+        flops += work.probed * (4 * block.params + _moment_flops(block))
     return flops
 
 
-def _gram_flops(width: int) -> int:
-    """Return the operations a token costs in a Gram: tiles on and above the diagonal, see `Gram.add`."""
-    return width * (width + min(TILE, width))
+def _moment_flops(block: BlockSpec) -> int:
+    """Return the operations a token costs in the Grams at both sides of all linears of a block."""
+    return _grams_flops([*_gram_widths(block), *(linear.out_features for linear in block.linears)])
+
+
+def _grams_flops(widths: Iterable[int]) -> int:
+    """Return the operations a token costs in Grams: tiles on and above the diagonal, see `Gram.add`."""
+    return sum(width * (width + min(TILE, width)) for width in widths)
 
 
 def _factor_flops(linear: LinearSpec) -> int:

@@ -20,6 +20,7 @@ from lillama.calibration.pack import TokenBlocks
 from lillama.distill.prediction import Change, change
 from lillama.errors import OutputError
 from lillama.evaluation.perplexity import Windows, cut, default_length, named, score_texts
+from lillama.evaluation.tally import refuse_other_models
 from lillama.files import atomic_folder, write_json
 from lillama.hub.assemble import assemble
 from lillama.hub.card import Calibration, CardFacts, Measured, card
@@ -30,6 +31,7 @@ from lillama.prepare import Job, Machine, checked_room, prepared
 from lillama.progress import Report
 from lillama.recipe import Recipe
 from lillama.recovery import Recovered, recover
+from lillama.report.still import PLOT, kept_plot
 from lillama.resources import peak_memory
 from lillama.result import FILE, Result, Stored, TextPair, environment
 from lillama.run import RunDir, opened
@@ -98,13 +100,15 @@ def lesson_of(job: Job, run: RunDir, order: Order) -> Lesson:
     if not (run.calibration / "manifest.json").is_file():
         if order.borrowed is None:
             config, folder = job.recipe.calibration, job.teacher.reader.folder
-            gather(config, folder, job.tokenizer, job.recipe.seed, job.device, order.report).save(run.calibration)
+            found = gather(config, folder, job.tokenizer, job.recipe.seed, job.device, order.report,
+                           job.teacher.skeleton)  # fmt: skip
+            found.save(run.calibration)
         else:
             lent = RunDir(order.borrowed)
             shutil.copyfile(lent.spectra, run.spectra)
             TokenBlocks.load(lent.calibration).save(run.calibration)
     tokens = TokenBlocks.load(run.calibration)
-    if len(tokens.ids) == 1:
+    if tokens.manifest.wanted and len(tokens.ids) == 1:
         logger.warning("there is one calibration sequence only: states are chosen on what they were trained on")
     return Lesson(job, tokens, run, order.report)
 
@@ -132,13 +136,14 @@ def _finished(lesson: Lesson, out: Path, windows: Mapping[str, Windows], start: 
 
     with atomic_folder(out) as folder:
         teacher, plan = job.teacher, job.plan
-        assemble(folder, teacher.reader, teacher.names, plan.spec, plan.factorised, plan.storage, compressed,
-                 lambda block: teacher.blocks[block.index], job.recipe.hash, job.machine.shard_bytes)  # fmt: skip
+        assemble(folder, teacher.weights, plan.spec, plan.factorised, plan.storage, compressed,
+                 lambda block: teacher.template(block.index), job.recipe.hash, job.machine.shard_bytes)  # fmt: skip
         texts, change = _measured(lesson, folder, windows), _changed(lesson, folder)
         result = Result(
             out, run.path, plan, _stored(folder), job.recipe, texts, change, time.monotonic() - start, peak_memory()
         )
         write_json(folder / FILE, result.as_json())
+        (folder / PLOT).write_text(kept_plot(run.path), encoding="utf-8")
         (folder / "README.md").write_text(card(_facts(lesson, result)), encoding="utf-8")
     run.save_metrics(result.as_json())
     return result
@@ -161,15 +166,16 @@ def _stored(folder: Path) -> Stored:
 
 def _changed(lesson: Lesson, folder: Path) -> Change:
     """Measure the finished model on the held-out calibration sequences."""
-    rows, tokens, rate = lesson.rows.held_out, lesson.tokens, lesson.job.micro_batch
-    mask = None if tokens.mask is None else tokens.mask[rows]
-    return change(
-        lesson.teacher, open_streamed(folder, lesson.job.device), tokens.ids[rows], mask, lesson.shelf(), rate
-    )
+    batch, rate = lesson.batch[lesson.rows.held_out], lesson.job.micro_batch
+    return change(lesson.teacher, open_streamed(folder, lesson.job.device), batch, lesson.shelf(), rate)
 
 
 def _windows(job: Job, contents: Mapping[str, str]) -> dict[str, Windows]:
+    if not contents:
+        return {}
+    refuse_other_models(job.teacher)
     length = default_length(job.teacher)
+    assert job.tokenizer is not None  # every causal language model has one
     return {name: cut(name, text, job.tokenizer, length) for name, text in contents.items()}
 
 
@@ -202,6 +208,7 @@ def _facts(lesson: Lesson, result: Result) -> CardFacts:
         seconds=result.seconds,
         peak_bytes=result.peak_bytes,
         versions=environment(),
+        plot=PLOT,
         **_rights(job.teacher.reader.folder),
     )
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lillama.calibration.gather import load_tokenizer
 from lillama.calibration.pack import tokenizer_hash
 from lillama.calibration.sources import Source, check_exists, fingerprint
-from lillama.errors import BudgetError, RecipeError, ResourceError
+from lillama.errors import BudgetError, CalibrationError, RecipeError, ResourceError
 from lillama.estimate import Estimate, estimate, matmul_rate
 from lillama.files import digest
 from lillama.lowrank.quantized import refuse_without_torchao
@@ -21,6 +21,7 @@ from lillama.model.spec import ModelSpec
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe, chosen
 from lillama.resources import free_disk, free_memory, pick_device
+from lillama.stream.batch import fills_gaps
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import StreamedModel, open_streamed
 
@@ -154,8 +155,10 @@ def plan(
     device = pick_device(machine.device)
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
     rows = machine.rows(wanted.calibration.seq_len, device)
-    needs = estimate(ranks, wanted, dtype.itemsize, rows, matmul_rate(device, dtype))
-    return Planned(ranks, wanted, needs, rank_plan is None and wanted.ranks.needs_spectra)
+    outline = rank_plan is None and wanted.ranks.needs_spectra
+    rate, free = matmul_rate(device, dtype), free_memory(device)
+    needs = estimate(ranks, wanted, dtype.itemsize, rows, rate, open_ranks=outline, free=free)
+    return Planned(ranks, wanted, needs, outline)
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ class Job:
         recipe: what is computed.
         recipe_name: as the user named it.
         teacher: the original.
-        tokenizer: the original's.
+        tokenizer: the original's; None if it neither reads nor writes text.
         plan: rank of each linear; while ranks are open, those of the same size by `uniform`.
         open_ranks: whether ranks are still to be decided from the weights.
         machine: how it is computed.
@@ -178,7 +181,7 @@ class Job:
     recipe: Recipe
     recipe_name: str
     teacher: StreamedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     plan: RankPlan
     open_ranks: bool
     machine: Machine
@@ -196,9 +199,10 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """Return what makes this run this run: recipe, model, data, ranks; equal identities give equal results."""
+        tokenizer = None if self.tokenizer is None else tokenizer_hash(self.tokenizer)
         return {
             "recipe": self.recipe.as_dict(),
-            "model": {"files": self.teacher.reader.fingerprint(), "tokenizer": tokenizer_hash(self.tokenizer)},
+            "model": {"files": self.teacher.reader.fingerprint(), "tokenizer": tokenizer},
             "data": {_part(source): fingerprint(source) for source in self.recipe.calibration.sources},
             "plan": "by spectra" if self.open_ranks else digest(dict(self.plan.ranks)),
         }
@@ -220,16 +224,19 @@ def prepared(
     config = load_config(folder)
     refuse_quantized(config)
     refuse_too_long(recipe.calibration.seq_len, config)
-    tokenizer = load_tokenizer(folder)
     teacher = open_streamed(folder, device)
+    _refuse_silence(teacher.skeleton, recipe)
+    wordless = teacher.skeleton.main_input_name != "input_ids" and not config.is_encoder_decoder
+    tokenizer = None if wordless else load_tokenizer(folder)
     ranks, recipe = sized(describe_model(teacher.skeleton, recipe.targets, recipe.ignore), recipe, rank_plan)
     open_ranks = rank_plan is None and recipe.ranks.needs_spectra and bool(ranks.factorised)
     if recipe.storage.bits is not None:
         refuse_without_torchao()
-    for name in teacher.names.values():
-        teacher.reader.read(name)
+    for key in teacher.weights.keys:
+        teacher.reader.read(key)
     rows = machine.rows(recipe.calibration.seq_len, device)
-    needs = estimate(ranks, recipe, teacher.dtype.itemsize, rows)
+    free = free_memory(device)
+    needs = estimate(ranks, recipe, teacher.dtype.itemsize, rows, open_ranks=open_ranks, free=free)
     return Job(str(model), recipe, recipe_name, teacher, tokenizer, ranks, open_ranks, machine, needs)
 
 
@@ -260,6 +267,15 @@ def checked_room(job: Job, out: Path, run: Path, present: int) -> None:
         raise ResourceError(
             f"about {memory / 1e6:,.0f} MB of memory are needed on {job.device}, {free_memory(job.device) / 1e6:,.0f} MB are "
             "free; lower --micro-batch or --seq-len, or choose another --device"
+        )
+
+
+def _refuse_silence(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Refuse self-calibration of a model that cannot write its own text."""
+    writes = model.main_input_name == "input_ids" and not model.config.is_encoder_decoder and not fills_gaps(model)
+    if not recipe.calibration.sources and not (writes and model.get_output_embeddings() is not None):
+        raise CalibrationError(
+            f"{type(model).__name__} cannot write text to be calibrated on; give --calibration files of what it is used for"
         )
 
 

@@ -32,11 +32,13 @@ from lillama.files import write_json
 from lillama.lowrank.compressed import restored_copy
 from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.model.spec import BlockSpec
+from lillama.model.unfused import routers
 from lillama.progress import Progress
 from lillama.resources import free_memory, trim_memory
 from lillama.stream.calls import CallTable
-from lillama.stream.store import ActivationStore
+from lillama.stream.store import ActivationStore, Stores
 from lillama.stream.streamed import advance, begin
+from lillama.stream.through import through
 from lillama.teach import TRAINING_BYTES, Lesson
 
 logger = logging.getLogger(__name__)
@@ -98,20 +100,25 @@ class Recovered:
 def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
     """Train all compressed blocks together, and write those that are better than before on the held-out sequences.
 
-    Nothing is done if the tail is switched off or finished, or no block is compressed. Blocks that stayed dense are left
-    as they are, and so is all outside the blocks.
+    In an encoder-decoder these are the blocks of the decoder; the encoder stays as it was taught. Nothing is done if the
+    tail is switched off or finished, or no block is compressed. Blocks that stayed dense are left as they are, and so is
+    all outside the blocks.
     """
     place = Recovered(lesson.run.path)
-    trained = {block.index: block for block in lesson.blocks if lesson.ranks(block)}
+    last = lesson.teacher.indices(len(lesson.teacher.stacks) - 1)
+    trained = {block.index: block for block in lesson.blocks if lesson.ranks(block) and block.index in last}
+    if config.trains == "routers":
+        trained = {index: block for index, block in trained.items() if routers(lesson.teacher.template(index))}
     if not config.epochs or not trained or place.done:
         return
-    calls, inputs, targets = _streamed(lesson, min(trained))
+    made = [Stores(lesson.shelf(), lesson.teacher.dtype, f"tail-{name}", 2) for name in ("original", "own")]
+    calls, inputs, targets = _streamed(lesson, min(trained), *made)
     boundaries = dict[int, ActivationStore]()
     chain = _chain(lesson, trained, config, calls, inputs, boundaries)
     tail = Tail(
         chain=chain,
         head=Head(lesson.teacher, lesson.teacher.outside(head=True), calls),
-        data=TailData(lesson.tokens.ids, lesson.tokens.mask, targets, lesson.rows, lesson.job.micro_batch),
+        data=TailData(lesson.batch, targets, lesson.rows, lesson.job.micro_batch),
         config=config,
         lr=_lr(lesson, config),
         seed=lesson.job.recipe.seed,
@@ -126,7 +133,7 @@ def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNA
         place.save_block(index, taught | state)
     _warn_of_growth(grown)
     place.finish(replace(log, grown=grown))
-    for store in (inputs, targets, *boundaries.values()):
+    for store in (*made, *boundaries.values()):
         store.remove()
     trim_memory()
 
@@ -153,19 +160,34 @@ def _largest(state: Mapping[str, Tensor], name: str) -> float:
     return largest_singular_value(state[f"{name}.left.weight"].cpu(), state[f"{name}.right.weight"].cpu())
 
 
-def _streamed(lesson: Lesson, first: int) -> tuple[CallTable, ActivationStore, ActivationStore]:
-    """Run the original over all sequences; return its calls, its inputs of block `first`, and its last outputs."""
-    model, ids, rows = lesson.teacher, lesson.tokens.ids, lesson.job.micro_batch
-    shape, shelf = (*ids.shape, lesson.job.plan.spec.hidden_size), lesson.shelf()
-    place = shelf.place(2 * math.prod(shape) * model.dtype.itemsize)
-    inputs, targets = (ActivationStore(shape, model.dtype, shelf, place, f"tail-{name}") for name in ("in", "out"))
-    calls, total = begin(model, ids, lesson.tokens.mask, inputs, rows), len(model.blocks)
-    for index in range(total):
-        lesson.report(Progress("blocks", index, total, f"original, {model.stack}.{index}"))
-        source, sink = inputs if index <= first else targets, inputs if index < first else targets
-        advance(model.block(index), index, calls, source, sink, rows)
+def _streamed(
+    lesson: Lesson, first: int, targets: Stores, own: Stores
+) -> tuple[CallTable, ActivationStore, ActivationStore]:
+    """Run the original over all sequences, and the compressed model as far as the tail does not reach.
+
+    Args:
+        lesson: with finished blocks.
+        first: the first block that the tail trains.
+        targets: makes stores for the original's activations.
+        own: for those of the compressed model.
+
+    Returns:
+        how the last stack's blocks are called in the compressed model, its inputs of block `first`, and the original's
+        last outputs.
+    """
+    model, batch, rate = lesson.teacher, lesson.batch, lesson.job.micro_batch
+    total, last = len(model.names), len(model.stacks) - 1
+
+    def visit(index: int) -> None:
+        lesson.report(Progress("blocks", index, total, f"original, {model.names[index]}"))
+
+    _, outputs = through(model, batch, targets, rate, visit)
     lesson.report(Progress("blocks", total, total))
-    return calls, inputs, targets
+    _, before = through(model, batch, own, rate, block=lesson.current, stacks=last)
+    calls, inputs = begin(model, batch, own, rate, last, dict(enumerate(before)))
+    for index in range(model.indices(last).start, first):
+        advance(lesson.current(index), index, calls, inputs, inputs, rate)
+    return calls, inputs, outputs[-1]
 
 
 def _chain(
@@ -177,7 +199,7 @@ def _chain(
     boundaries: dict[int, ActivationStore],
 ) -> Chain:
     """Return the blocks under training; `boundaries` is filled where graphs do not fit into memory."""
-    blocks = range(min(trained), len(lesson.teacher.blocks))
+    blocks = range(min(trained), len(lesson.teacher.names))
     resident = free_memory(lesson.teacher.device) // 2 // (STATE_BYTES * max(b.params for b in trained.values()))
     bench = Bench(_learners(lesson, config), lesson.run.scratch / "tail", resident)
     if resident < len(trained) or not _graphs_fit(lesson, bench, blocks, config, calls, inputs):
@@ -204,9 +226,10 @@ def _learners(lesson: Lesson, config: RecoverConfig) -> Callable[[int], Learner]
     steps, specs = step_total(lesson.rows, training), {block.index: block for block in lesson.blocks}
 
     def learner(index: int) -> Learner:
-        template, state = lesson.teacher.blocks[index], lesson.run.load_block(index)
+        template, state = lesson.teacher.template(index), lesson.run.load_block(index)
         ranks, device = lesson.ranks(specs[index]), lesson.teacher.device
-        return Learner(restored_copy(template, ranks, state, device, torch.float32), training, lr, steps, Units())
+        student = restored_copy(template, ranks, state, device, torch.float32)
+        return Learner(student, training, lr, steps, Units(), routers(student) if config.trains == "routers" else None)
 
     return learner
 

@@ -1,8 +1,9 @@
 """The two schedules of local distillation over a whole model: block by block, or all blocks on every batch."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from lillama.distill.fisher import Fisher
 from lillama.distill.joint import SNAPSHOT_SECONDS, Bench, JointData, JointTraining
 from lillama.distill.learner import Learner
 from lillama.distill.objective import Units, sub_blocks
-from lillama.distill.streams import Streams
+from lillama.distill.streams import Before, Streams
 from lillama.distill.trace import DistillLog
 from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.factors import Gram, Moments
@@ -23,8 +24,10 @@ from lillama.prepare import Job
 from lillama.progress import Progress, Report
 from lillama.resources import free_memory, trim_memory
 from lillama.run import RunDir
-from lillama.stream.store import Shelf
+from lillama.stream.batch import Batch, batch_of
+from lillama.stream.store import ActivationStore, Shelf, Stores
 from lillama.stream.streamed import StreamedModel
+from lillama.stream.through import through
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class Lesson:
     @property
     def rows(self) -> Rows:
         """Training and held-out sequences."""
-        return Rows.split(len(self.tokens.ids), self.job.recipe.distill.held_out, self.job.recipe.seed)
+        return Rows.split(len(self.batch), self.job.recipe.distill.held_out, self.job.recipe.seed)
 
     def ranks(self, block: BlockSpec) -> dict[str, int]:
         """Return name within the block -> rank."""
@@ -78,6 +81,16 @@ class Lesson:
     def seed(self, block: BlockSpec) -> int:
         """Return the seed of a block's random choices."""
         return self.job.recipe.seed * 10_007 + block.index
+
+    @cached_property
+    def batch(self) -> Batch:
+        """What the model is run on."""
+        return batch_of(self.teacher.skeleton, self.tokens.ids, self.tokens.mask, self.tokens.inputs)
+
+    def current(self, index: int) -> nn.Module:
+        """Return a block of the compressed model as it is by now."""
+        block = self.job.plan.spec.blocks[index]
+        return self.finished(block) if self.ranks(block) else self.teacher.block(index)
 
     def save(self, block: BlockSpec, student: nn.Module, log: DistillLog) -> None:
         """Write a finished student, its parameters in fp32."""
@@ -95,7 +108,7 @@ class Lesson:
 
     def finished(self, block: BlockSpec) -> nn.Module:
         """Return a finished student as it was written, to compute with."""
-        template, state = self.teacher.blocks[block.index], self.run.load_block(block.index)
+        template, state = self.teacher.template(block.index), self.run.load_block(block.index)
         return restored_copy(template, self.ranks(block), state, self.teacher.device, self.teacher.dtype)
 
     def initialised(self) -> "Lesson":
@@ -126,7 +139,7 @@ class Teachers:
 
     def after(self, index: int) -> nn.Module | None:
         """Return the block behind one, and keep it for its turn; None behind the last."""
-        if index + 1 == len(self.model.blocks):
+        if index + 1 == len(self.model.names):
             return None
         self._next[index + 1] = self.model.block(index + 1)
         return self._next[index + 1]
@@ -134,8 +147,8 @@ class Teachers:
 
 def teach_sequentially(lesson: Lesson) -> None:
     """Finish one block after the other; both streams of activations move along."""
-    streams, teachers, total = _begun(lesson), Teachers(lesson.teacher), len(lesson.blocks)
-    for block in lesson.blocks:
+    teachers, total = Teachers(lesson.teacher), len(lesson.blocks)
+    for block, streams in _along(lesson):
         lesson.report(Progress("blocks", block.index, total, block.name))
         teacher, ranks = teachers.take(block.index), lesson.ranks(block)
         untaught = bool(ranks) and not lesson.run.has_block(block.index)
@@ -156,16 +169,23 @@ def teach_sequentially(lesson: Lesson) -> None:
         del student
         trim_memory()
     lesson.report(Progress("blocks", total, total))
-    streams.remove()
 
 
-def _begun(lesson: Lesson) -> Streams:
-    """Return the streams of the sequential schedule, before the first block."""
-    config = lesson.job.recipe.distill
+def _along(lesson: Lesson) -> Iterator[tuple[BlockSpec, Streams]]:
+    """Yield each block with the streams before it; whoever asks for the next one has moved them on."""
+    model, config = lesson.teacher, lesson.job.recipe.distill
     parts = max(len(sub_blocks(lesson.ranks(block))) for block in lesson.blocks) if config.sub_blocks else 0
-    further = parts + bool(config.look_ahead) + bool(config.adaptive)
-    ids, mask, both = lesson.tokens.ids, lesson.tokens.mask, config.stream != "teacher"
-    return Streams.begun(lesson.teacher, ids, mask, lesson.shelf(), both, lesson.job.micro_batch, further)
+    further, both = parts + bool(config.look_ahead) + bool(config.adaptive), config.stream != "teacher"
+    streams, stack = None, 0
+    for block in lesson.blocks:
+        if streams is None:
+            streams = Streams.at(0, model, lesson.batch, lesson.shelf(), both, lesson.job.micro_batch, further)
+        elif block.index not in model.indices(stack):
+            stack += 1
+            streams = streams.crossed(model, lesson.batch, lesson.shelf(), stack, further)
+        yield block, streams
+    if streams is not None:
+        streams.remove()
 
 
 def _target(lesson: Lesson, block: BlockSpec, teacher: nn.Module, streams: Streams, untaught: bool) -> dict[str, Gram]:
@@ -185,7 +205,7 @@ def initial_student(
     if fisher is not None:
         probed = fisher.moments(block.index, teacher, ranks, lambda part: streams.teacher.read(fisher.rows[part]))
     found = {name: Moments(grams.get(name), probed[name].gradients if probed else None) for name in ranks}
-    return compressed_copy(lesson.teacher.blocks[block.index], teacher, ranks, init, found, generator)
+    return compressed_copy(lesson.teacher.template(block.index), teacher, ranks, init, found, generator)
 
 
 def _taught(lesson: Lesson, block: BlockSpec, student: nn.Module, streams: Streams, teachers: Teachers) -> DistillLog:
@@ -200,24 +220,33 @@ def _taught(lesson: Lesson, block: BlockSpec, student: nn.Module, streams: Strea
 
 
 def teach_jointly(lesson: Lesson, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
-    """Let all blocks take a step on every batch, as published; note the state every `snapshot_seconds`."""
-    trained = {block.index: block for block in lesson.blocks if lesson.ranks(block)}
-    config, rows = lesson.job.recipe.distill, lesson.rows
-    initial, units = _initial_students(lesson, trained)
+    """Let all blocks of a stack take a step on every batch, as published; note the state every `snapshot_seconds`.
+
+    Of an encoder-decoder the encoder is finished first: the decoder is taught on what the finished encoder gives it.
+    """
+    for stack in range(len(lesson.teacher.stacks)):
+        trained = {b.index: b for b in lesson.blocks if lesson.ranks(b) and b.index in lesson.teacher.indices(stack)}
+        if any(not lesson.run.has_block(index) for index in trained):
+            _teach_stack(lesson, stack, trained, snapshot_seconds)
+
+
+def _teach_stack(lesson: Lesson, stack: int, trained: Mapping[int, BlockSpec], snapshot_seconds: float) -> None:
+    config, rows, before = lesson.job.recipe.distill, lesson.rows, _before(lesson, stack)
+    initial, units = _initial_students(lesson, trained, stack, before)
     lr = config.peak_lr(lesson.job.plan.spec.hidden_size)
 
     def learner(index: int) -> Learner:
         return Learner(initial(index), config, lr, step_total(rows, config), units[index])
 
-    streams = Streams.begun(
-        lesson.teacher, lesson.tokens.ids, lesson.tokens.mask, lesson.shelf(), False, lesson.job.micro_batch
-    )
+    streams = _streams(lesson, stack, before, config.stream != "teacher" and stack > 0)
     training = JointTraining(
         names={index: block.name for index, block in trained.items()},
         last=max(trained),
         teacher=_teacher_blocks(lesson),
         bench=Bench(learner, lesson.run.scratch, _resident(lesson, trained)),
-        data=JointData(streams.calls, streams.teacher, lesson.tokens.mask, lesson.job.micro_batch),
+        data=JointData(
+            streams.calls, streams.teacher, streams.mask, lesson.job.micro_batch, streams.own_calls, streams.student
+        ),
         rows=rows,
         config=config,
         seed=lesson.job.recipe.seed,
@@ -226,20 +255,38 @@ def teach_jointly(lesson: Lesson, snapshot_seconds: float = SNAPSHOT_SECONDS) ->
     )
     for index, taught, log in training.run(lesson.report):
         lesson.save(trained[index], taught.student, log)
+    lesson.run.remove_joint()
     streams.remove()
 
 
+def _before(lesson: Lesson, stack: int) -> Before:
+    """Return the outputs of the earlier stacks, the teacher's and the student's."""
+    model, ends = lesson.teacher, list[list[ActivationStore]]()
+    if not stack:
+        return {}
+    for name, block in (("teacher", None), ("student", lesson.current)):
+        new = Stores(lesson.shelf(), model.dtype, f"before-{name}", 2)
+        ends.append(through(model, lesson.batch, new, lesson.job.micro_batch, block=block, stacks=stack)[1])
+    return dict(enumerate(zip(*ends, strict=True)))
+
+
+def _streams(lesson: Lesson, stack: int, before: Before, both: bool) -> Streams:
+    return Streams.at(stack, lesson.teacher, lesson.batch, lesson.shelf(), both, lesson.job.micro_batch, before=before)
+
+
 def _initial_students(
-    lesson: Lesson, trained: Mapping[int, BlockSpec]
+    lesson: Lesson, trained: Mapping[int, BlockSpec], stack: int, before: Before
 ) -> tuple[Callable[[int], nn.Module], dict[int, Units]]:
-    """Compute every block's student before training; return what reads one back, and the units of the losses."""
+    """Compute the student of every block of a stack before training.
+
+    Returns:
+        what reads one back, and the units of the losses.
+    """
     config, rows, units = lesson.job.recipe.distill, lesson.rows, dict[int, Units]()
-    streams = Streams.begun(
-        lesson.teacher, lesson.tokens.ids, lesson.tokens.mask, lesson.shelf(), False, lesson.job.micro_batch
-    )
+    streams = _streams(lesson, stack, before, False)
     folder = lesson.run.scratch
     folder.mkdir(exist_ok=True)
-    for block in lesson.blocks:
+    for block in (block for block in lesson.blocks if block.index in lesson.teacher.indices(stack)):
         lesson.report(Progress("blocks", block.index, len(lesson.blocks), block.name))
         teacher = lesson.teacher.block(block.index)
         grams = _target(lesson, block, teacher, streams, block.index in trained)
@@ -248,11 +295,11 @@ def _initial_students(
             save_tensors(folder / f"initial-{block.index:04}.safetensors", student.state_dict())
             units[block.index] = streams.data(block.index, "teacher").units(config.loss, rows.held_out)
         streams.move_on(block.index, None)
-    streams.remove()
+    streams.remove(earlier=False)
 
     def initial(index: int) -> nn.Module:
         state = load_tensors(folder / f"initial-{index:04}.safetensors")
-        template, ranks = lesson.teacher.blocks[index], lesson.ranks(trained[index])
+        template, ranks = lesson.teacher.template(index), lesson.ranks(trained[index])
         return restored_copy(template, ranks, state, lesson.teacher.device, torch.float32)
 
     return initial, units

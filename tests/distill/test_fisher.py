@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, T5Config, T5ForConditionalGeneration
 
 from lillama.distill.fisher import measured
 from lillama.progress import silent
+from lillama.stream.batch import Batch
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import open_streamed
 
@@ -56,8 +57,10 @@ def test_moments_are_those_of_autograd(tiny, tmp_path, padded, disk):
 
     rows = torch.tensor([3, 1, 0, 4])
     shelf = Shelf(CPU, tmp_path, 0, 0 if disk else 1 << 30)
-    fisher = measured(model, ids, mask, rows, shelf, 4, torch.Generator().manual_seed(1), lambda index: LINEARS, visit,
-                      silent)  # fmt: skip
+    fisher = measured(
+        model, Batch.of_tokens(ids, mask), rows, shelf, 4, torch.Generator().manual_seed(1), lambda index: LINEARS, visit,
+        silent,
+    )  # fmt: skip
     wanted = by_autograd(tiny, ids[rows], None if mask is None else mask[rows], torch.Generator().manual_seed(1))
     assert set(found) == set(wanted)
     for name, (inputs, gradients) in wanted.items():
@@ -66,3 +69,61 @@ def test_moments_are_those_of_autograd(tiny, tmp_path, padded, disk):
         assert found[name].inputs.count == (48 if mask is None else int(mask[rows].sum()))
     fisher.remove()
     assert not list(tmp_path.glob("fisher-?.activations"))
+
+
+def test_gradients_cross_from_the_decoder_to_the_encoder(tmp_path):
+    """At the encoder's linears they are those of autograd through the whole model, cross-attention and all."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=60, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, decoder_start_token_id=0)
+    whole = T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    for parameter in whole.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    whole.save_pretrained(tmp_path / "model")
+    inputs = {"input_ids": torch.randint(2, 60, (5, 9)), "decoder_input_ids": torch.randint(2, 60, (5, 6))}
+    batch, found = Batch(inputs, inputs["decoder_input_ids"]), {}
+    model, names = open_streamed(tmp_path / "model", CPU), ["layer.0.SelfAttention.v"]
+
+    def visit(index, block, moments):
+        found.update({f"{model.names[index]}.{name}": value for name, value in moments.items()})
+
+    shelf = Shelf(CPU, tmp_path, 0, 1 << 30)
+    measured(
+        model, batch, torch.arange(5), shelf, 2, torch.Generator().manual_seed(1), lambda index: names, visit, silent
+    ).remove()
+
+    kept = {}
+    for name in found:
+        whole.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: kept.update({name: output.requires_grad_()}) or output.retain_grad()
+        )
+    logits = whole(**inputs).logits
+    generator, labels = torch.Generator().manual_seed(1), []
+    for part in logits.detach().split(2):  # in the micro-batches, and a few tokens at a time, as the labels were drawn
+        for tokens in part.flatten(0, 1).split(6):
+            labels.append(torch.multinomial(tokens.softmax(-1), 1, generator=generator)[:, 0])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.cat(labels), reduction="sum").backward()
+    assert len(found) == 4
+    for name, moments in found.items():
+        gradient = kept[name].grad.flatten(0, 1).double()
+        torch.testing.assert_close(moments.gradients.sum, gradient.T @ gradient, rtol=1e-3, atol=1e-6)
+        assert moments.share == (9 / 6 if "encoder" in name else 1.0)
+
+
+def test_an_expert_counts_by_the_tokens_that_come_to_it(tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    model, found = open_streamed(tmp_path / "model", CPU), {}
+    batch, shelf = Batch.of_tokens(torch.randint(2, 60, (4, 10))), Shelf(CPU, tmp_path, 0, 1 << 30)
+    names = ["self_attn.q_proj", *(f"mlp.experts.{index}.down" for index in range(4))]
+    measured(
+        model, batch, torch.arange(4), shelf, 4, torch.Generator(), lambda index: names, lambda i, b, m: found.update(m),
+        silent,
+    ).remove()  # fmt: skip
+    assert found["self_attn.q_proj"].share == 1
+    shares = [found[name].share for name in names[1:]]
+    assert sum(shares) == pytest.approx(2) and all(0 <= share <= 1 for share in shares)

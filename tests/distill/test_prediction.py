@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from lillama.distill.prediction import NO_LABEL, Head, next_tokens
-from lillama.stream.store import ActivationStore, Shelf
+from lillama.stream.batch import Batch
+from lillama.stream.store import Shelf, Stores
 from lillama.stream.streamed import begin, open_streamed
 
 CPU = torch.device("cpu")
@@ -55,15 +56,15 @@ def test_equals_the_whole_model(kind: str, mask: Tensor | None, tmp_path: Path) 
     (0.7 * divergence + 0.3 * entropy).backward()
 
     streamed = open_streamed(tmp_path / "model", CPU)
-    calls = begin(streamed, ids, mask, ActivationStore((4, 10, 32), torch.float32, Shelf(CPU, tmp_path, 0, 1 << 30),
-                                                       "host", "hidden"), 4)  # fmt: skip
+    batch, new = Batch.of_tokens(ids, mask), Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
+    calls, _ = begin(streamed, batch, new, 4)
     head = Head(streamed, streamed.outside(head=True), calls, logit_bytes=4 * 97 * 3)
     for part in (head, replace(head, logit_bytes=1 << 20)):
-        found = part.compare(ids, mask, own.detach(), teacher, (0.7, 0.3))
+        found = part.compare(batch, own.detach(), teacher, (0.7, 0.3))
         torch.testing.assert_close(found.sums, torch.stack([divergence, entropy]).detach(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.gradient, own.grad, rtol=1e-4, atol=1e-5)
-    assert head.compare(ids, mask, own.detach(), teacher, None).gradient is None
-    assert head.compare(ids, mask, teacher, teacher, None).sums[0].abs() < 1e-4
+    assert head.compare(batch, own.detach(), teacher, None).gradient is None
+    assert head.compare(batch, teacher, teacher, None).sums[0].abs() < 1e-4
 
 
 def whole(model, ids: Tensor, mask: Tensor | None, own: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,11 +90,11 @@ def test_at_most_so_many_logits_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     model.save_pretrained(tmp_path / "model")
     streamed = open_streamed(tmp_path / "model", CPU)
     ids, sizes = torch.randint(3, 97, (4, 10)), []
-    store = ActivationStore((4, 10, 32), torch.float32, Shelf(CPU, tmp_path, 0, 1 << 30), "host", "hidden")
-    head = Head(streamed, streamed.outside(head=True), begin(streamed, ids, None, store, 4), logit_bytes=4 * 97 * 3)
+    batch, new = Batch.of_tokens(ids), Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
+    head = Head(streamed, streamed.outside(head=True), begin(streamed, batch, new, 4)[0], logit_bytes=4 * 97 * 3)
     softmax = F.log_softmax
     monkeypatch.setattr(F, "log_softmax", lambda x, **kwargs: sizes.append(x.numel()) or softmax(x, **kwargs))
-    head.compare(ids, None, torch.randn(4, 10, 32), torch.randn(4, 10, 32), (1.0, 0.0))
+    head.compare(batch, torch.randn(4, 10, 32), torch.randn(4, 10, 32), (1.0, 0.0))
     assert max(sizes) <= 97 * 3 and sum(sizes) == 2 * 97 * 40
 
 

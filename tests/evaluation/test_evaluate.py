@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,12 @@ def test_beside_the_dense_model_every_difference_has_an_interval(tiny, other, te
             assert one.keys() == {"value", "low", "high"} and one["low"] <= one["high"]
     assert value["languages"][0]["against"]["continuation"]["prompts"] == 8
     assert value["languages"][0]["against"]["windows"] == 20
+    for row in value["texts"]:
+        samples = row["against"]["continuation"]["samples"]
+        assert 0 < len(samples) <= 4 and all(one.keys() == {"prompt", "same", "dense", "model"} for one in samples)
+        content = Path(str(texts["abc".index(row["name"])]).removeprefix("eng=")).read_text(encoding="utf-8")
+        assert all(one["prompt"] in content for one in samples)
+    assert value["languages"][0]["against"]["continuation"]["samples"] == []
     json.dumps(value, allow_nan=False)
 
 

@@ -54,10 +54,9 @@ def assembled(
             torch.nn.init.normal_(layer.right.weight, std=0.3, generator=generator)
         return {name: tensor.to(dtype) for name, tensor in student.state_dict().items()}
 
-    blocks = teacher.blocks
     return assemble(
-        folder, teacher.reader, teacher.names, spec, ranks, storage, compressed, lambda block: blocks[block.index],
-        "cafe", 10**6,
+        folder, teacher.weights, spec, ranks, storage, compressed, lambda block: teacher.template(block.index), "cafe",
+        10**6,
     )  # fmt: skip
 
 

@@ -81,6 +81,11 @@ def test_a_local_path_stays_private() -> None:
     assert "the terms of that model apply" in text
 
 
+def test_the_plot_is_shown_where_there_is_one() -> None:
+    assert "![" not in card(FACTS)
+    assert "by block](kept.svg)" in card(replace(FACTS, plot="kept.svg"))
+
+
 def test_no_measurement_is_said() -> None:
     assert "Quality was not measured" in card(replace(FACTS, metrics=()))
 

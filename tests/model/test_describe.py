@@ -4,14 +4,18 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    LlavaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     PhiConfig,
     PretrainedConfig,
     Qwen2Config,
+    ResNetConfig,
     T5Config,
 )
 
@@ -110,24 +114,61 @@ def test_globs_that_match_nothing_are_refused(config: Make) -> None:
         describe(config(LlamaConfig), ["mpl.*"], ["lm_head"])
 
 
-def test_fused_experts_are_refused_and_not_skipped(config: Make) -> None:
-    with pytest.raises(
-        ModelError, match=r"MixtralForCausalLM: model\.layers\.0\.mlp\.experts\.gate_up_proj is a fused"
-    ):
-        describe(config(MixtralConfig, num_local_experts=4))
+def test_every_expert_counts_as_its_own_linears_and_the_router_as_none(config: Make) -> None:
+    spec = describe(config(MixtralConfig, num_local_experts=4))
+    inside = {linear.name.removeprefix("model.layers.1.") for linear in spec.blocks[1].linears}
+    experts = {f"mlp.experts.{expert}.{leaf}" for expert in range(4) for leaf in ("gate_up", "down")}
+    assert inside == experts | {f"self_attn.{name}_proj" for name in "qkvo"}
+    shapes = {linear.name.rpartition(".")[2]: linear for linear in spec.blocks[1].linears}
+    assert (shapes["gate_up"].out_features, shapes["gate_up"].in_features) == (96, 32)
+    assert (shapes["down"].out_features, shapes["down"].in_features) == (32, 48)
+    assert spec.params == AutoModelForCausalLM.from_config(config(MixtralConfig, num_local_experts=4)).num_parameters()
 
 
-def test_two_stacks_are_refused() -> None:
+def test_an_encoder_decoder_has_the_blocks_of_both_stacks() -> None:
     config = T5Config(vocab_size=96, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8)
     config.architectures = ["T5ForConditionalGeneration"]
-    with pytest.raises(ModelError, match=r"found encoder\.block, decoder\.block"):
-        describe(config)
+    names = ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"]
+    assert [block.name for block in describe(config)] == names
 
 
-def test_a_model_without_linears_in_its_blocks_is_refused() -> None:
+def test_a_transposed_weight_is_described_by_what_it_computes() -> None:
     config = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
     config.architectures = ["GPT2LMHeadModel"]
-    with pytest.raises(ModelError, match="one stack of blocks with linears is needed, found none"):
+    shapes = {one.name: (one.out_features, one.in_features) for one in describe(config).blocks[0].linears}
+    assert shapes["transformer.h.0.attn.c_attn"] == (96, 32) and shapes["transformer.h.0.mlp.c_proj"] == (32, 128)
+
+
+def test_of_several_modalities_the_language_tower_is_taken() -> None:
+    config = LlavaConfig(
+        text_config={"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                     "num_attention_heads": 4, "vocab_size": 96},
+        vision_config={"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48,
+                       "num_hidden_layers": 3, "num_attention_heads": 4},
+        architectures=["LlavaForConditionalGeneration"],
+    )  # fmt: skip
+    assert [block.name for block in describe(config)] == [f"model.language_model.layers.{i}" for i in range(2)]
+
+
+def test_pairs_that_are_low_rank_already_are_left_alone() -> None:
+    config = DeepseekV3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
+        first_k_dense_replace=1, q_lora_rank=12, kv_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        architectures=["DeepseekV3ForCausalLM"],
+    )  # fmt: skip
+    attention = {one.name.rpartition(".")[2] for one in describe(config).blocks[0].linears if "attn" in one.name}
+    assert attention == {"q_b_proj", "kv_b_proj", "o_proj"}
+
+
+def test_state_space_linears_whose_weights_are_read_past_the_module_stay_dense() -> None:
+    config = MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, architectures=["MambaForCausalLM"])
+    assert {one.name.rpartition(".")[2] for one in describe(config).linears} == {"in_proj", "out_proj"}
+
+
+def test_a_model_without_a_stack_is_refused() -> None:
+    config = ResNetConfig(architectures=["ResNetModel"])
+    with pytest.raises(ModelError, match="ResNetModel: 1 stack of repeated blocks with linears needed, found 0"):
         describe(config)
 
 

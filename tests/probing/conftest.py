@@ -73,11 +73,22 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def babyberta() -> Path:
-    """BabySLM's official example for the syntactic task."""
+def official(example: str) -> Path:
+    """Return the folder of one of BabySLM's official examples; the test is skipped where it is not there."""
     assets = Path(os.environ.get("LILLAMA_ASSETS", Path(__file__).parents[2].parent / "shared" / "assets"))
-    folder = assets / "minimal_pairs" / "babyslm" / "babyberta_syntactic_dev"
+    folder = assets / "minimal_pairs" / "babyslm" / example
     if not folder.is_dir():
         pytest.skip(f"official example not found at {folder}; set LILLAMA_ASSETS")
     return folder
+
+
+@pytest.fixture
+def babyberta() -> Path:
+    """BabySLM's official example for the syntactic task."""
+    return official("babyberta_syntactic_dev")
+
+
+@pytest.fixture
+def librivox() -> Path:
+    """BabySLM's official example for the lexical task: its table of trials, its overall figure and its breakdowns."""
+    return official("librivox_lexical_dev")

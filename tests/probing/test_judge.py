@@ -81,6 +81,40 @@ def test_the_official_example_from_its_probabilities(babyberta, write_table):
     assert found.notes == () and len(found.trials) == 2160
 
 
+@pytest.mark.assets
+def test_the_official_lexical_example(librivox):
+    found = judge(librivox / "score_lexical_dev_all_trials.csv", LEXICAL)
+    assert str(found.overall) == (librivox / "overall_accuracy_lexical_dev.txt").read_text().strip()
+    for name in ("frequency", "length"):
+        with (librivox / f"score_lexical_dev_by_{name}.csv").open(encoding="utf-8") as file:
+            table = [tuple(row.values()) for row in csv.DictReader(file)]
+        groups = [(g.label, str(g.items), _printed(g.score), _printed(g.std)) for g in found.breakdowns[name]]
+        assert groups == table
+
+
+def _printed(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def test_lexical_averages_by_hand(write_table):
+    """Over pseudo-words, then voices, then words; a tie counts half, unless the table was rounded after it was scored."""
+    columns = ("id", "voice", "frequency", "word", "length", "score word", "non word", "score non word", "score")
+    rows = [
+        (1, "A", 3, "cat", 3, -1.0, "dat", -2.0, 1.0),
+        (2, "A", 3, "cat", 3, -1.0, "gat", -1.0, 0.5),  # a tie: (1 + 0.5) / 2 in voice A
+        (1, "B", 3, "cat", 3, -2.0, "dat", -1.0, 0.0),
+        (2, "B", 3, "cat", 3, -2.0, "gat", -3.0, 1.0),  # (0 + 1) / 2 in voice B: (0.75 + 0.5) / 2 for the word
+        (3, "A", 30, "sunny", 4, -1.5, "sully", -1.5, 1.0),  # equal as printed alone
+        (3, "B", 30, "sunny", 4, -3.0, "sully", -2.0, 0.0),  # (1 + 0) / 2 for the word
+        (4, "A", 0, "dog", 3, -1.0, "dop", -2.0, 1.0),  # heard in one voice: 1 for the word
+    ]
+    found = judge(write_table("trials.csv", [dict(zip(columns, row, strict=True)) for row in rows]), LEXICAL)
+    assert found.overall == pytest.approx((0.625 + 0.5 + 1) / 3, rel=1e-15)
+    assert (found.pairs, len(found.trials), found.total.items, found.ties) == (4, 7, 3, 1)
+    assert found.groups == {"oov": 1.0, "1-5": 0.625, "21-100": 0.5}
+    assert [(g.label, g.items, g.score) for g in found.breakdowns["length"]] == [("3", 2, 0.8125), ("4", 1, 0.5)]
+
+
 @pytest.mark.parametrize("voices", [["A"], ["A", "B"], ["A", "B", "C"]])
 def test_lexical_averages_are_the_official_ones(write_table, voices):
     rows = words(300, voices)

@@ -58,7 +58,10 @@ def put_measures(run: Path) -> None:
         {"version": 1, "conditions": {"device": "cpu"}, "model": model, "against": model, "cells": cells},
     )
     interval = {"value": 0.1, "low": 0.0, "high": 0.2}
-    against = {"perplexity": 9.0, "excess_loss": interval, "kl": interval, "top1": interval}
+    sample = {"prompt": "The cat", "same": " sat on", "dense": " the mat.", "model": " a <mat>."}
+    samples = [sample, {"prompt": "A dog", "same": " ran.\nIt", "dense": "", "model": ""}]
+    against = {"perplexity": 9.0, "excess_loss": interval, "kl": interval, "top1": interval,
+               "continuation": {"prompts": 2, "samples": samples}}  # fmt: skip
     text = {"name": "novel", "tokens": 100, "perplexity": 10.0, "bits_per_byte": 1.0, "against": against}
     task = {
         "task": "quiz",

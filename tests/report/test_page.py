@@ -10,9 +10,11 @@ from lillama.cli import main
 from lillama.compression import compress
 from lillama.report.evidence import Extra
 from lillama.report.page import report, write
+from lillama.report.still import PLOT
 from lillama.report.watch import default_place, watched
 
-KEYS = ["sizes", "ranks", "spectra", "losses", "carried", "recovery", "evaluation", "probing", "speed"]
+KEYS = ["sizes", "ranks", "spectra", "losses", "carried", "recovery", "evaluation", "samples", "probing",
+        "speed"]  # fmt: skip
 
 
 def change(path: Path, **values: object) -> None:
@@ -48,7 +50,23 @@ def test_sizes_add_up_to_what_the_plan_stores(out):
 def test_an_evaluation_stands_beside_that_of_the_original(out):
     rows = report([out]).as_json()["models"][0]["figures"]["evaluation"]["rows"]
     assert rows[0] == ["novel", "perplexity", 9.0, 10.0, "+0.1000 [+0.0000, +0.2000]"]
+    assert rows[1:3] == [
+        ["novel", "KL, nats", None, None, "0.1000 [0.0000, 0.2000]"],
+        ["novel", "same top token", None, None, "10.0% [0.0%, 20.0%]"],
+    ]
     assert rows[-1] == ["quiz", "acc", 0.4, 0.5, "+0.1000 [+0.0000, +0.2000]"]
+
+
+def test_samples_stand_side_by_side_and_are_marked_where_they_part(out):
+    page = report([out])
+    html = page.as_html()
+    assert html.count('<div class="passage">') == 2 and html.count("<mark") == 2
+    assert '<p> sat on<mark class="dense"> the mat.</mark></p>' in html
+    assert '<p> sat on<mark class="kept"> a &lt;mat&gt;.</mark></p>' in html
+    assert html.count("both, the same to the end") == 1
+    rows = page.as_json()["models"][0]["figures"]["samples"]["rows"]
+    assert rows[0] == ["novel", "The cat", " sat on", " the mat.", " a <mat>."]
+    assert "| novel | A dog |  ran. It |  |  |" in page.as_markdown()
 
 
 def test_a_real_compression_lacks_nothing(tiny, quick, text, tmp_path):
@@ -56,6 +74,7 @@ def test_a_real_compression_lacks_nothing(tiny, quick, text, tmp_path):
     (chapter,) = report([tmp_path / "out"]).chapters
     assert chapter.missing == () and {"sizes", "ranks", "losses", "carried"} <= {one.key for one in chapter.figures}
     assert "perplexity, words" in [row[0] for row in chapter.facts]
+    assert f"]({PLOT})" in (tmp_path / "out" / "README.md").read_text() and (tmp_path / "out" / PLOT).is_file()
 
 
 def test_three_files_appear_with_one_version(out, tmp_path):
@@ -132,7 +151,7 @@ def test_several_results_are_compared(out, unfinished, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(out, other)
     page = report([out, other])
-    assert page.compared is not None and [row[0] for row in page.compared.rows] == ["small", "other"]
+    assert page.compared is not None and [row[:2] for row in page.compared.rows] == [(1, "small"), (2, "other")]
 
 
 def test_files_of_other_commands_are_taken_from_where_they_lie(out, unfinished, tmp_path):

@@ -29,6 +29,7 @@ from transformers import (
 from lillama.errors import ModelError
 from lillama.hub.quantizer import LowRankConfig, declare
 from lillama.lowrank.install import install, low_rank_linears
+from lillama.stream.batch import Batch
 from lillama.stream.store import ActivationStore, Shelf
 from lillama.stream.streamed import StreamedModel, advance, begin, finish, open_streamed, row_slices
 
@@ -96,11 +97,11 @@ def streamed(
     model: StreamedModel, ids: Tensor, mask: Tensor | None, shelf: Shelf, place: Any, micro_batch: int
 ) -> Tensor:
     shape = (*ids.shape, model.skeleton.config.hidden_size)
-    hidden = ActivationStore(shape, model.dtype, shelf, place, "hidden")
-    calls = begin(model, ids, mask, hidden, micro_batch)
-    for index in range(len(model.blocks)):
+    store = ActivationStore(shape, model.dtype, shelf, place, "hidden")
+    calls, hidden = begin(model, Batch.of_tokens(ids, mask), lambda found: store, micro_batch)
+    for index in range(len(model.names)):
         advance(model.block(index), index, calls, hidden, hidden, micro_batch)
-    return finish(model, model.outside(head=True), calls, ids, mask, hidden.read(slice(0, len(ids))))
+    return finish(model, model.outside(head=True), calls, ids, hidden.read(slice(0, len(ids))))
 
 
 @every_model
@@ -133,7 +134,7 @@ def test_calls_of_chosen_rows_are_those_of_their_sequences(ids: Tensor, shelf: M
     _, folder = folders("Llama")
     model = open_streamed(folder, CPU)
     hidden, after = (ActivationStore((5, 10, 32), torch.float32, shelf("host"), "host", name) for name in "ab")
-    calls = begin(model, ids, MASK, hidden, 2)
+    calls, _ = begin(model, Batch.of_tokens(ids, MASK), lambda shape: hidden, 2)
     block = model.block(0)
     advance(block, 0, calls, hidden, after, 5)
     for rows in (torch.tensor([4, 2]), torch.tensor([2]), torch.tensor([0, 4, 1])):
@@ -166,7 +167,7 @@ def test_only_the_block_asked_for_has_weights(folders: Any) -> None:
     model = open_streamed(folder, CPU)
     block, outside = model.block(1), model.outside(head=False)
     assert not any(parameter.is_meta for parameter in block.parameters())
-    assert all(parameter.is_meta for part in model.blocks for parameter in part.parameters())
+    assert all(parameter.is_meta for index in range(3) for parameter in model.template(index).parameters())
     real = {name for name, parameter in outside.named_parameters() if not parameter.is_meta}
     assert real == {"model.embed_tokens.weight", "model.norm.weight"}
     whole_outside = model.outside(head=True)

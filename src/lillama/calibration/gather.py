@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lillama.calibration.generate import generate
+from lillama.calibration.media import pack_media
 from lillama.calibration.pack import TokenBlocks, blocks, pack
 from lillama.calibration.sources import Source, first_line
 from lillama.errors import CalibrationError, ModelError
@@ -37,13 +38,29 @@ class CalibrationConfig:
 def gather(
     config: CalibrationConfig,
     model_path: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
     device: torch.device | str = "cpu",
     report: Report = silent,
+    model: PreTrainedModel | None = None,
 ) -> TokenBlocks:
-    """Return the calibration sequences that a configuration describes; the same seed gives the same sequences."""
+    """Return the calibration sequences that a configuration describes; the same seed gives the same sequences.
+
+    Args:
+        config: where they come from.
+        model_path: folder of the model.
+        tokenizer: of the model; None for one that neither reads nor writes text.
+        seed: of every random choice.
+        device: on which a model writes its own text.
+        report: told about progress.
+        model: its skeleton, which tells what it takes; None means token ids. An utterance or an image takes the place of
+            `seq_len` tokens.
+    """
     _check(config)
+    if model is not None and model.main_input_name != "input_ids":
+        rows, folder = config.tokens // config.seq_len, Path(model_path)
+        return pack_media(config.sources, model.main_input_name, folder, model.config, tokenizer, rows, seed, report)
+    assert tokenizer is not None
     if config.sources:
         return pack(config.sources, tokenizer, config.tokens, config.seq_len, seed, report)
     ids = generate(model_path, tokenizer, config.tokens, config.seq_len, seed, device, config.temperature, report)

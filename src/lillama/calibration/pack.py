@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,6 +25,7 @@ from lillama.progress import Progress, Report, silent
 
 VERSION = 1
 SURPLUS = 4  # windows collected for each window wanted, so that the seed has something to choose from
+INPUT = "input."  # before the name of what else the model takes, in the file
 BATCH = 16  # documents (or pieces of one) tokenised at once
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,9 @@ class Manifest:
     """Where token sequences come from, enough to make them again.
 
     Attributes:
-        kind: `"text"` from sources, `"self"` written by the model.
+        kind: `"text"` from sources, `"self"` written by the model; `"speech"` and `"images"` from files.
         sources: one record for each source; none for `"self"`.
-        tokenizer: hash of the tokenizer.
+        tokenizer: hash of the tokenizer; empty for a model without one.
         seq_len: tokens of a sequence.
         wanted: tokens asked for.
         tokens: real tokens there are.
@@ -71,7 +72,7 @@ class Manifest:
         sha256: of the ids, as little-endian int64.
     """
 
-    kind: Literal["text", "self"]
+    kind: Literal["text", "self", "speech", "images"]
     sources: tuple[SourceRecord, ...]
     tokenizer: str
     seq_len: int
@@ -106,11 +107,13 @@ class TokenBlocks:
         ids: the tokens.
         mask: True for a real token; None when nothing is padded.
         manifest: where they come from.
+        inputs: what else the model's forward takes, a row for each sequence: features of speech, for example.
     """
 
     ids: Int[Tensor, "sequences length"]
     mask: Bool[Tensor, "sequences length"] | None
     manifest: Manifest
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -120,6 +123,7 @@ class TokenBlocks:
     def save(self, folder: Path) -> None:
         """Write `tokens.safetensors` and `manifest.json` as a folder that appears at once."""
         tensors = {"ids": self.ids.contiguous()} | ({} if self.mask is None else {"mask": self.mask.contiguous()})
+        tensors |= {INPUT + name: tensor.contiguous() for name, tensor in self.inputs.items()}
         with atomic_folder(folder) as temporary:
             save_file(tensors, temporary / "tokens.safetensors")
             write_json(temporary / "manifest.json", self.manifest.to_json())
@@ -140,7 +144,8 @@ class TokenBlocks:
             raise CalibrationError(f"{folder}: holds no calibration tokens ({reason}); gather them anew") from error
         if ids_hash(ids) != manifest.sha256:
             raise CalibrationError(f"{folder}: the tokens do not match their manifest; gather them anew")
-        return cls(ids, tensors.get("mask"), manifest)
+        inputs = {name.removeprefix(INPUT): tensor for name, tensor in tensors.items() if name.startswith(INPUT)}
+        return cls(ids, tensors.get("mask"), manifest, inputs)
 
 
 def pack(

@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +19,7 @@ from lillama.files import digest, file_digest
 FIELDS = ("text", "content", "messages", "conversations", "conversation")  # looked for in this order
 SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
 PLAIN = (".txt", ".md")
+SPEECH, IMAGES = (".wav", ".flac", ".ogg", ".mp3"), (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAVED = ("state.json", "dataset_dict.json")  # what `datasets.save_to_disk` leaves
 
 Row = Mapping[str, Any]
@@ -30,7 +31,8 @@ class Source:
 
     Attributes:
         path: a .txt, .md, .jsonl (each also .gz), .json or .parquet file; a folder of such files, or one saved by
-            `datasets.save_to_disk`; or the id of a dataset on the Hugging Face hub.
+            `datasets.save_to_disk`; or the id of a dataset on the Hugging Face hub. For models of speech or images a folder
+            of sound or image files, in which `metadata.jsonl` may tell what is said.
         field: the field that holds text or chat turns; None looks for `text`, `content`, `messages`,
             `conversations`, `conversation`.
         config: the dataset's configuration; in a folder of files, the name of a sub-folder.
@@ -53,7 +55,11 @@ def fingerprint(source: Source) -> str:
     if not path.is_dir():
         check_exists(source)
         return _revision(source.path)
-    files = sorted(path.rglob("*.arrow")) if is_saved(path) else data_files(path, source)
+    media = media_files(path, (*SPEECH, *IMAGES), none=True)
+    if media:
+        files = [*media, *path.glob("metadata.jsonl")]
+    else:
+        files = sorted(path.rglob("*.arrow")) if is_saved(path) else data_files(path, source)
     return digest({file.relative_to(path).as_posix(): file_digest(file) for file in files})
 
 
@@ -164,6 +170,21 @@ def data_files(folder: Path, source: Source) -> list[Path]:
             "check `split` and `config`"
         )
     return chosen
+
+
+def media_files(folder: Path, kinds: Sequence[str], none: bool = False) -> list[Path]:
+    """List the files of a folder, or the one file, of some kinds.
+
+    Raises:
+        CalibrationError: there is none, unless `none` allows that.
+    """
+    inside = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+    files = [path for path in inside if path.is_file() and path.suffix.lower() in kinds]
+    if not files and not none:
+        raise CalibrationError(
+            f"{folder}: no file of type {', '.join(kinds)}, which this model takes; give a folder of such files"
+        )
+    return files
 
 
 def choose_field(names: Iterable[str], source: Source, where: str) -> str:

@@ -85,6 +85,7 @@ class BlockData:
         own_target: what the student's stream is compared with, if it is not `target`.
         parts: child of the block -> the teacher's outputs of that child.
         following: the next block, if the student is looked at through it.
+        own_calls: how blocks are called in the student's stream; None if as in the teacher's.
     """
 
     index: int
@@ -98,6 +99,7 @@ class BlockData:
     own_target: ActivationStore | None = None
     parts: Mapping[str, ActivationStore] = field(default_factory=dict)
     following: NextBlock | None = None
+    own_calls: CallTable | None = None
 
     def micro_batches(self, rows: Int[Tensor, " n"]) -> Iterator[MicroBatch]:
         """Read some sequences, a micro-batch at a time."""
@@ -116,6 +118,9 @@ class BlockData:
                 own_target=None if self.own_target is None else self.own_target.read(part),
                 parts={name: store.read(part) for name, store in self.parts.items()},
                 ahead=self._ahead(part),
+                own_call=None
+                if self.own_calls is None
+                else self.own_calls.select(self.index, part, self.target.device),
             )
 
     def tokens(self, rows: Int[Tensor, " n"]) -> int:

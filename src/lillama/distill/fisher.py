@@ -6,19 +6,20 @@ at its outputs, from which a block's part can be computed again at any time.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lillama.distill.grams import real, watched
+from lillama.distill.grams import shrunk, watched, with_siblings
 from lillama.distill.prediction import Head
 from lillama.lowrank.factors import Gram, Moments
 from lillama.progress import Progress, Report
-from lillama.stream.calls import BlockCall, CallTable
-from lillama.stream.store import ActivationStore, Shelf
-from lillama.stream.streamed import StreamedModel, advance, begin, row_slices
+from lillama.stream.batch import Batch
+from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves
+from lillama.stream.store import ActivationStore, Shelf, Stores
+from lillama.stream.streamed import StreamedModel, advance, begin, entered, row_leaves, row_slices
 
 PROBED_TOKENS = 16_384  # on which gradients are measured
 
@@ -30,13 +31,13 @@ class BackwardRun:
     Attributes:
         call: what the block is given besides its hidden state.
         hidden: its inputs.
-        mask: true at real tokens; None if all are.
+        masks: true at real tokens: at the block's own, then at those of earlier stacks that it looks at.
         gradient: of the tokens' log-losses at its outputs.
     """
 
     call: BlockCall
     hidden: Float[Tensor, "sequences length width"]
-    mask: Bool[Tensor, "sequences length"] | None
+    masks: tuple[Bool[Tensor, "sequences _"] | None, ...]
     gradient: Float[Tensor, "sequences length width"]
 
 
@@ -46,17 +47,21 @@ class Fisher:
 
     Attributes:
         rows: the sequences, as indices into the calibration set.
+        batch: the sequences themselves.
         gradients: one store for each block.
-        calls: how blocks are called for these sequences.
-        mask: true at their real tokens; None if all are.
+        calls: for each block, how its stack is called for these sequences.
+        stacks: for each block, its stack.
+        tokens: that the model predicts.
         micro_batch: sequences that are computed at once.
         kept: moments of some blocks' linears, which need not be computed again.
     """
 
     rows: Int[Tensor, " n"]
+    batch: Batch
     gradients: list[ActivationStore]
-    calls: CallTable
-    mask: Bool[Tensor, "n length"] | None
+    calls: list[CallTable]
+    stacks: list[int]
+    tokens: int
     micro_batch: int
     kept: dict[int, dict[str, Moments]] = field(default_factory=dict)
 
@@ -74,14 +79,14 @@ class Fisher:
         names = list(names)
         if index in self.kept:
             return {name: self.kept[index][name] for name in names}
-        return moments(block, names, self.runs(index, read))
+        return moments(block, names, self.runs(index, read), self.tokens)
 
     def runs(self, index: int, read: Callable[[slice], Tensor]) -> Iterator[BackwardRun]:
         """Yield a block's runs by micro-batches; `read` returns its inputs for some of `rows`."""
-        store = self.gradients[index]
+        store, masks = self.gradients[index], self.batch.masks_at(self.stacks[index])
         for part in row_slices(len(self.rows), self.micro_batch):
-            mask = None if self.mask is None else self.mask[part]
-            yield BackwardRun(self.calls.select(index, part, store.device), read(part), mask, store.read(part))
+            some = tuple(None if mask is None else mask[part] for mask in masks)
+            yield BackwardRun(self.calls[index].select(index, part, store.device), read(part), some, store.read(part))
 
     def remove(self) -> None:
         """Give the stores back."""
@@ -94,8 +99,7 @@ Visit = Callable[[int, nn.Module, dict[str, Moments]], None]
 
 def measured(
     model: StreamedModel,
-    ids: Int[Tensor, "sequences length"],
-    mask: Bool[Tensor, "sequences length"] | None,
+    batch: Batch,
     rows: Int[Tensor, " n"],
     shelf: Shelf,
     micro_batch: int,
@@ -108,8 +112,7 @@ def measured(
 
     Args:
         model: the original.
-        ids: all calibration sequences.
-        mask: true at their real tokens; None if all are.
+        batch: all calibration sequences.
         rows: which of them are used.
         shelf: where activations and gradients go.
         micro_batch: sequences that are computed at once.
@@ -118,31 +121,47 @@ def measured(
         visit: is given each block, from the last to the first, and the moments of its linears.
         report: told about blocks.
     """
-    ids, mask = ids[rows], None if mask is None else mask[rows]
-    shape, total = (*ids.shape, model.skeleton.config.get_text_config().hidden_size), len(model.blocks)
-    place = shelf.place((total + 2) * torch.Size(shape).numel() * model.dtype.itemsize)
-    stores = [ActivationStore(shape, model.dtype, shelf, place, f"fisher-{index}") for index in range(total + 1)]
-    calls = begin(model, ids, mask, stores[0], micro_batch)
-    for index in range(total):
-        report(Progress("fisher", index, 2 * total, "forth"))
-        advance(model.block(index), index, calls, stores[index], stores[index + 1], micro_batch)
-    head = Head(model, model.outside(head=True), calls)
-    for part in row_slices(len(ids), micro_batch):
-        scored = head.score(ids[part], None if mask is None else mask[part], stores[-1].read(part), generator)
-        stores[-1].write(part, scored)
+    batch, total, stacks = batch[rows], len(model.names), range(len(model.stacks))
+    new = Stores(shelf, model.dtype, "fisher", total + len(stacks))
+    tables, stores = list[CallTable](), list[list[ActivationStore]]()  # of a stack: its input, then each block's output
+    for stack in stacks:
+        before = {earlier: outputs[-1] for earlier, outputs in enumerate(stores)}
+        table, first = begin(model, batch, new, micro_batch, stack, before)
+        stores.append([first])
+        for index in model.indices(stack):
+            report(Progress("fisher", index, 2 * total, "forth"))
+            source, sink = stores[stack][-1], new(first.shape)
+            advance(model.block(index), index, table, source, sink, micro_batch)
+            stores[stack].append(sink)
+        tables.append(table)
+    head = Head(model, model.outside(head=True), tables[-1])
+    tokens, _ = head.counts(batch, stores[-1][-1].shape[1])
+    for part in row_slices(len(batch), micro_batch):
+        stores[-1][-1].write(part, head.score(batch[part], stores[-1][-1].read(part), generator))
     del head
-    fisher = Fisher(rows, stores[1:], calls, mask, micro_batch)
-    for index in reversed(range(total)):
-        report(Progress("fisher", 2 * total - 1 - index, 2 * total, "back"))
-        block, source = model.block(index), stores[index]
-        visit(index, block, moments(block, names(index), fisher.runs(index, source.read), source))
-    stores[0].remove()
+    owner = [stack for stack in stacks for _ in model.indices(stack)]
+    gradients = [store for outputs in stores for store in outputs[1:]]
+    fisher = Fisher(rows, batch, gradients, [tables[stack] for stack in owner], owner, tokens, micro_batch)
+    for stack in reversed(stacks):
+        crossing = _Crossing(tables[stack], replace(new, name=f"fisher-crossing-{stack}", made=[]))
+        for index in reversed(model.indices(stack)):
+            report(Progress("fisher", 2 * total - 1 - index, 2 * total, "back"))
+            block, source = model.block(index), stores[stack][index - model.indices(stack).start]
+            back = crossing.sink(index, source) if stack else _into(source)
+            visit(index, block, moments(block, names(index), fisher.runs(index, source.read), tokens, back))
+        if stack:
+            _cross(model, batch, stack, stores, crossing, micro_batch)
+            crossing.new.remove()
+        stores[stack][0].remove()
     report(Progress("fisher", 2 * total, 2 * total))
     return fisher
 
 
+Sink = Callable[[slice, Tensor, list[tuple[Tensor, Tensor | None]]], None]
+
+
 def moments(
-    block: nn.Module, names: Iterable[str], runs: Iterable[BackwardRun], sink: ActivationStore | None = None
+    block: nn.Module, names: Iterable[str], runs: Iterable[BackwardRun], tokens: int, sink: Sink | None = None
 ) -> dict[str, Moments]:
     """Run a block forth and back, and accumulate the second moments at the named linears.
 
@@ -150,29 +169,105 @@ def moments(
         block: dense, with its weights.
         names: of linears within the block.
         runs: micro-batches, in the order of the sequences.
-        sink: gets the gradients at the block's inputs, if they are wanted; it may be the store that the inputs lie in.
+        tokens: that the model predicts in all of them.
+        sink: gets, for some rows, the gradients at the block's inputs, and all else that the block was given with its
+            gradient, where it has one.
     """
-    names, outputs, gradients, start = list(names), dict[str, Tensor](), dict[str, Gram](), 0
-    with ExitStack() as hooks, watched(block, names) as watch, torch.enable_grad():
-        for name in names:
+    names, gradients, reached, start = list(names), dict[str, Gram](), dict[str, int](), 0
+    together = with_siblings(block, names)
+    with ExitStack() as hooks, watched(block, together) as watch, torch.enable_grad():
+        outputs = dict[str, Tensor]()
+        for name in together:
             hooks.enter_context(block.get_submodule(name).register_forward_hook(_keep(outputs, name)))
         for run in runs:
+            outputs.clear()
             hidden = run.hidden.detach().requires_grad_()
+            given = [leaf for leaf in leaves([run.call]) if isinstance(leaf, Tensor)] if sink is not None else []
+            for leaf in given:
+                leaf.requires_grad_(leaf.is_floating_point())
             result = run.call(block, hidden)
-            found = torch.autograd.grad(result, [hidden, *(outputs[name] for name in names)], run.gradient)
-            watch.add(run.mask)
-            for name, gradient in zip(names, found[1:], strict=True):
-                gradients.setdefault(name, Gram.zeros(gradient.shape[-1], gradient.device)).add(
-                    real(gradient, run.mask)
-                )
+            wanted = [hidden, *outputs.values(), *(leaf for leaf in given if leaf.requires_grad)]
+            found = iter(torch.autograd.grad(result, wanted, run.gradient, allow_unused=True))
+            entered = next(found)
+            for name, output in outputs.items():
+                gradient = next(found)
+                rows = watch.real(name, torch.zeros_like(output) if gradient is None else gradient, *run.masks)
+                gradients.setdefault(name, Gram.zeros(output.shape[-1], output.device)).add(rows)
+                reached[name] = reached.get(name, 0) + len(rows)
+            watch.add(*run.masks)
             if sink is not None:
-                sink.write(slice(start, start + len(hidden)), found[0])
+                back = [(leaf, next(found) if leaf.requires_grad else None) for leaf in given]
+                sink(slice(start, start + len(hidden)), torch.zeros_like(hidden) if entered is None else entered, back)
             start += len(hidden)
-    return {name: Moments(watch.grams[name], gradients[name]) for name in names}
+    inputs, gradients = shrunk(block, watch.grams, names), shrunk(block, gradients, names)
+    return {name: Moments(inputs[name], gradients[name], reached.get(name, 0) / tokens) for name in names}
 
 
 def _keep(outputs: dict[str, Tensor], name: str):
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs[name] = output
+        outputs[name] = output if output.requires_grad else output.requires_grad_()  # one that hangs on no input
 
     return hook
+
+
+def _into(store: ActivationStore) -> Sink:
+    return lambda rows, gradient, given: store.write(rows, gradient)
+
+
+@dataclass(frozen=True)
+class _Crossing:
+    """Gradients at what the blocks of a stack were given by an earlier stack, besides their hidden state.
+
+    Attributes:
+        table: how the blocks are called.
+        new: makes stores.
+        found: key of a `Rowwise` -> gradients, summed over the blocks.
+    """
+
+    table: CallTable
+    new: Stores
+    found: dict[int, ActivationStore] = field(default_factory=dict)
+
+    def sink(self, index: int, store: ActivationStore) -> Sink:
+        """Return what takes the gradients of a block."""
+        marks = [
+            leaf for leaf in leaves([self.table.calls[index - self.table.first]]) if isinstance(leaf, Rowwise | Tensor)
+        ]
+
+        def take(rows: slice, gradient: Tensor, given: list[tuple[Tensor, Tensor | None]]) -> None:
+            for mark, (_, back) in zip(marks, given, strict=True):
+                if isinstance(mark, Rowwise) and back is not None:
+                    self._add(mark, rows, mark.rows(back, len(gradient)), store.shape[0])
+            store.write(rows, gradient)
+
+        return take
+
+    def _add(self, mark: Rowwise, rows: slice, gradient: Tensor, total: int) -> None:
+        if mark.key not in self.found:
+            self.found[mark.key] = self.new((total, *gradient.shape[1:]))
+            self.found[mark.key].write(slice(0, total), torch.zeros(()))
+        store = self.found[mark.key]
+        store.write(rows, store.read(rows) + gradient)
+
+
+def _cross(
+    model: StreamedModel, batch: Batch, stack: int, stores: list[list[ActivationStore]], crossing: _Crossing, rate: int
+) -> None:
+    """Turn the gradients at what enters a stack into those at the outputs of the stack before it."""
+    outside, source, end = model.outside(head=False), stores[stack][0], stores[stack - 1][-1]
+    for rows in row_slices(len(batch), rate):
+        before = {earlier: stores[earlier][-1].read(rows) for earlier in range(stack - 1)}
+        leaf = end.read(rows).requires_grad_()
+        with torch.enable_grad():
+            hidden, calls = entered(model, outside, batch[rows], stack, before | {stack - 1: leaf})
+        ends = [(hidden, source.read(rows))]
+        for mark, given in row_leaves(crossing.table.calls, calls).items():
+            if mark.key in crossing.found:
+                ends.append((given, mark.joined(crossing.found[mark.key].read(rows))))
+        ends = [(tensor, gradient) for tensor, gradient in ends if tensor.requires_grad]
+        back = (
+            torch.autograd.grad([t for t, _ in ends], [leaf], [g for _, g in ends], allow_unused=True)[0]
+            if ends
+            else None
+        )
+        end.write(rows, torch.zeros_like(leaf) if back is None else back)

@@ -1,6 +1,7 @@
 """Second moments of the inputs of a block's linears."""
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -8,8 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from lillama.errors import ModelError
 from lillama.lowrank.factors import Gram
+from lillama.model.unfused import Experts
 from lillama.stream.calls import BlockCall
+
+logger = logging.getLogger(__name__)
 
 Run = tuple[BlockCall, Float[Tensor, "_ _ width"], Bool[Tensor, "_ _"] | None]  # sequences x length (x width)
 
@@ -19,26 +24,38 @@ class GramWatch:
     """Accumulates the Grams of a block's linears while somebody else runs the block.
 
     Attributes:
-        grams: name -> Gram. Linears that are given the very same tensor (query, key and value; gate and up) share one.
+        grams: name -> Gram. Linears that are given the very same tensor (query, key and value; gate and up) share one. A
+            linear that was given nothing, such as one of an expert that no token was sent to, has none.
+        routed: name of a module of experts -> for each expert, the tokens that the run which has just ended sent to it.
     """
 
     grams: dict[str, Gram] = field(default_factory=dict)
+    routed: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     _seen: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, mask: Bool[Tensor, "sequences length"] | None) -> None:
+    def add(self, *masks: Bool[Tensor, "sequences _"] | None) -> None:
         """Add the inputs of the run that has just ended.
 
         Args:
-            mask: true at the real tokens of its sequences; None if all are.
+            masks: true at the real tokens of its sequences; of the stack's own tokens first, then of others that its blocks
+                look at.
         """
         leaders: dict[int, str] = {}
         for name, x in self._seen.items():
             leader = leaders.setdefault(id(x), name)
             if leader == name:
-                self.grams.setdefault(name, Gram.zeros(x.shape[-1], x.device)).add(real(x, mask))
+                self.grams.setdefault(name, Gram.zeros(x.shape[-1], x.device)).add(self.real(name, x, *masks))
             else:
                 self.grams[name] = self.grams[leader]
         self._seen.clear()
+
+    def real(self, name: str, x: Tensor, *masks: Tensor | None) -> Float[Tensor, "tokens width"]:
+        """Return the vectors at the real tokens among the inputs or outputs of a linear, one in a row."""
+        experts, _, index = name.rpartition(".")[0].rpartition(".")
+        if experts in self.routed and index.isdecimal():
+            own = masks[0] if masks else None
+            return x if own is None else x[own.flatten().to(x.device)[self.routed[experts][int(index)]]]
+        return real(x, *masks)
 
     def remember(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """Return a forward pre-hook for the linear of this name."""
@@ -48,15 +65,87 @@ class GramWatch:
 
         return hook
 
+    def route(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Return a forward pre-hook for the experts of this name."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, Experts)
+            if len(args) > 1:
+                self.routed[name] = module.tokens(args[1])
+
+        return hook
+
 
 @contextmanager
 def watched(block: nn.Module, names: Iterable[str]) -> Iterator[GramWatch]:
     """Watch the inputs of the named linears of a block; call `add` after each run."""
-    watch = GramWatch()
+    watch, modules = GramWatch(), block.named_modules()
     with ExitStack() as hooks:
+        for name, experts in [(name, module) for name, module in modules if isinstance(module, Experts)]:
+            hooks.enter_context(experts.register_forward_pre_hook(watch.route(name)))
         for name in names:
             hooks.enter_context(block.get_submodule(name).register_forward_pre_hook(watch.remember(name)))
         yield watch
+
+
+def shrunk(block: nn.Module, grams: Mapping[str, Gram], names: Iterable[str]) -> dict[str, Gram]:
+    """Return the Grams of the named linears; those of experts are drawn towards the mean of their layer.
+
+    An expert sees few tokens, some see none. To its Gram as many tokens of the layer's mean Gram are added as the Gram is
+    wide (shrinkage to a common target), which an expert that saw many tokens hardly feels.
+
+    Args:
+        block: that the names belong to.
+        grams: name -> Gram, as measured, of the linears and their siblings (see `with_siblings`).
+        names: of linears; all get a Gram.
+
+    Raises:
+        ModelError: a linear was never called.
+    """
+    names, found = list(names), dict(grams)
+    for group in _alike(block, names):
+        measured = [grams[name] for name in group if name in grams]
+        if measured:
+            found |= {name: _drawn(grams.get(name), measured) for name in group}
+            unseen = sum(name not in grams for name in group)
+            if unseen:
+                logger.info("%s and %d more: no calibration token came to these experts", group[0], unseen - 1)
+    missing = next((name for name in names if name not in found), None)
+    if missing is not None:
+        raise ModelError(
+            f"{missing} is not called as a module when its block runs, so that its inputs are not known; leave it dense: "
+            f"--ignore '*{missing}'"
+        )
+    return {name: found[name] for name in names}
+
+
+def with_siblings(block: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the named linears, and those that do the same as one of them in other experts of its layer."""
+    names = list(names)
+    return list(dict.fromkeys([*names, *(name for group in _alike(block, names) for name in group)]))
+
+
+def _alike(block: nn.Module, names: Iterable[str]) -> Iterator[list[str]]:
+    """Yield, for every named linear of an expert, the linears that do the same in all experts of its layer."""
+    wanted = set(names)
+    for prefix, experts in block.named_modules():
+        if isinstance(experts, Experts):
+            dot = f"{prefix}." if prefix else ""
+            for leaf in experts.leaves:
+                group = [f"{dot}{index}.{leaf}" for index in range(experts.count)]
+                if wanted.intersection(group):
+                    yield group
+
+
+def _drawn(own: Gram | None, layer: list[Gram]) -> Gram:
+    """Return a Gram with as many tokens of its layer's mean added as it is wide."""
+    drawn = Gram.zeros(len(layer[0].sum), layer[0].sum.device)
+    share = len(drawn.sum) / sum(gram.count for gram in layer)
+    for weight, gram in [*((share, gram) for gram in layer), *(((1.0, own),) if own is not None else ())]:
+        drawn.sum += weight * gram.sum
+        drawn.absolute += weight * gram.absolute
+    drawn.count = len(drawn.sum) + (0 if own is None else own.count)
+    return drawn
 
 
 @torch.no_grad()
@@ -68,13 +157,16 @@ def collect_grams(block: nn.Module, names: Iterable[str], runs: Iterable[Run]) -
         names: of linears within the block.
         runs: micro-batches: how the block is called, its inputs, and true at real tokens.
     """
-    with watched(block, names) as watch:
+    names = list(names)
+    with watched(block, with_siblings(block, names)) as watch:
         for call, hidden, mask in runs:
             call(block, hidden)
             watch.add(mask)
-    return watch.grams
+    return shrunk(block, watch.grams, names)
 
 
-def real(x: Tensor, mask: Tensor | None) -> Float[Tensor, "tokens width"]:
-    """Return the vectors at the real tokens, one in a row."""
-    return x.flatten(0, -2) if mask is None else x[mask.to(x.device)]
+def real(x: Tensor, *masks: Tensor | None) -> Float[Tensor, "tokens width"]:
+    """Return the vectors at the real tokens, one in a row; by the first mask that is for so many tokens."""
+    x = x.flatten(0, -2)
+    mask = next((mask for mask in masks if mask is not None and mask.numel() == len(x)), None)
+    return x if mask is None else x[mask.flatten().to(x.device)]

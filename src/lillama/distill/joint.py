@@ -42,12 +42,16 @@ class JointData:
         hidden: inputs of the first block.
         mask: true at real tokens; None if all are.
         micro_batch: sequences that are computed at once.
+        own_calls: how blocks are called in the student's stream; None if alike.
+        own_hidden: what enters the first block there; None if the same.
     """
 
     calls: CallTable
     hidden: ActivationStore
     mask: Tensor | None
     micro_batch: int
+    own_calls: CallTable | None = None
+    own_hidden: ActivationStore | None = None
 
 
 class Bench:
@@ -167,43 +171,56 @@ class JointTraining:
         """Take a batch from block to block; yield those of the trained ones, and go on with what they are then."""
         parts = batch.split(self.data.micro_batch)
         teacher = [self.data.hidden.read(part) for part in parts]
-        student = list(teacher)
-        parted = False
-        for index in range(self.last + 1):
+        own, device = self.data.own_hidden, self.data.hidden.device
+        student, parted = list(teacher) if own is None else [own.read(part) for part in parts], own is not None
+        for index in range(self.data.calls.first, self.last + 1):
             block = self.teacher(index)
-            calls = [self.data.calls.select(index, part, self.data.hidden.device) for part in parts]
+            calls = [self.data.calls.select(index, part, device) for part in parts]
+            own_calls = calls
+            if self.data.own_calls is not None:
+                own_calls = [self.data.own_calls.select(index, part, device) for part in parts]
             with torch.no_grad():
                 targets = [call(block, x) for call, x in zip(calls, teacher, strict=True)]
             if index in self.names:
                 yield (
                     index,
                     [
-                        self._micro_batch(call, block, x, own if parted else None, y, part)
-                        for call, x, own, y, part in zip(calls, teacher, student, targets, parts, strict=True)
+                        self._micro_batch((call, own_call), block, x, own if parted else None, y, part)
+                        for call, own_call, x, own, y, part in zip(
+                            calls, own_calls, teacher, student, targets, parts, strict=True
+                        )
                     ],
                 )
                 if index < self.last and self.config.stream != "teacher":
-                    student = [self.bench[index].forward(call, own) for call, own in zip(calls, student, strict=True)]
+                    through = self.bench[index].forward
+                    student = [through(call, own) for call, own in zip(own_calls, student, strict=True)]
                     parted = True
             elif parted:
                 with torch.no_grad():
-                    student = [call(block, own) for call, own in zip(calls, student, strict=True)]
+                    student = [call(block, own) for call, own in zip(own_calls, student, strict=True)]
             if not parted:
                 student = targets
             teacher = targets
 
     @torch.no_grad()
     def _micro_batch(
-        self, call: BlockCall, block: nn.Module, teacher: Tensor, student: Tensor | None, target: Tensor, part: Tensor
+        self,
+        calls: tuple[BlockCall, BlockCall],
+        block: nn.Module,
+        teacher: Tensor,
+        student: Tensor | None,
+        target: Tensor,
+        part: Tensor,
     ) -> MicroBatch:
         config, mask = self.config, self.data.mask
         inputs = {"teacher": teacher} if config.stream != "student" or student is None else {}
         own_target = None
         if config.stream != "teacher" and student is not None:
             inputs["student"] = student
-            own_target = torch.lerp(target, call(block, student), config.adaptive) if config.adaptive else None
+            own_target = torch.lerp(target, calls[1](block, student), config.adaptive) if config.adaptive else None
         here = None if mask is None else mask[part].to(target.device, non_blocking=True)
-        return MicroBatch(call, inputs, target, here, real_tokens(mask, part, target.shape[1]), own_target)
+        tokens = real_tokens(mask, part, target.shape[1])
+        return MicroBatch(calls[0], inputs, target, here, tokens, own_target, own_call=calls[1])
 
     def _check(self, traces: Mapping[int, Trace], step: int) -> None:
         """Measure the held-out loss of every block and keep the states that are the best so far."""

@@ -1,6 +1,6 @@
 """One block that learns: fp32 master weights, an optimiser, one step at a time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +26,21 @@ class Learner:
         lr: peak learning rate.
         steps: optimiser steps in all.
         units: losses are divided by these.
+        trained: names of the parameters that learn; None lets all of them.
     """
 
-    def __init__(self, student: nn.Module, config: DistillConfig, lr: float, steps: int, units: Units) -> None:
-        self.student = student.float().eval().requires_grad_(True)
+    def __init__(
+        self,
+        student: nn.Module,
+        config: DistillConfig,
+        lr: float,
+        steps: int,
+        units: Units,
+        trained: Collection[str] | None = None,
+    ) -> None:
+        self.student = student.float().eval()
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(trained is None or name in trained)
         self.config, self.lr, self.steps, self.units = config, lr, steps, units
         self.step_count = 0
         self.optimiser = torch.optim.AdamW(
@@ -67,7 +78,8 @@ class Learner:
 
     def halved(self) -> "Learner":
         """Return a learner of the same student at half the rate, with a fresh optimiser."""
-        again = Learner(self.student, self.config, self.lr / 2, self.steps, self.units)
+        trained = [name for name, parameter in self.student.named_parameters() if parameter.requires_grad]
+        again = Learner(self.student, self.config, self.lr / 2, self.steps, self.units, trained)
         for new, old in zip(again.optimiser.param_groups, self.optimiser.param_groups, strict=True):
             new["scale"] = old["scale"]
         return again
@@ -126,7 +138,7 @@ class Learner:
     def _loss(self, micro: MicroBatch, stream: str) -> Tensor:
         """Return the sum of the loss over the real tokens of one stream."""
         with recorded(self.student, micro.parts) as parts:
-            output = self.run(micro.call, micro.inputs[stream])
+            output = self.run(micro.call_of(stream), micro.inputs[stream])
         losses = token_losses(self.config, self.units, micro, stream, output, parts)
         return (losses if micro.mask is None else losses.masked_fill(~micro.mask, 0)).sum()
 
@@ -152,7 +164,7 @@ def rate_groups(student: nn.Module, config: DistillConfig) -> list[dict[str, Any
     By `rms` each tensor is a group, its scale the root mean square of its values as they are now. Tensors of zeros, as
     biases often begin, take the median of the others.
     """
-    parameters = list(student.parameters())
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if config.lr_scale == "width":
         return [{"params": parameters, "scale": 1.0}]
     scales = torch.stack([parameter.detach().square().mean().sqrt() for parameter in parameters]).cpu()

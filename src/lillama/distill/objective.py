@@ -41,6 +41,7 @@ class MicroBatch:
         own_target: what the student's stream is compared with, if it is not `target`.
         parts: child of the block -> the teacher's output of that child.
         ahead: the next block; None if it is not looked at.
+        own_call: what the block is given in the student's stream; None if the same.
     """
 
     call: BlockCall
@@ -51,6 +52,11 @@ class MicroBatch:
     own_target: Float[Tensor, "sequences length width"] | None = None
     parts: Mapping[str, Float[Tensor, "sequences length _"]] = field(default_factory=dict)
     ahead: Ahead | None = None
+    own_call: BlockCall | None = None
+
+    def call_of(self, stream: str) -> BlockCall:
+        """Return how the block is called in a stream."""
+        return self.own_call if stream == "student" and self.own_call is not None else self.call
 
     def target_of(self, stream: str) -> Float[Tensor, "sequences length width"]:
         """Return what the output of a stream is compared with."""

@@ -12,12 +12,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lillama.stream.batch import Batch, fills_gaps
 from lillama.stream.calls import CallTable
-from lillama.stream.store import ActivationStore, Shelf
-from lillama.stream.streamed import StreamedModel, advance, begin, finish, row_slices
+from lillama.stream.store import ActivationStore, Shelf, Stores
+from lillama.stream.streamed import StreamedModel, finish, row_slices
+from lillama.stream.through import through
 
 LOGIT_BYTES = 64 << 20  # of one (tokens x vocabulary) matrix in fp32; some five of them are in memory together
 NO_LABEL = -100
+LEAST_LENGTH = 1e-6  # of an output that is next to nothing
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,14 @@ class Compared:
 class Head:
     """What comes after the blocks.
 
+    A model without a language-modelling head predicts nothing. Its last outputs are then taken for means of Gaussians, of as
+    much variance as the original's output has in all: the divergence is half of the squared error relative to the output's
+    own square, and there is no cross-entropy.
+
     Attributes:
         model: the original.
         outside: from `model.outside(head=True)`.
-        calls: from `begin`.
+        calls: of the last stack, from `begin`.
         logit_bytes: largest (tokens x vocabulary) matrix.
     """
 
@@ -51,8 +58,7 @@ class Head:
 
     def compare(
         self,
-        ids: Int[Tensor, "sequences length"],
-        mask: Bool[Tensor, "sequences length"] | None,
+        batch: Batch,
         own: Float[Tensor, "sequences length width"],
         teacher: Float[Tensor, "sequences length width"],
         weights: tuple[float, float] | None,
@@ -60,16 +66,13 @@ class Head:
         """Compare the predictions from two sets of outputs at the real tokens.
 
         Args:
-            ids: the sequences' token ids.
-            mask: true at real tokens; None if all are.
+            batch: the sequences.
             own: the compressed model's last outputs.
             teacher: the original's.
             weights: of divergence and cross-entropy in what the gradient is of; None computes no gradient.
         """
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        labels = next_tokens(ids, mask)[real].to(own.device)
-        tokens, place = ids[real], real.to(own.device)
-        sums, gradients, size = torch.zeros(2, device=own.device), [], self._tokens(ids)
+        place, tokens, labels = self._real(batch, own)
+        sums, gradients, size = torch.zeros(2, device=own.device), [], self._tokens(own.shape[1])
         parts = (tokens.split(size), labels.split(size), own[place].split(size), teacher[place].split(size))
         for part in zip(*parts, strict=True):
             found, gradient = self._compare(*part, weights)
@@ -82,28 +85,27 @@ class Head:
         return Compared(sums, whole)
 
     def score(
-        self,
-        ids: Int[Tensor, "sequences length"],
-        mask: Bool[Tensor, "sequences length"] | None,
-        hidden: Float[Tensor, "sequences length width"],
-        generator: torch.Generator,
+        self, batch: Batch, hidden: Float[Tensor, "sequences length width"], generator: torch.Generator
     ) -> Float[Tensor, "sequences length width"]:
         """Return the gradient of each real token's log-loss by the last block's outputs, for labels that are sampled.
 
         The labels come from the model's own distribution, so that second moments of what is returned are Fisher information.
 
         Args:
-            ids: the sequences' token ids.
-            mask: true at real tokens; None if all are.
+            batch: the sequences.
             hidden: the last block's outputs.
             generator: of the labels, on the CPU.
         """
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        place, size, gradients = real.to(hidden.device), self._tokens(ids), []
-        for tokens, part in zip(ids[real].split(size), hidden[place].split(size), strict=True):
+        place, tokens, _ = self._real(batch, hidden)
+        size, gradients = self._tokens(hidden.shape[1]), []
+        for ids, part in zip(tokens.split(size), hidden[place].split(size), strict=True):
+            if not self.predicts:
+                noise = torch.randn(part.shape, generator=generator).to(part.device, part.dtype)
+                gradients.append(noise / part.norm(dim=-1, keepdim=True).clamp_min(LEAST_LENGTH))
+                continue
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
-                found = self._log_probabilities(tokens, leaf)
+                found = self._log_probabilities(ids, leaf)
             chosen = torch.multinomial(found.detach().exp().cpu(), 1, generator=generator).to(found.device)
             gradients += torch.autograd.grad(-found.gather(1, chosen).sum(), [leaf])
         whole = torch.zeros_like(hidden)
@@ -111,45 +113,76 @@ class Head:
         return whole
 
     def means(
-        self,
-        ids: Int[Tensor, "sequences length"],
-        mask: Bool[Tensor, "sequences length"] | None,
-        own: ActivationStore,
-        teacher: ActivationStore,
-        micro_batch: int,
+        self, batch: Batch, own: ActivationStore, teacher: ActivationStore, micro_batch: int
     ) -> tuple[float, float]:
         """Return divergence and cross-entropy, in nats a token, of the predictions from two stores of last outputs."""
         sums, tokens, labelled = torch.zeros(2, dtype=torch.float64), 0, 0
-        for rows in row_slices(len(ids), micro_batch):
-            some = None if mask is None else mask[rows]
-            sums += self.compare(ids[rows], some, own.read(rows), teacher.read(rows), None).sums.cpu().double()
-            tokens += ids[rows].numel() if some is None else int(some.sum())
-            labelled += int((next_tokens(ids[rows], some) != NO_LABEL).sum())
+        for rows in row_slices(len(batch), micro_batch):
+            some = batch[rows]
+            sums += self.compare(some, own.read(rows), teacher.read(rows), None).sums.cpu().double()
+            counts = self.counts(some, own.shape[1])
+            tokens, labelled = tokens + counts[0], labelled + counts[1]
         return float(sums[0]) / max(1, tokens), float(sums[1]) / max(1, labelled)
 
-    def _tokens(self, ids: Tensor) -> int:
+    @property
+    def predicts(self) -> bool:
+        """Whether the model has a language-modelling head."""
+        return self.outside.get_output_embeddings() is not None
+
+    def counts(self, batch: Batch, length: int) -> tuple[int, int]:
+        """Return the real tokens of some sequences, and how many of them have a next one to be predicted."""
+        mask = self._mask(batch)
+        tokens = len(batch) * length if mask is None else int(mask.sum())
+        return tokens, 0 if batch.ids is None else int((self._labels(batch.ids, mask) != NO_LABEL).sum())
+
+    def _real(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return where the real tokens are, what they are, and what follows each."""
+        mask, shape = self._mask(batch), hidden.shape[:2]
+        ids = torch.zeros(shape, dtype=torch.long) if batch.ids is None else batch.ids
+        place = torch.ones(shape, dtype=torch.bool) if mask is None else mask
+        return place.to(hidden.device), ids[place], self._labels(ids, mask)[place].to(hidden.device)
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        return batch.masks.get(len(self.model.stacks) - 1)
+
+    def _labels(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Return for every token the one that follows it; none where the model fills gaps instead of going on."""
+        return torch.full_like(ids, NO_LABEL) if fills_gaps(self.outside) else next_tokens(ids, mask)
+
+    def _tokens(self, length: int) -> int:
         """Return how many tokens are taken at once."""
-        return max(1, min(ids.shape[1], self.logit_bytes // (4 * self.outside.config.get_text_config().vocab_size)))
+        if not self.predicts:
+            return length
+        return max(1, min(length, self.logit_bytes // (4 * self.outside.config.get_text_config().vocab_size)))
 
     def _compare(
         self, ids: Tensor, labels: Tensor, own: Tensor, teacher: Tensor, weights: tuple[float, float] | None
     ) -> tuple[Tensor, Tensor]:
         """Return the two sums over a few tokens, and the gradient, which is 0 if it is not wanted."""
-        with torch.no_grad():
-            wanted = self._log_probabilities(ids, teacher)
         leaf = own.detach().requires_grad_(weights is not None)
         with torch.set_grad_enabled(weights is not None):
-            found = self._log_probabilities(ids, leaf)
-            divergence = F.kl_div(found, wanted, reduction="sum", log_target=True)
-            entropy = F.nll_loss(found, labels, reduction="sum", ignore_index=NO_LABEL)
+            divergence, entropy = self._distances(ids, labels, leaf, teacher)
             if weights is not None:
                 (weights[0] * divergence + weights[1] * entropy).backward()
         gradient = torch.zeros_like(own) if leaf.grad is None else leaf.grad
         return torch.stack([divergence, entropy]).detach(), gradient
 
+    def _distances(self, ids: Tensor, labels: Tensor, own: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.predicts:
+            apart = (own.float() - teacher.float()).square().sum(dim=-1)
+            variance = teacher.float().square().sum(dim=-1).clamp_min(LEAST_LENGTH**2)
+            return (apart / variance / 2).sum(), own.new_zeros((), dtype=torch.float32)
+        with torch.no_grad():
+            wanted = self._log_probabilities(ids, teacher)
+        found = self._log_probabilities(ids, own)
+        return (
+            F.kl_div(found, wanted, reduction="sum", log_target=True),
+            F.nll_loss(found, labels, reduction="sum", ignore_index=NO_LABEL),
+        )
+
     def _log_probabilities(self, ids: Tensor, hidden: Tensor) -> Float[Tensor, "tokens vocabulary"]:
         """Return the logarithms of the next token's chances; each token passes as a sequence of its own."""
-        logits = finish(self.model, self.outside, self.calls, ids[:, None], None, hidden[:, None])
+        logits = finish(self.model, self.outside, self.calls, ids[:, None], hidden[:, None])
         return F.log_softmax(logits[:, 0].float(), dim=-1)
 
 
@@ -178,26 +211,15 @@ class Change:
 
 
 @torch.no_grad()
-def change(
-    original: StreamedModel,
-    compressed: StreamedModel,
-    ids: Int[Tensor, "sequences length"],
-    mask: Bool[Tensor, "sequences length"] | None,
-    shelf: Shelf,
-    micro_batch: int,
-) -> Change:
+def change(original: StreamedModel, compressed: StreamedModel, batch: Batch, shelf: Shelf, micro_batch: int) -> Change:
     """Run some sequences through a model and its compressed form, block by block, and compare the predictions."""
-    shape = (*ids.shape, original.skeleton.config.get_text_config().hidden_size)
-    place = shelf.place(2 * torch.Size(shape).numel() * original.dtype.itemsize)
-    stores = [ActivationStore(shape, original.dtype, shelf, place, f"change-{name}") for name in ("original", "own")]
-    calls = []
-    for model, store in zip((original, compressed), stores, strict=True):
-        calls.append(begin(model, ids, mask, store, micro_batch))
-        for index in range(len(model.blocks)):
-            advance(model.block(index), index, calls[-1], store, store, micro_batch)
-    head = Head(original, original.outside(head=True), calls[0])
-    before = head.means(ids, mask, stores[0], stores[0], micro_batch)
-    kl, entropy = head.means(ids, mask, stores[1], stores[0], micro_batch)
-    for store in stores:
-        store.remove()
+    stores = [Stores(shelf, original.dtype, f"change-{name}", 2) for name in ("original", "own")]
+    (calls, ends), (_, own_ends) = (
+        through(model, batch, new, micro_batch) for model, new in zip((original, compressed), stores, strict=True)
+    )
+    head = Head(original, original.outside(head=True), calls[-1])
+    before = head.means(batch, ends[-1], ends[-1], micro_batch)
+    kl, entropy = head.means(batch, own_ends[-1], ends[-1], micro_batch)
+    for new in stores:
+        new.remove()
     return Change(kl, entropy - before[1])

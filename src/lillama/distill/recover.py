@@ -32,6 +32,8 @@ class RecoverConfig:
         clip: largest norm of each block's gradient of the mean loss; None clips nothing.
         lm: share of the text's own cross-entropy in the loss; the rest is the divergence from the original's predictions.
         checks: how often the loss on held-out sequences is measured after the start.
+        trains: `all` parameters of the compressed blocks, or only the `routers` of their experts, which after any change of
+            the experts is a short way back (REAP reports the same after dropping experts).
 
     Examples:
         >>> RecoverConfig(epochs=4).training.lr_scale
@@ -47,6 +49,7 @@ class RecoverConfig:
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     lm: Annotated[float, Field(ge=0, le=1)] = 0.0
     checks: Annotated[int, Field(ge=1)] = 8
+    trains: Literal["all", "routers"] = "all"
 
     @property
     def training(self) -> DistillConfig:

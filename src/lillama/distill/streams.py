@@ -1,6 +1,6 @@
 """The two streams of activations that run through the model: the teacher's and the student's own."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,13 +8,16 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lillama.distill.block import BlockData, NextBlock
-from lillama.distill.grams import Run, watched
+from lillama.distill.grams import shrunk, watched, with_siblings
 from lillama.distill.objective import recorded
 from lillama.errors import RecipeError
 from lillama.lowrank.factors import Gram
+from lillama.stream.batch import Batch
 from lillama.stream.calls import CallTable
 from lillama.stream.store import ActivationStore, Shelf
 from lillama.stream.streamed import StreamedModel, advance, begin, row_slices
+
+Before = Mapping[int, tuple[ActivationStore, ActivationStore]]
 
 
 @dataclass
@@ -22,13 +25,15 @@ class Streams:
     """Activations of all calibration sequences before the block at work.
 
     Attributes:
-        calls: how blocks are called.
+        calls: how the blocks of the stack are called.
         teacher: the teacher's activations.
         target: the teacher's activations after the block, once `teach` has run.
         student: the student's activations, or None while they equal the teacher's, or are not wanted.
         spare: a store that becomes the student's when the streams part; None if no student stream is wanted.
-        mask: true at real tokens; None if all are.
+        masks: true at real tokens; this stack's own first, then those of stacks that its blocks look at. None: all are real.
         micro_batch: sequences that are computed at once.
+        own_calls: how the blocks are called in the student's stream, where that hangs on an earlier stack; None if alike.
+        before: outputs of the earlier stacks: the teacher's and the student's, the same while these have not parted.
         own_target: what the student's stream is compared with, once `adapt` has run; None if that is `target`.
         ahead: index of the next block and the teacher's activations after it, once `look_ahead` has run.
         parts: child of the block -> the teacher's outputs of it, once `teach` was asked for them.
@@ -39,41 +44,65 @@ class Streams:
     target: ActivationStore
     student: ActivationStore | None
     spare: ActivationStore | None
-    mask: Bool[Tensor, "sequences length"] | None
+    masks: tuple[Bool[Tensor, "sequences _"] | None, ...]
     micro_batch: int
+    own_calls: CallTable | None = None
+    before: Before = field(default_factory=dict)
     own_target: ActivationStore | None = None
     ahead: tuple[int, ActivationStore] | None = None
     parts: dict[str, ActivationStore] = field(default_factory=dict)
     _made: dict[str, ActivationStore] = field(default_factory=dict)
 
     @classmethod
-    def begun(
+    def at(
         cls,
+        stack: int,
         model: StreamedModel,
-        ids: Tensor,
-        mask: Tensor | None,
+        batch: Batch,
         shelf: Shelf,
         both: bool,
         micro_batch: int,
         further: int = 0,
+        before: Before | None = None,
     ) -> "Streams":
-        """Run the embeddings.
+        """Run what comes before the first block of a stack.
 
         Args:
+            stack: index of the stack.
             model: the teacher.
-            ids: sequences x length.
-            mask: true at real tokens, in the same shape; None if all are.
+            batch: what it is run on.
             shelf: where the activations go.
             both: whether a student's stream is wanted besides the teacher's.
             micro_batch: sequences that are computed at once.
             further: stores that `teach`, `adapt` and `look_ahead` will need.
+            before: for each earlier stack, its outputs in the teacher's and in the student's stream.
         """
-        shape = (*ids.shape, model.skeleton.config.get_text_config().hidden_size)
+        before = before or {}
         names = ("teacher", "target", "student") if both else ("teacher", "target")
-        place = shelf.place((len(names) + further) * torch.Size(shape).numel() * model.dtype.itemsize)
-        stores = [ActivationStore(shape, model.dtype, shelf, place, name) for name in names]
-        calls = begin(model, ids, mask, stores[0], micro_batch)
-        return cls(calls, stores[0], stores[1], None, stores[2] if both else None, mask, micro_batch)
+        stores: list[ActivationStore] = []
+
+        def new(shape: tuple[int, ...]) -> ActivationStore:
+            place = shelf.place((len(names) + further) * torch.Size(shape).numel() * model.dtype.itemsize)
+            stores.extend(ActivationStore(shape, model.dtype, shelf, place, f"{name}{stack or ''}") for name in names)
+            return stores[0]
+
+        calls, _ = begin(model, batch, new, micro_batch, stack, {s: pair[0] for s, pair in before.items()})
+        spare = stores[2] if both else None
+        streams = cls(calls, stores[0], stores[1], None, spare, batch.masks_at(stack), micro_batch, before=before)
+        if spare is not None and any(pair[0] is not pair[1] for pair in before.values()):
+            own = {s: pair[1] for s, pair in before.items()}
+            streams.own_calls, streams.student = begin(model, batch, lambda shape: spare, micro_batch, stack, own)
+        return streams
+
+    def crossed(self, model: StreamedModel, batch: Batch, shelf: Shelf, stack: int, further: int = 0) -> "Streams":
+        """Return the streams before the first block of the next stack; the outputs of this one are kept for it."""
+        before = dict(self.before) | {stack - 1: (self.teacher, self.student or self.teacher)}
+        kept = {id(store) for store in before[stack - 1]}
+        for store in (self.teacher, self.target, self.spare, *self._made.values()):
+            if store is not None and id(store) not in kept:
+                store.remove()
+        both = self.spare is not None
+        return Streams.at(stack, model, batch, shelf, both, self.micro_batch, further, before)
 
     @torch.no_grad()
     def teach(
@@ -93,15 +122,16 @@ class Streams:
         Raises:
             RecipeError: a child's outputs cannot be compared.
         """
-        with watched(block, linears) as watch, recorded(block, parts) as outputs:
+        linears = list(linears)
+        with watched(block, with_siblings(block, linears)) as watch, recorded(block, parts) as outputs:
             for rows in row_slices(self.teacher.shape[0], self.micro_batch):
                 hidden = self.teacher.read(rows)
                 self.target.write(rows, self.calls.select(index, rows, self.teacher.device)(block, hidden))
-                watch.add(None if self.mask is None else self.mask[rows])
+                watch.add(*(None if mask is None else mask[rows] for mask in self.masks))
                 self.parts = {name: self._part(name, outputs.get(name), len(hidden)) for name in parts}
                 for name, store in self.parts.items():
                     store.write(rows, outputs[name].reshape(*hidden.shape[:2], -1))
-        return watch.grams
+        return shrunk(block, watch.grams, linears)
 
     @torch.no_grad()
     def adapt(self, index: int, block: nn.Module, share: float) -> None:
@@ -110,19 +140,14 @@ class Streams:
             return
         self.own_target = self._store("adapted", self.target.shape)
         for rows in row_slices(self.target.shape[0], self.micro_batch):
-            answer = self.calls.select(index, rows, self.target.device)(block, self.student.read(rows))
+            call = (self.own_calls or self.calls).select(index, rows, self.target.device)
+            answer = call(block, self.student.read(rows))
             self.own_target.write(rows, torch.lerp(self.target.read(rows), answer, share))
 
     def look_ahead(self, index: int, block: nn.Module) -> None:
         """Compute the teacher's outputs of the next block too."""
         self.ahead = index, self._store("ahead", self.target.shape)
         advance(block, index, self.calls, self.target, self.ahead[1], self.micro_batch)
-
-    def runs(self, index: int) -> Iterator[Run]:
-        """Yield the teacher's inputs of a block by micro-batches, with the block's calls."""
-        for rows in row_slices(self.teacher.shape[0], self.micro_batch):
-            mask = None if self.mask is None else self.mask[rows]
-            yield self.calls.select(index, rows, self.teacher.device), self.teacher.read(rows), mask
 
     def data(self, index: int, stream: str, following: nn.Module | None = None) -> BlockData:
         """Return the activations around a block, after `teach`.
@@ -144,6 +169,7 @@ class Streams:
             self.own_target,
             self.parts,
             None if self.ahead is None or following is None else NextBlock(self.ahead[0], following, self.ahead[1]),
+            self.own_calls,
         )
 
     def move_on(self, index: int, student: nn.Module | None) -> None:
@@ -157,18 +183,24 @@ class Streams:
         if student is not None and self.spare is not None:
             source = self.student or self.teacher
             self.student = self.spare
-            advance(student, index, self.calls, source, self.student, self.micro_batch)
+            advance(student, index, self.own_calls or self.calls, source, self.student, self.micro_batch)
         self.teacher, self.target = self.target, self.teacher
         self.own_target, self.ahead, self.parts = None, None, {}
+
+    @property
+    def mask(self) -> Bool[Tensor, "sequences _"] | None:
+        """True at this stack's real tokens; None if all are."""
+        return self.masks[0]
 
     @property
     def parted(self) -> bool:
         """Whether the student's activations differ from the teacher's by now."""
         return self.student is not None
 
-    def remove(self) -> None:
-        """Give the stores back."""
-        for store in (self.teacher, self.target, self.spare, *self._made.values()):
+    def remove(self, earlier: bool = True) -> None:
+        """Give the stores back, those of earlier stacks too unless somebody still needs them."""
+        before = (store for pair in self.before.values() for store in pair) if earlier else ()
+        for store in (self.teacher, self.target, self.spare, *self._made.values(), *before):
             if store is not None:
                 store.remove()
 

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,11 +21,12 @@ from lillama.distill.block import REPORT_SECONDS, Rows, batches, step_total
 from lillama.distill.end_to_end import Chain, Part
 from lillama.distill.joint import SNAPSHOT_SECONDS
 from lillama.distill.learner import Learner
-from lillama.distill.prediction import NO_LABEL, Compared, Head, next_tokens
+from lillama.distill.prediction import Compared, Head
 from lillama.distill.recover import HeldOut, RecoverConfig, RecoverLog, RecoverTrace
 from lillama.files import atomic_folder, write_json
 from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.progress import Progress, Report
+from lillama.stream.batch import Batch
 from lillama.stream.store import ActivationStore
 
 logger = logging.getLogger(__name__)
@@ -37,28 +37,16 @@ class TailData:
     """What the tail learns from.
 
     Attributes:
-        ids: token ids of all calibration sequences.
-        mask: true at real tokens; None if all are.
+        batch: all calibration sequences.
         targets: the original's last outputs for them.
         rows: training and held-out sequences.
         micro_batch: sequences that are computed at once.
     """
 
-    ids: Int[Tensor, "sequences length"]
-    mask: Bool[Tensor, "sequences length"] | None
+    batch: Batch
     targets: ActivationStore
     rows: Rows
     micro_batch: int
-
-    def mask_of(self, rows: Tensor) -> Tensor | None:
-        """Return the mask of some sequences."""
-        return None if self.mask is None else self.mask[rows]
-
-    def counts(self, rows: Tensor) -> tuple[int, int]:
-        """Return the real tokens of some sequences, and how many of them have a next one; at least one each."""
-        mask = self.mask_of(rows)
-        tokens = self.ids[rows].numel() if mask is None else int(mask.sum())
-        return max(1, tokens), max(1, int((next_tokens(self.ids[rows], mask) != NO_LABEL).sum()))
 
 
 @dataclass(frozen=True)
@@ -128,9 +116,9 @@ class Tail:
                 teacher = self.data.targets.read(part.ids)
                 sums += self._compared(part, own, teacher, None).sums.cpu()
                 ratio = own.float().norm(dim=-1) / teacher.float().norm(dim=-1)
-                mask = self.data.mask_of(part.ids)
+                mask = self.data.batch[part.ids].masks.get(len(self.head.model.stacks) - 1)
                 lengths += (ratio if mask is None else ratio[mask.to(ratio.device)]).sum().item()
-        tokens, predicted = self.data.counts(rows)
+        tokens, predicted = self._counts(rows)
         return HeldOut(sums[0].item() / tokens, sums[1].item() / predicted, lengths / tokens)
 
     def _step(self, batch: Tensor, trace: RecoverTrace) -> None:
@@ -140,7 +128,7 @@ class Tail:
         divided by the number of tokens.
         """
         parts = Part.of(batch, self.data.micro_batch)
-        tokens, predicted = self.data.counts(batch)
+        tokens, predicted = self._counts(batch)
         weights = 1 - self.config.lm, self.config.lm * tokens / predicted
         sums, gradients = torch.zeros(2, device=self.chain.inputs.device), list[Tensor]()
         for part, own in zip(parts, self.chain.forward(parts), strict=True):
@@ -156,7 +144,12 @@ class Tail:
         trace.losses.append(sums / torch.tensor([tokens, predicted], device=sums.device))
 
     def _compared(self, part: Part, own: Tensor, teacher: Tensor, weights: tuple[float, float] | None) -> Compared:
-        return self.head.compare(self.data.ids[part.ids], self.data.mask_of(part.ids), own, teacher, weights)
+        return self.head.compare(self.data.batch[part.ids], own, teacher, weights)
+
+    def _counts(self, rows: Tensor) -> tuple[int, int]:
+        """Return the real tokens of some sequences, and how many of them have a next one; at least one each."""
+        tokens, predicted = self.head.counts(self.data.batch[rows], self.data.targets.shape[1])
+        return max(1, tokens), max(1, predicted)
 
     def _states(self) -> dict[int, dict[str, Tensor]]:
         return {index: self.chain.bench.state(index) for index in self._trained()}

@@ -15,6 +15,7 @@ from lillama.calibration.gather import load_tokenizer
 from lillama.errors import CalibrationError, ModelError, ResourceError
 from lillama.evaluation.continuation import GRAM, PROMPT, Continued, continuations, continued, cut_prompts
 from lillama.evaluation.differences import Agreement, Measured, summary
+from lillama.evaluation.samples import Sample, samples
 from lillama.evaluation.tally import log_probs, pair_tallies
 from lillama.evaluation.whole import refuse_too_large
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
@@ -112,7 +113,7 @@ def measure(
             pairs = {n: pair_tallies(model_log_p, dense_log_p, text, vocabulary) for n, text in windows.items()}
         cuts = {name: cut_prompts(text, protocol.prompts, prompt) for name, text in windows.items()}
         written = _written(folders, cuts, protocol, chosen, report) if protocol.prompts else {}
-        return {name: Measured(pair, written.get(name)) for name, pair in pairs.items()}
+        return {name: Measured(pair, *written.get(name, (None, ()))) for name, pair in pairs.items()}
 
 
 def _windows(
@@ -167,8 +168,8 @@ def _written(
     protocol: Protocol,
     device: torch.device,
     report: Report,
-) -> dict[str, Continued]:
-    """Compare continuations, unless a model does not fit in memory as a whole, which is said."""
+) -> dict[str, tuple[Continued, tuple[Sample, ...]]]:
+    """Compare continuations and keep a few, unless a model does not fit in memory as a whole, which is said."""
     try:
         for folder in folders.values():
             refuse_too_large(folder, device)
@@ -176,4 +177,6 @@ def _written(
         logger.warning("no continuations: %s", error)
         return {}
     written = continuations(folders, prompts, protocol.new_tokens, device, report)
-    return {name: continued(written["model"][name], written["dense"][name]) for name in prompts}
+    tokenizer = load_tokenizer(folders["dense"])
+    pairs = {name: (written["model"][name], written["dense"][name]) for name in prompts}
+    return {name: (continued(*pair), samples(tokenizer, prompts[name], *pair)) for name, pair in pairs.items()}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from lillama.evaluation.bootstrap import Interval, Sums, bootstrap
 from lillama.evaluation.continuation import Continued
 from lillama.evaluation.perplexity import TextScore
+from lillama.evaluation.samples import Sample
 from lillama.evaluation.tally import PairTally, joined
 
 
@@ -36,17 +37,20 @@ class Continuation:
         leading: mean share of a continuation up to the first token where the two part.
         equal: share of the continuations that never part.
         repetition: share of 4-grams that stood in the same continuation before.
+        samples: a few of them; a language has none of its own.
     """
 
     prompts: int
     leading: Interval
     equal: Interval
     repetition: Compared
+    samples: tuple[Sample, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Return the value for JSON."""
         shares = {"leading": self.leading.as_json(), "equal": self.equal.as_json()}
-        return {"prompts": self.prompts, **shares, "repetition": self.repetition.as_json()}
+        samples = [asdict(sample) for sample in self.samples]
+        return {"prompts": self.prompts, **shares, "repetition": self.repetition.as_json(), "samples": samples}
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Measured:
 
     pair: PairTally
     continued: Continued | None
+    samples: tuple[Sample, ...] = ()
 
 
 def summary(name: str, texts: Sequence[Measured], seed: int) -> Agreement:
@@ -115,6 +120,7 @@ def summary(name: str, texts: Sequence[Measured], seed: int) -> Agreement:
     tokens, size = sums.total["tokens"].item(), sums.total["bytes"].item()
     scores = {r: TextScore.of(name, tokens, sums.total[f"{r}_nll"].item(), size) for r in ("model", "dense")}
     continued_texts = [text.continued for text in texts if text.continued is not None]
+    samples = texts[0].samples if len(texts) == 1 else ()
     return Agreement(
         model=scores["model"],
         dense=scores["dense"],
@@ -124,7 +130,7 @@ def summary(name: str, texts: Sequence[Measured], seed: int) -> Agreement:
         kl=sums.interval(lambda s: s["kl"] / s["tokens"]),
         top1=sums.interval(lambda s: s["same"] / s["tokens"]),
         calibration=_calibration(sums),
-        continuation=_continuation(continued_texts, generator) if continued_texts else None,
+        continuation=_continuation(continued_texts, samples, generator) if continued_texts else None,
     )
 
 
@@ -136,7 +142,7 @@ def _calibration(sums: Sums) -> Compared:
     return Compared(error(sums.total, "model").item(), error(sums.total, "dense").item(), difference)
 
 
-def _continuation(texts: Iterable[Continued], generator: torch.Generator) -> Continuation:
+def _continuation(texts: Iterable[Continued], samples: tuple[Sample, ...], generator: torch.Generator) -> Continuation:
     fields = ("leading", "equal", "model", "dense")
     columns = {field: torch.cat([getattr(text, field) for text in texts]) for field in fields}
     prompts = len(columns["equal"])
@@ -147,7 +153,7 @@ def _continuation(texts: Iterable[Continued], generator: torch.Generator) -> Con
         sums.interval(lambda s: (s["model"] - s["dense"]) / s["prompts"]),
     )
     leading, equal = (sums.interval(lambda s, f=field: s[f] / s["prompts"]) for field in ("leading", "equal"))
-    return Continuation(prompts, leading, equal, repetition)
+    return Continuation(prompts, leading, equal, repetition, samples)
 
 
 def _together(pairs: Sequence[PairTally]) -> PairTally:

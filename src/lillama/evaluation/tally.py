@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lillama.errors import ModelError
 from lillama.evaluation.windows import Windows
+from lillama.model.describe import hidden_size
 from lillama.progress import Progress, Report
+from lillama.stream.batch import Batch, fills_gaps
 from lillama.stream.store import ActivationStore, Shelf
 from lillama.stream.streamed import StreamedModel, advance, begin, finish, row_slices
 
@@ -69,27 +71,29 @@ def log_probs(model: StreamedModel, texts: Mapping[str, Windows], shelf: Shelf, 
     Raises:
         ModelError: the model's logits are not finite; the function raises it.
     """
-    width = model.skeleton.config.get_text_config().hidden_size
+    refuse_other_models(model)
+    width = hidden_size(model.skeleton.config)
     sizes = [windows.ids.numel() * width * model.dtype.itemsize for windows in texts.values()]
     place = shelf.place(sum(sizes))
     total = sum(windows.ids.numel() for windows in texts.values())
     hidden, calls = {}, {}
     try:
         for index, (name, windows) in enumerate(texts.items()):
-            hidden[name] = ActivationStore((*windows.ids.shape, width), model.dtype, shelf, place, f"text-{index}")
-            calls[name] = begin(model, windows.ids, None, hidden[name], _rows(windows))
-        for index in range(len(model.blocks)):
-            report(Progress("perplexity", index, len(model.blocks), model.stack, index * total))
+            store = ActivationStore((*windows.ids.shape, width), model.dtype, shelf, place, f"text-{index}")
+            hidden[name] = store
+            calls[name], _ = begin(model, Batch.of_tokens(windows.ids), lambda shape, s=store: s, _rows(windows))
+        for index in range(len(model.names)):
+            report(Progress("perplexity", index, len(model.names), model.stacks[-1], index * total))
             block = model.block(index)
             for name, windows in texts.items():
                 advance(block, index, calls[name], hidden[name], hidden[name], _rows(windows))
             del block
-        report(Progress("perplexity", len(model.blocks), len(model.blocks), model.stack, len(model.blocks) * total))
+        report(Progress("perplexity", len(model.names), len(model.names), model.stacks[-1], len(model.names) * total))
         outside = model.outside(head=True)
 
         @torch.no_grad()
         def read(name: str, rows: slice) -> Tensor:
-            logits = finish(model, outside, calls[name], texts[name].ids[rows], None, hidden[name].read(rows))
+            logits = finish(model, outside, calls[name], texts[name].ids[rows], hidden[name].read(rows))
             log_p = logits[:, :-1].float().log_softmax(-1)
             if log_p.amax().isnan():
                 raise ModelError(f"{name}: the model's logits are not finite on this text; try another --device")
@@ -157,6 +161,15 @@ def joined(parts: list[Tally]) -> Tally:
 def _slices(windows: Windows, vocabulary: int) -> Iterator[slice]:
     at_once = max(1, LOGIT_BYTES // (4 * vocabulary * windows.ids.shape[1]))
     return row_slices(len(windows.ids), at_once)
+
+
+def refuse_other_models(model: StreamedModel) -> None:
+    """Refuse models that do not predict each token of a text from those before it."""
+    one = model.skeleton
+    if one.config.is_encoder_decoder or fills_gaps(one) or one.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(one).__name__} is no causal language model, so that texts have no perplexity under it; leave --eval out"
+        )
 
 
 def _rows(windows: Windows) -> int:

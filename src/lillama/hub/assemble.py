@@ -1,5 +1,6 @@
 """Put a compressed model folder together: finished blocks, everything else from the original, one block at a time."""
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +16,15 @@ from lillama.files import write_json
 from lillama.hub.export import carry_along
 from lillama.hub.quantizer import LowRankConfig
 from lillama.lowrank.absorb import absorb
+from lillama.lowrank.install import install
 from lillama.lowrank.pivot import Pivoting, in_order, pivot_rows
 from lillama.lowrank.quantized import refuse_without_torchao
 from lillama.lowrank.storage import Storage
 from lillama.lowrank.stored import stored_factors
-from lillama.model.checkpoint import CheckpointReader, CheckpointWriter
+from lillama.model.checkpoint import CheckpointWriter
 from lillama.model.spec import BlockSpec, ModelSpec
+from lillama.model.unfused import fuse, native_names
+from lillama.model.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +33,7 @@ LEFT, RIGHT = ".left.weight", ".right.weight"
 
 def assemble(
     folder: Path,
-    reader: CheckpointReader,
-    names: Mapping[str, str],
+    weights: Weights,
     spec: ModelSpec,
     ranks: Mapping[str, int],
     storage: Storage,
@@ -45,14 +48,13 @@ def assemble(
 
     Args:
         folder: to be filled.
-        reader: of the original.
-        names: name in the model -> name in the original's checkpoint.
+        weights: of the original.
         spec: of the original.
         ranks: full name -> rank of the factorised linears.
         storage: how these are written.
         compressed: returns the state of a block (name within it -> tensor, the factors in the plain form, of any
             floating-point type), or None if it stays as it is.
-        template: returns a block of the original without weights.
+        template: returns a block of the original without weights, its experts and Conv1Ds as linears.
         recipe_hash: goes into config.json.
         shard_bytes: largest size of a weight file.
 
@@ -61,31 +63,33 @@ def assemble(
     """
     if storage.bits:
         refuse_without_torchao()
-    carry_along(reader.folder, folder)
+    source, names = weights.reader.folder, weights.sources
+    carry_along(source, folder)
     outside = [name for name in names if not any(name.startswith(f"{block.name}.") for block in spec)]
     how: dict[str, Pivoting] = {}
     absorbed: list[str] = []
     with CheckpointWriter(folder, shard_bytes) as writer:
-        for name in outside:
-            writer.write(name, reader.read(names[name]))
+        for name, tensor in weights.read(outside):
+            writer.write(name, tensor)
         for block in spec:
-            dot = f"{block.name}."
-            state = compressed(block)
+            dot, state = f"{block.name}.", compressed(block)
             if state is None:
-                for name in (name for name in names if name.startswith(dot)):
-                    writer.write(name, reader.read(names[name]))
+                for name, tensor in weights.read(name for name in names if name.startswith(dot)):
+                    writer.write(name, tensor)
                 continue
             inside = {name.removeprefix(dot): rank for name, rank in ranks.items() if name.startswith(dot)}
-            types = {name: reader.dtype(names[f"{dot}{_original(name, inside)}"]) for name in state}
-            stored = dict(state)
-            rows, found = _pivots(template(block), inside, stored) if storage.form == "pivot" else ({}, {})
+            own, stored = template(block), dict(state)
+            rows, found = _pivots(own, inside, stored) if storage.form == "pivot" else ({}, {})
+            stored, natives = _native(own, inside, stored), native_names(own)
+            originals = {name: _original(name, inside) for name in stored}
+            types = {name: weights.dtype(dot + natives.get(old, old)) for name, old in originals.items()}
             for name, tensor in _stored(stored, inside, rows, storage, types):
                 writer.write(f"{dot}{name}", tensor)
             how |= {f"{dot}{name}": value for name, value in found.items()}
             absorbed += [
                 f"{dot}{name}" for name, order in rows.items() if inside[name] < len(order) and in_order(order)
             ]
-    _write_config(folder, reader.folder, ranks, storage, absorbed, recipe_hash)
+    _write_config(folder, source, ranks, storage, absorbed, recipe_hash)
     _log(how)
     return how
 
@@ -98,6 +102,16 @@ def _pivots(
     rows = {name: order for name, (order, _) in found.items()}
     absorb(template, ranks, state, rows)
     return rows, {name: how for name, (_, how) in found.items()}
+
+
+def _native(template: nn.Module, ranks: Mapping[str, int], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a block's state with experts and Conv1Ds that stayed dense as the original has them."""
+    block = copy.deepcopy(template)
+    install(block, ranks)
+    block.load_state_dict(state, strict=False, assign=True)
+    fuse(block)
+    native = block.state_dict()
+    return {name: tensor for name, tensor in native.items() if not tensor.is_meta}
 
 
 def _stored(

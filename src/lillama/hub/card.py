@@ -86,6 +86,7 @@ class CardFacts:
         versions: library -> version.
         license: of the original as the hub names it (`apache-2.0`), or None when unknown.
         languages: ISO codes.
+        plot: name of an image beside the card: the share of its numbers that each linear keeps.
     """
 
     base_model: str
@@ -110,6 +111,7 @@ class CardFacts:
     versions: Mapping[str, str]
     license: str | None = None
     languages: tuple[str, ...] = ()
+    plot: str | None = None
 
     @property
     def on_hub(self) -> bool:

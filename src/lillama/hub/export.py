@@ -1,24 +1,25 @@
 """Compressed models for those who have no lillama: multiplied out to dense weights, or with the code beside them."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor, nn
+import torch
 
 from lillama.errors import ModelError, OutputError
 from lillama.files import atomic_folder, write_json
 from lillama.hub.card import Loading, with_loading
 from lillama.hub.portable import CODE, compressed_config, make_portable
-from lillama.lowrank.linear import shaped_like
-from lillama.model.checkpoint import CheckpointReader, CheckpointWriter
+from lillama.lowrank.linear import low_rank_linears, merge
+from lillama.model.checkpoint import CheckpointWriter
+from lillama.model.source import stored_dtype
+from lillama.model.weights import Weights, filled, stored
+from lillama.stream.streamed import open_streamed
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".pkl"}
 OWN = {"config.json", "README.md"}
 FOLDERS = ("additional_chat_templates",)
-TOMBSTONE = ".weight"
-FACTORS = tuple(f".{side}.{leaf}" for side in ("left", "right") for leaf in ("weight", "qweight", "scale"))
 
 
 def export(source: str | Path, destination: str | Path, format: Literal["dense", "portable"]) -> None:
@@ -64,7 +65,7 @@ def carry_along(source: Path, destination: Path) -> None:
 
 def _dense(source: Path, folder: Path) -> None:
     config = compressed_config(source)
-    _multiply_out(CheckpointReader(source), folder, config["quantization_config"].get("storage"))
+    _multiply_out(source, folder)
     auto_map = {name: target for name, target in config.get("auto_map", {}).items() if Path(CODE).stem not in target}
     dropped = {"quantization_config", "auto_map"}
     kept = {key: value for key, value in config.items() if key not in dropped}
@@ -83,40 +84,28 @@ def _portable(source: Path, folder: Path) -> None:
 FORMATS: dict[str, Callable[[Path, Path], None]] = {"dense": _dense, "portable": _portable}
 
 
-def _multiply_out(reader: CheckpointReader, folder: Path, storage: Mapping[str, Any] | None) -> None:
-    """Copy all tensors, with the product of its factors in the place of each empty `weight`."""
-    layers = {
-        name.removesuffix(TOMBSTONE) for name in reader.names if name.endswith(TOMBSTONE) and reader.shape(name) == (0,)
-    }
-    if not layers:
-        raise ModelError(f"{reader.folder}: config.json names ranks, but the weights hold no factors: damaged")
-    parts = {layer + part for layer in layers for part in (*FACTORS, ".order")}
+def _multiply_out(source: Path, folder: Path) -> None:
+    """Write all tensors under the original's names, factors multiplied, one block at a time; types stay as stored."""
+    model = open_streamed(source, torch.device("cpu"))
+    weights, blocks = model.weights, tuple(f"{name}." for name in model.names)
     with CheckpointWriter(folder) as writer:
-        for name in reader.names:
-            layer = name.removesuffix(TOMBSTONE)
-            if layer in layers:
-                writer.write(name, _dense_weight(layer, reader, storage))
-            elif name not in parts:
-                writer.write(name, reader.read(name))
+        for name, tensor in weights.read(name for name in weights.sources if not name.startswith(blocks)):
+            writer.write(name, tensor)
+        for name in model.names:
+            block = filled(model.skeleton.get_submodule(name), name, weights, model.device, None)
+            if any(tensor.is_meta for tensor in block.state_dict().values()):
+                raise ModelError(f"{source}: {name} is not whole; config.json and weights do not belong together")
+            for inner, layer in low_rank_linears(block):
+                layer.weight = layer.weight.to(_stored_type(weights, f"{name}.{inner}"))
+            merge(block)
+            for inner, tensor in stored(block):
+                writer.write(f"{name}.{inner}", tensor)
 
 
-def _dense_weight(name: str, reader: CheckpointReader, storage: Mapping[str, Any] | None) -> Tensor:
-    """Return the weight of a factorised layer, whose widths and rank are read off its stored tensors."""
-    form, bits = (storage["form"], storage["bits"]) if storage else ("plain", None)
-    leaf = "qweight" if bits else "weight"
-    rank, columns = reader.shape(f"{name}.right.{leaf}")
-    left = f"{name}.left.{leaf}"
-    others = reader.shape(left)[0] if left in reader.names else 0
-    out_features = others + rank if form == "pivot" else others
-    in_features = 2 * columns if bits == 4 else columns
-    dense = nn.Linear(in_features, out_features, False, "meta", reader.dtype(name + TOMBSTONE))
-    layer = shaped_like(dense, rank, storage, f"{name}.order" in reader.names)
-    state = {
-        part: reader.read(f"{name}.{part}", dtype=None if wanted.is_floating_point() else wanted.dtype)
-        for part, wanted in layer.state_dict().items()
-    }
-    layer.load_state_dict(state, assign=True)
-    return layer.dense().weight
+def _stored_type(weights: Weights, linear: str) -> torch.dtype:
+    """Return the type of a factorised weight: that of its factors, or the model's own where these are quantised."""
+    factor = f"{linear}.right.weight"
+    return weights.dtype(factor) if factor in weights.sources else stored_dtype(weights.model.config)
 
 
 def _annotate(source: Path, folder: Path, loading: Loading) -> None:

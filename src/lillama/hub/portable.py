@@ -1,6 +1,7 @@
 """Portable models: a code file in the folder, so that `trust_remote_code=True` loads them where lillama is absent."""
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -10,12 +11,13 @@ from transformers import CONFIG_MAPPING
 
 import lillama.hub
 import lillama.lowrank
+import lillama.model
 from lillama.errors import ModelError
 from lillama.files import atomic_file, write_json
 from lillama.hub.quantizer import METHOD, LowRankConfig
 
 CODE = "modeling_lillama.py"
-IMPORT = "from lillama.lowrank.linear import merge, refusal, shaped_like\n"
+IMPORT = re.compile(r"^from lillama\..*\n", re.MULTILINE)
 HEADER = '"""Low-rank layers for transformers. Written by lillama (Apache-2.0); only the end depends on the model."""\n'
 CONFIG = Template('''
 
@@ -75,8 +77,7 @@ def compressed_config(folder: Path) -> dict[str, Any]:
 
 
 def portable_code(config_class: str) -> str:
-    """Return the text of a module that needs torch and transformers alone: layer, quantizer, configuration."""
-    layer = files(lillama.lowrank).joinpath("linear.py").read_text(encoding="utf-8")
-    quantizer = files(lillama.hub).joinpath("quantizer.py").read_text(encoding="utf-8")
-    config = CONFIG.substitute(name=config_class)
-    return "\n".join([HEADER, layer, quantizer.replace(IMPORT, ""), "import transformers", config])
+    """Return the text of a module that needs torch and transformers alone: layers, quantizer, configuration."""
+    sources = (lillama.model, "unfused.py"), (lillama.lowrank, "linear.py"), (lillama.hub, "quantizer.py")
+    texts = [IMPORT.sub("", files(package).joinpath(name).read_text(encoding="utf-8")) for package, name in sources]
+    return "\n".join([HEADER, *texts, "import transformers", CONFIG.substitute(name=config_class)])

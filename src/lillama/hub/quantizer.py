@@ -3,7 +3,7 @@
 `config.json` carries `quantization_config = {"quant_method": "lillama", "ranks": {module: rank}, "format_version": 1}`;
 version 2 adds `storage` and `absorbed` for weights that are not stored as two plain factors. Importing this module
 registers the method. Its text also ships inside portable models (see `portable.py`), therefore it imports nothing of
-lillama but the layers, on one line.
+lillama but what ships with it, on one line.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lillama.lowrank.linear import merge, refusal, shaped_like
+from lillama.lowrank.linear import mark, merge, prepare, refusal, shaped_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -76,15 +76,16 @@ class LowRankQuantizer(HfQuantizer):
         A bare base model lacks the prefix of the full one (`model.layers.0` is `layers.0`), and the reverse. What is
         missed here cannot pass silently: the empty `weight` in the file does not fit a dense linear.
         """
-        prefix = f"{model.base_model_prefix}."
+        prefix, config = f"{model.base_model_prefix}.", self.quantization_config
+        aliases = {name: (name, name.removeprefix(prefix), prefix + name) for name in config.ranks}
+        prepare(model, {known for names in aliases.values() for known in names})
         linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-        config = self.quantization_config
         for name, rank in config.ranks.items():
-            for known in (name, name.removeprefix(prefix), prefix + name):
-                if known in linears:
-                    layer = shaped_like(linears[known], rank, config.storage, name not in config.absorbed)
-                    model.set_submodule(known, layer)
-                    break
+            known = next((known for known in aliases[name] if known in linears), None)
+            if known is not None:
+                layer = shaped_like(linears[known], rank, config.storage, name not in config.absorbed)
+                model.set_submodule(known, layer)
+        mark(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Model, **kwargs: Any) -> Model:

@@ -37,9 +37,9 @@ def compressed_copy(
         factors = init(dense.pop(f"{name}.weight").detach(), rank, moments.get(name, Moments()), generator)
         state[f"{name}.left.weight"] = factors.left
         state[f"{name}.right.weight"] = factors.right
-        state[f"{name}.weight"] = factors.left.new_empty(0)
     state |= dense
     device = next(teacher.parameters()).device
+    state |= _marks(student, device)
     state = {name: tensor.detach().to(device, torch.float32, copy=True).contiguous() for name, tensor in state.items()}
     student.load_state_dict(state | _buffers(teacher), strict=False, assign=True)
     return student.to(device).requires_grad_(False)
@@ -49,6 +49,11 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return copies of the buffers that a module saves; the others come with the template."""
     saved = module.state_dict()
     return {name: buffer.clone() for name, buffer in module.named_buffers() if name in saved}
+
+
+def _marks(student: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Return the empty buffers that stand in the place of dense weights."""
+    return {name: torch.empty_like(b, device=device) for name, b in student.named_buffers() if not b.numel()}
 
 
 def restored_copy(
@@ -65,5 +70,6 @@ def restored_copy(
     """
     student = copy.deepcopy(template)
     install(student, ranks)
-    student.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+    moved = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    student.load_state_dict(_marks(student, device) | moved, assign=True)
     return student.to(device).eval().requires_grad_(False)

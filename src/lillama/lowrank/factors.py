@@ -64,10 +64,12 @@ class Moments:
     Attributes:
         inputs: Gram of what enters it.
         gradients: Gram of the gradients at its outputs.
+        share: vectors that come to it, for each token that the model predicts; below 1 for one of several experts.
     """
 
     inputs: Gram | None = None
     gradients: Gram | None = None
+    share: float = 1.0
 
 
 def truncated_svd(weight: Float[Tensor, "out in"], rank: int) -> Factors:

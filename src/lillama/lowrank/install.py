@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch import nn
 
 from lillama.errors import ModelError, suggestion
-from lillama.lowrank.linear import low_rank_linears, merge, refusal, shaped_like
+from lillama.lowrank.linear import low_rank_linears, mark, merge, prepare, refusal, shaped_like
 
 __all__ = ["install", "install_stored", "low_rank_linears", "merge"]
 
@@ -18,7 +18,7 @@ def install(model: nn.Module, ranks: Mapping[str, int]) -> None:
 
     Args:
         model: the whole model, or any part of it that the names start from.
-        ranks: name of a `nn.Linear` -> its rank.
+        ranks: name of a `nn.Linear`, of a Conv1D or of an expert's linear (see `unfused.Experts`) -> its rank.
 
     Raises:
         ModelError: a name is not a dense linear of the model, or a rank is below 1.
@@ -47,6 +47,7 @@ def install_stored(model: nn.Module, section: Mapping[str, Any]) -> None:
     if reason:
         raise ModelError(f"{type(model).__name__}: {reason}")
     ranks, absorbed = section["ranks"], frozenset(section.get("absorbed", ()))
+    prepare(model, ranks.keys())
     modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
     linears = {name: layer for name, layer in modules if isinstance(layer, nn.Linear)}
     for name, rank in ranks.items():
@@ -59,3 +60,4 @@ def install_stored(model: nn.Module, section: Mapping[str, Any]) -> None:
     for name, rank in ranks.items():
         layer = shaped_like(linears[name], rank, section.get("storage"), name not in absorbed)
         model.set_submodule(name, layer)
+    mark(model)

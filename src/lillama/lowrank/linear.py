@@ -1,10 +1,12 @@
-"""Linear layers in factorised form. Imports torch alone: the same text ships inside portable models."""
+"""Linear layers in factorised form. Imports torch and `unfused` alone: the same text ships inside portable models."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
+
+from lillama.model.unfused import Experts, fuse, unfuse
 
 FORMAT_VERSION = 2  # of names and layout in the weight files; 1 knows the plain form alone, in floating point
 FORMS, BITS = ("plain", "pivot"), (None, 4, 8)
@@ -37,6 +39,7 @@ class LowRankLinear(nn.Module):
 
     bias: nn.Parameter | None
     weight: torch.Tensor
+    dense_class: type[nn.Linear] = nn.Linear  # of the layer in whose place this one stands
 
     def __init__(
         self,
@@ -99,6 +102,7 @@ class PivotLinear(nn.Module):
     bias: nn.Parameter | None
     order: torch.Tensor | None
     weight: torch.Tensor
+    dense_class: type[nn.Linear] = nn.Linear  # of the layer in whose place this one stands
 
     def __init__(
         self,
@@ -235,7 +239,21 @@ def shaped_like(
     for tensor in layer.state_dict().values():
         tensor.zero_()
     layer.bias = dense.bias
+    layer.dense_class = type(dense)
     return layer.train(dense.training)
+
+
+def prepare(model: nn.Module, names: Collection[str]) -> None:
+    """Swap fused experts and Conv1Ds that hold any of the named linears for linears, in place."""
+    holders = {name for full in names for name in (full, full.rpartition(".")[0].rpartition(".")[0])}
+    unfuse(model, holders.__contains__)
+
+
+def mark(model: nn.Module) -> None:
+    """Let loaders that do not know this package fail on experts with factorised linears; see `Experts.mark`."""
+    for module in model.modules():
+        if isinstance(module, Experts) and any(not isinstance(linear, nn.Linear) for _, linear in module.linears()):
+            module.mark()
 
 
 def refusal(section: Mapping[str, Any]) -> str | None:
@@ -268,7 +286,7 @@ def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def densified(layer: Factorised) -> nn.Linear:
     """Return the dense form of a layer, see `LowRankLinear.dense`."""
-    dense = nn.Linear(layer.in_features, layer.out_features, False, "meta", layer.weight.dtype)
+    dense = layer.dense_class(layer.in_features, layer.out_features, False, "meta", layer.weight.dtype)
     weight = layer.product().detach().to(layer.weight.dtype)
     dense.weight = nn.Parameter(weight, layer.right.weight.requires_grad)
     dense.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]  (torch declares it as always there)
@@ -282,7 +300,7 @@ def low_rank_linears(model: nn.Module) -> Iterator[tuple[str, Factorised]]:
 
 
 def merge(model: nn.Module) -> None:
-    """Multiply every factorised layer of `model` back into a dense `nn.Linear`, in place.
+    """Multiply every factorised layer of `model` back into a dense one, as the original has it, in place.
 
     Examples:
         >>> model = nn.Sequential(LowRankLinear(64, 96, rank=8, bias=False))
@@ -292,3 +310,4 @@ def merge(model: nn.Module) -> None:
     """
     for name, layer in list(low_rank_linears(model)):
         model.set_submodule(name, densified(layer))
+    fuse(model)

@@ -1,22 +1,37 @@
 """Find the repeated blocks of a model and their linears, from the configuration alone."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lillama.errors import ModelError
 from lillama.model.skeleton import skeleton
 from lillama.model.source import quantization, stored_dtype
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
+from lillama.model.unfused import Experts, unfuse
+
+# Linears that are left dense whatever the targets say: glob of the name within the block -> the reason.
+LEFT = {
+    "*dt_proj": "state-space code reads its weight itself, past the module",
+    "*x_proj": "fused state-space kernels read its weight itself, past the module",
+    "*q_a_proj": "the first factor of a pair that is low-rank already (multi-head latent attention)",
+    "*kv_a_proj*": "the first factor of a pair that is low-rank already (multi-head latent attention)",
+    "*router*": "the router of a mixture of experts: small, and every choice of experts hangs on it",
+}
+
+UNKNOWN_SHARE = 0.2  # of a block, that may lie in weights of an unknown form
 
 
 def describe(config: PretrainedConfig, targets: Sequence[str] = ("*",), ignore: Sequence[str] = ()) -> ModelSpec:
     """Describe a model as blocks of linears, without reading any weight.
 
-    Blocks are the children of the model's one outermost `nn.ModuleList` that holds linears. The head and the embeddings
-    lie outside it and are never touched.
+    Blocks are the members of the outermost `nn.ModuleList`s that hold linears; an encoder-decoder has two such stacks. Of a
+    model of several modalities the language tower is taken. Experts that are fused in 3-D parameters count as linears of
+    their own. The head and the embeddings lie outside the blocks and are never touched.
 
     Args:
         config: of a model that transformers knows.
@@ -24,8 +39,8 @@ def describe(config: PretrainedConfig, targets: Sequence[str] = ("*",), ignore: 
         ignore: globs of linears to leave dense, in the same two forms.
 
     Raises:
-        ModelError: the model is quantised already, has no or several stacks of blocks, has parts that cannot be
-            factorised yet, or no linear matches.
+        ModelError: the model is quantised already, has no stack of blocks, has parts that cannot be factorised yet, or no
+            linear matches.
 
     Examples:
         >>> from transformers import LlamaConfig
@@ -41,23 +56,42 @@ def describe(config: PretrainedConfig, targets: Sequence[str] = ("*",), ignore: 
 
 def describe_model(model: PreTrainedModel, targets: Sequence[str] = ("*",), ignore: Sequence[str] = ()) -> ModelSpec:
     """Describe a skeleton or a loaded model; see `describe`."""
-    stack = find_stack(model)
-    blocks = tuple(
-        BlockSpec(f"{stack}.{index}", index, _count(block), _linears(block, f"{stack}.{index}", targets, ignore))
-        for index, block in enumerate(model.get_submodule(stack).children())
-    )
+    named = [(f"{stack}.{name}", block) for stack in find_stacks(model) for name, block in
+             model.get_submodule(stack).named_children()]  # fmt: skip
+    alike: dict[object, list[LinearSpec]] = {}  # most blocks of a model are made alike, and are looked into once
+    blocks: list[BlockSpec] = []
+    for index, (name, block) in enumerate(named):
+        form = _form(block)
+        if form not in alike:
+            alike[form] = _inside(type(model).__name__, name, block)
+        linears = (LinearSpec(f"{name}.{one.name}", one.out_features, one.in_features) for one in alike[form])
+        chosen = (one for one in linears if matches(one.name, name, targets) and not matches(one.name, name, ignore))
+        blocks.append(BlockSpec(name, index, _count(block), tuple(chosen)))
     if not any(block.linears for block in blocks):
         without = f" without {', '.join(ignore)}" if ignore else ""
         raise ModelError(f"targets {', '.join(targets)}{without}: no linear matches; give globs such as 'mlp.*'")
     dtype = stored_dtype(model.config)
     return ModelSpec(
         architecture=type(model).__name__,
-        hidden_size=model.config.get_text_config().hidden_size,
+        hidden_size=hidden_size(model.config),
         dtype=str(dtype).removeprefix("torch."),
         bytes_per_param=dtype.itemsize,
         params=_count(model),
-        blocks=blocks,
+        blocks=tuple(blocks),
     )
+
+
+def hidden_size(config: PretrainedConfig) -> int:
+    """Return the width of the activations between blocks.
+
+    Raises:
+        ModelError: the configuration does not tell one.
+    """
+    text = config.get_text_config()
+    found = getattr(text, "hidden_size", None) or getattr(text, "d_model", None)
+    if not isinstance(found, int):
+        raise ModelError(f"{type(config).__name__}: hidden_size is {found}; a model of one width is needed")
+    return found
 
 
 def refuse_quantized(config: PretrainedConfig) -> None:
@@ -72,31 +106,26 @@ def refuse_quantized(config: PretrainedConfig) -> None:
         )
 
 
-def find_stack(model: nn.Module) -> str:
-    """Return the name of the outermost `nn.ModuleList` whose members hold linears.
+def find_stacks(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names of the stacks of blocks, from input to output.
 
     Raises:
-        ModelError: there is none or more than one, or blocks hold fused expert tensors. A parameter counts as such if it
-            has three dimensions, none of size 1 (as the kernels of depthwise convolutions have).
+        ModelError: there is none, or more than the two of an encoder-decoder.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [
-        (name, module)
+        name
         for name, module in lists
-        if not any(name.startswith(f"{other}.") for other, _ in lists)
-        and any(isinstance(part, nn.Linear) for part in module.modules())
+        if not any(name.startswith(f"{other}.") for other, _ in lists) and _holds_weights(module)
     ]
-    kind = type(model).__name__
-    if len(outermost) != 1:
-        found = ", ".join(name for name, _ in outermost) or "none"
-        raise ModelError(f"{kind}: one stack of blocks with linears is needed, found {found}; not supported yet")
-    name, stack = outermost[0]
-    fused = next((n for n, p in stack.named_parameters() if p.dim() == 3 and 1 not in p.shape), None)
-    if fused is not None:
+    found = _of_the_text(model, outermost)
+    kind, wanted = type(model).__name__, 2 if model.config.is_encoder_decoder else 1
+    if len(found) != wanted:
+        named = ", ".join(found) or "none"
         raise ModelError(
-            f"{kind}: {name}.{fused} is a fused tensor of experts; mixtures of experts are not supported yet"
+            f"{kind}: {wanted} stack{'s' * (wanted > 1)} of repeated blocks with linears needed, found {len(found)} ({named})"
         )
-    return name
+    return tuple(found)
 
 
 def matches(name: str, block: str, globs: Sequence[str]) -> bool:
@@ -105,14 +134,76 @@ def matches(name: str, block: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob) or fnmatchcase(inner, glob) for glob in globs)
 
 
-def _linears(block: nn.Module, prefix: str, targets: Sequence[str], ignore: Sequence[str]) -> tuple[LinearSpec, ...]:
-    return tuple(
-        LinearSpec(f"{prefix}.{name}", module.out_features, module.in_features)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-        and matches(f"{prefix}.{name}", prefix, targets)
-        and not matches(f"{prefix}.{name}", prefix, ignore)
+def _of_the_text(model: PreTrainedModel, stacks: list[str]) -> list[str]:
+    """Leave out the towers of other modalities, whose configuration is not that of the text."""
+    text = type(model.config.get_text_config())
+    if len(stacks) < 2 or model.config.is_encoder_decoder or text is type(model.config):
+        return stacks
+    towers = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+
+    def tower(stack: str) -> PreTrainedModel:
+        return towers[max((name for name in towers if f"{stack}.".startswith(f"{name}." if name else "")), key=len)]
+
+    return [stack for stack in stacks if type(tower(stack).config) is text]
+
+
+def _holds_weights(stack: nn.ModuleList) -> bool:
+    return any(isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D" for part in stack.modules())
+
+
+def _form(block: nn.Module) -> object:
+    """Return what is equal for blocks whose parts and shapes are."""
+    return (
+        tuple((name, type(module)) for name, module in block.named_modules()),
+        tuple((name, parameter.shape) for name, parameter in block.named_parameters()),
     )
+
+
+def _inside(kind: str, name: str, block: nn.Module) -> list[LinearSpec]:
+    """Return the linears of a block that may be factorised, by their names within it."""
+    opened = copy.deepcopy(block)
+    unfuse(opened)
+    _refuse_unknown_weights(kind, name, opened)
+    kept = set(_kept_whole(opened))
+    return [
+        LinearSpec(inner, module.out_features, module.in_features)
+        for inner, module in opened.named_modules()
+        if isinstance(module, nn.Linear) and inner not in kept and not any(fnmatchcase(inner, glob) for glob in LEFT)
+    ]
+
+
+def _refuse_unknown_weights(kind: str, name: str, opened: nn.Module) -> None:
+    """Refuse a block much of which would stay as it is because it lies in 3-D weights of an unknown form."""
+    unknown = {
+        f"{prefix}.{leaf}": (module, parameter)
+        for prefix, module in opened.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 2 and 1 not in parameter.shape and not isinstance(module, _ConvNd)
+    }
+    if sum(parameter.numel() for _, parameter in unknown.values()) > UNKNOWN_SHARE * _count(opened):
+        largest = max(unknown, key=lambda leaf: unknown[leaf][1].numel())
+        module, parameter = unknown[largest]
+        raise ModelError(
+            f"{kind}: {name}.{largest} has the shape {tuple(parameter.shape)}; weights fused in this way "
+            f"({type(module).__name__}) are not supported yet, and most of the block would stay as it is"
+        )
+
+
+def _kept_whole(block: nn.Module) -> Iterable[str]:
+    """Yield the linears that are not factorised for what they stand beside: routers, and parts of torch's own attention."""
+    for name, module in block.named_modules():
+        dot = f"{name}." if name else ""
+        if isinstance(module, nn.MultiheadAttention):  # reads its weights itself
+            yield from (f"{dot}{inner}" for inner, _ in module.named_modules())
+        for child, experts in module.named_children():
+            if isinstance(experts, Experts):
+                yield from (
+                    f"{dot}{inner}"
+                    for inner, part in module.named_modules()
+                    if isinstance(part, nn.Linear)
+                    and part.out_features == experts.count
+                    and not inner.startswith(f"{child}.")
+                )
 
 
 def _count(module: nn.Module) -> int:

@@ -4,8 +4,10 @@ The published rules look at shapes alone; `adaptive.py` looks at the weights and
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, with_config
@@ -16,6 +18,7 @@ from lillama.model.spec import LinearSpec, ModelSpec
 from lillama.ranks.plan import PLAIN, RankPlan, Scope, budget
 
 Ranks = dict[str, int | None]
+Shape = tuple[int, int]  # rows and columns of a weight; what a rank costs depends on nothing else
 TOLERANCE = 0.005  # a budget is met from below within this share of the model, or of its blocks
 BISECTIONS = 32  # of the share of the break-even ranks
 PRINTED = 10_000  # the smallest reachable keep is named in steps of 1 / PRINTED
@@ -46,31 +49,42 @@ class Uniform:
         target = checked_budget(spec, keep, scope)
         if target == spec.params:
             return RankPlan(spec, _dense(spec), storage)
+        shapes = Counter(map(shape_of, spec.linears))
+        most = target - spec.params + sum(count * rows * columns for (rows, columns), count in shapes.items())
+        chosen = self._largest(shapes, most, storage)
+        ranks: Ranks = {linear.name: chosen[shape_of(linear)] for linear in spec.linears}
+        spare = most - _stored(shapes, chosen, storage)
+        if spare < 0:
+            raise unreachable(RankPlan(spec, ranks, storage), keep, scope)
+        step = self.multiple_of
+        ranks, spare = _spent(spec.linears, ranks, spare, step, storage)
+        while step > 1 and spare > tolerance(spec, scope):
+            step //= 2
+            ranks, spare = _spent(spec.linears, ranks, spare, step, storage)
+        return RankPlan(spec, ranks, storage)
+
+    def _largest(self, shapes: Mapping[Shape, int], most: int, storage: Storage) -> dict[Shape, int | None]:
+        """Return the ranks of the largest share that stores at most so many numbers, of share 0 if there is none."""
         low, high = 0.0, 1.0
-        best = self._plan(spec, low, storage)
-        refuse_unreachable(best, target, keep, scope)
+        best = self._ranks(shapes, low, storage)
         for _ in range(BISECTIONS):
             share = (low + high) / 2
-            trial = self._plan(spec, share, storage)
-            if trial.kept_params <= target:
+            trial = self._ranks(shapes, share, storage)
+            if _stored(shapes, trial, storage) <= most:
                 low, best = share, trial
             else:
                 high = share
-        step = self.multiple_of
-        best = _spend(best, target, step)
-        while step > 1 and target - best.kept_params > tolerance(spec, scope):
-            step //= 2
-            best = _spend(best, target, step)
         return best
 
-    def _plan(self, spec: ModelSpec, share: float, storage: Storage) -> RankPlan:
-        return RankPlan(spec, {linear.name: self._rank(linear, share, storage) for linear in spec.linears}, storage)
+    def _ranks(self, shapes: Iterable[Shape], share: float, storage: Storage) -> dict[Shape, int | None]:
+        return {shape: self._rank(shape, share, storage) for shape in shapes}
 
-    def _rank(self, linear: LinearSpec, share: float, storage: Storage) -> int | None:
-        wanted = share * linear.break_even_rank
+    def _rank(self, shape: Shape, share: float, storage: Storage) -> int | None:
+        rows, columns = shape
+        wanted = share * (rows * columns / (rows + columns))  # the break-even rank of plain factors
         if storage.form == "pivot":
-            wanted = storage.largest_rank(linear.out_features, linear.in_features, int(share * linear.params))
-        return worthwhile(linear, max(1, math.ceil(wanted / self.multiple_of)) * self.multiple_of, storage)
+            wanted = storage.largest_rank(rows, columns, int(share * (rows * columns)))
+        return worthwhile(shape, max(1, math.ceil(wanted / self.multiple_of)) * self.multiple_of, storage)
 
 
 @with_config(extra="forbid")
@@ -144,17 +158,20 @@ def tolerance(spec: ModelSpec, scope: Scope) -> float:
     return TOLERANCE * (spec.params if scope == "model" else spec.block_params)
 
 
-def worthwhile(linear: LinearSpec, rank: int, storage: Storage) -> int | None:
+def shape_of(linear: LinearSpec) -> Shape:
+    """Return rows and columns of a linear's weight."""
+    return linear.out_features, linear.in_features
+
+
+def worthwhile(shape: Shape, rank: int, storage: Storage) -> int | None:
     """Return a rank, or None (dense) where it would not be smaller than the dense weight."""
-    if rank > min(linear.out_features, linear.in_features):
+    if rank > min(shape):
         return None
-    return rank if storage.numbers(linear.out_features, linear.in_features, rank) < linear.params else None
+    return rank if storage.numbers(*shape, rank) < storage.numbers(*shape, None) else None
 
 
-def refuse_unreachable(smallest: RankPlan, target: int, keep: float, scope: Scope) -> None:
-    """Raise `BudgetError` if even the smallest plan stores more than `target` numbers; it names the smallest keep."""
-    if smallest.kept_params <= target:
-        return
+def unreachable(smallest: RankPlan, keep: float, scope: Scope) -> BudgetError:
+    """Return the refusal of a `keep` below that of the smallest plan, which it names."""
     spec = smallest.spec
     whole, kept = spec.params, smallest.kept_params
     if scope == "blocks":
@@ -164,7 +181,7 @@ def refuse_unreachable(smallest: RankPlan, target: int, keep: float, scope: Scop
     remedy = "raise --keep, lower the recipe's smallest rank or add targets"
     if not smallest.factorised:
         remedy = "the recipe's smallest rank is at or above the break-even rank of every linear: lower it"
-    raise BudgetError(
+    return BudgetError(
         f"keep {keep} of the {scope} is not reachable: the smallest reachable keep is {reachable:.4f} "
         f"({100 * (1 - kept / whole):.1f} % removed); {remedy}"
     )
@@ -174,8 +191,10 @@ def _exhaust(
     spec: ModelSpec, order: Sequence[LinearSpec], min_rank: int, step: int, keep: float, scope: Scope, storage: Storage
 ) -> RankPlan:
     target = checked_budget(spec, keep, scope)
-    smallest = {linear.name: worthwhile(linear, min_rank, storage) for linear in order}
-    refuse_unreachable(RankPlan(spec, smallest, storage), target, keep, scope)
+    smallest = {linear.name: worthwhile(shape_of(linear), min_rank, storage) for linear in order}
+    least = RankPlan(spec, smallest, storage)
+    if least.kept_params > target:
+        raise unreachable(least, keep, scope)
     ranks, excess, most = _dense(spec), spec.params - target, tolerance(spec, scope)
     for linear in order:
         if excess <= 0 or smallest[linear.name] is None:
@@ -197,18 +216,33 @@ def _candidate(linear: LinearSpec, numbers: int, min_rank: int, step: int, toler
         step //= 2
 
 
-def _spend(plan: RankPlan, target: int, step: int) -> RankPlan:
-    """Give what is left of a budget to the first linears, `step` ranks each, or the way back to dense."""
-    spare, spent = target - plan.kept_params, dict(plan.ranks)
-    for linear, rank in plan:
+def _stored(shapes: Mapping[Shape, int], ranks: Mapping[Shape, int | None], storage: Storage) -> int:
+    """Return the numbers that so many linears of each shape store at the shape's rank."""
+    return sum(count * storage.numbers(*shape, ranks[shape]) for shape, count in shapes.items())
+
+
+def _spent(linears: Iterable[LinearSpec], ranks: Ranks, spare: int, step: int, storage: Storage) -> tuple[Ranks, int]:
+    """Give what is left of a budget to the first linears, `step` ranks each, or the way back to dense.
+
+    Returns:
+        the ranks, and what is left then.
+    """
+    spent = dict(ranks)
+
+    @cache
+    def raised(shape: Shape, rank: int) -> tuple[int | None, int]:
+        more = worthwhile(shape, rank + step, storage)
+        return more, storage.numbers(*shape, more) - storage.numbers(*shape, rank)
+
+    for linear in linears:
+        rank = ranks[linear.name]
         if rank is None:
             continue
-        more = worthwhile(linear, rank + step, plan.storage)
-        cost = plan.storage.numbers(linear.out_features, linear.in_features, more) - plan.numbers(linear)
+        more, cost = raised(shape_of(linear), rank)
         if cost <= spare:
             spent[linear.name] = more
             spare -= cost
-    return RankPlan(plan.spec, spent, plan.storage)
+    return spent, spare
 
 
 def _dense(spec: ModelSpec) -> Ranks:

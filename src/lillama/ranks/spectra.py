@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,15 @@ class Spectra:
 
     def rises(self, name: str) -> Values:
         """Return the predicted rise of the loss, in nats a token, for the ranks 0, 1, ..., full of a linear."""
-        squares = self.singular[name][::-1] ** 2
-        return 0.5 * np.concatenate(([0.0], np.cumsum(squares)))[::-1]
+        return self._curves[name]
 
     def rise(self, plan: RankPlan) -> float:
         """Return the predicted rise of the loss under a rank plan, in nats a token; interactions are left out."""
         return float(sum(self.rises(linear.name)[rank] for linear, rank in plan if rank is not None))
+
+    @cached_property
+    def _curves(self) -> dict[str, Values]:
+        return {name: _tails(values) for name, values in self.singular.items()}
 
     def save(self, path: Path) -> None:
         """Write the spectra; `load` reads them back."""
@@ -60,3 +64,8 @@ class Spectra:
             return cls(load_file(path))
         except (SafetensorError, OSError) as error:
             raise OutputError(f"{path}: not readable ({error}); begin anew with --restart") from None
+
+
+def _tails(values: Values) -> Values:
+    """Return half of the sums of the squares behind each place."""
+    return 0.5 * np.concatenate(([0.0], np.cumsum(values[::-1] ** 2)))[::-1]

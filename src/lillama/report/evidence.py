@@ -1,21 +1,20 @@
 """What a result or a run folder holds: every artefact that can be read, and the names of those that cannot."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
 from lillama.errors import OutputError
+from lillama.report import shapes
+from lillama.report.reader import Json, Reader, Values
 
 RESULT, RUN = "lillama.json", "run.json"
-Json = dict[str, Any]
-Values = NDArray[np.floating[Any]]
+FILES = (
+    ("run", RUN, shapes.Run, "identity"),
+    ("spec", "spec.json", shapes.Spec, "blocks"),
+    ("plan", "plan.json", shapes.Plan, "linears"),
+    ("manifest", "calibration/manifest.json", shapes.Manifest, "tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,41 +69,6 @@ class Evidence:
         return dict(self["run"].get("identity", {}).get("recipe", {}))
 
 
-@dataclass
-class Reader:
-    """Reads artefacts; what fails is noted, never raised.
-
-    Attributes:
-        missing: notes so far.
-    """
-
-    missing: list[str] = field(default_factory=list)
-
-    def json(self, path: Path, wanted: bool = True, key: str = "version") -> Json:
-        """Return the content of a JSON file; empty if it is not there, is damaged or has not `key`."""
-        value = self._read(path, lambda: json.loads(path.read_text(encoding="utf-8")), wanted)
-        if isinstance(value, dict) and key in value:
-            return value
-        if value is not None:
-            self.missing.append(f"{path.parent.name}/{path.name}: damaged, it has no {key!r}")
-        return {}
-
-    def tensors(self, path: Path, wanted: bool) -> Mapping[str, Values]:
-        """Return the arrays of a safetensors file; none if it is not there or is damaged."""
-        return self._read(path, lambda: load_file(path), wanted) or {}
-
-    def _read(self, path: Path, load: Callable[[], Any], wanted: bool) -> Any:
-        name = f"{path.parent.name}/{path.name}"
-        if not path.is_file():
-            self.missing += [f"{name}: not there"] if wanted else []
-            return None
-        try:
-            return load()
-        except (OSError, ValueError, SafetensorError):
-            self.missing.append(f"{name}: damaged")
-            return None
-
-
 def collect(path: Path, extra: Extra | None = None) -> Evidence:
     """Read what a result's folder or a run folder holds.
 
@@ -118,28 +82,27 @@ def collect(path: Path, extra: Extra | None = None) -> Evidence:
     extra = extra or Extra()
     out, run = _places(path)
     reader = Reader()
-    result = reader.json(run / "metrics.json" if path == run else out / RESULT, wanted=False)
+    result = reader.json(run / "metrics.json" if path == run else out / RESULT, shapes.Result, wanted=False)
     if not run.is_dir():
         reader.missing.append(f"{run.name}: the run folder is gone, and with it ranks, spectra and losses")
         found = _extras(reader, run, extra)
         return Evidence(path.name, _base(out), {"metrics": result, **found[0]}, (), {}, found[1], tuple(reader.missing))
-    files = {"run": (RUN, "identity"), "spec": ("spec.json", "blocks"), "plan": ("plan.json", "linears"),
-             "manifest": ("calibration/manifest.json", "tokens")}  # fmt: skip
-    artefacts = {name: reader.json(run / file, key=key) for name, (file, key) in files.items()}
+    artefacts = {name: reader.json(run / file, shape, key=key) for name, file, shape, key in FILES}
     recipe = artefacts["run"].get("identity", {}).get("recipe", {})
-    adaptive = (
-        recipe.get("ranks", {}).get("name") == "adaptive" and artefacts["run"]["identity"].get("plan") == "by spectra"
-    )
+    by_spectra = artefacts["run"].get("identity", {}).get("plan") == "by spectra"
+    adaptive = by_spectra and recipe.get("ranks", {}).get("name") == "adaptive"
     tail = bool(result) and bool(recipe.get("recover", {}).get("epochs"))
     artefacts |= {
         "metrics": result,
-        "allocation": reader.json(run / "allocation.json", adaptive and bool(result)),
-        "recovery": reader.json(run / "recovered" / "log.json", tail, "improved"),
+        "allocation": reader.json(run / "allocation.json", shapes.Allocation, adaptive and bool(result)),
+        "recovery": reader.json(run / "recovered" / "log.json", shapes.Recovery, tail, "improved"),
     }
-    blocks = tuple(log for file in sorted(run.glob("blocks/*.json")) if (log := reader.json(file, key="block")))
+    files = sorted(run.glob("blocks/*.json"))
+    blocks = tuple(log for file in files if (log := reader.json(file, shapes.BlockLog, key="block")))
     spectra = reader.tensors(run / "spectra.safetensors", adaptive and bool(result))
     found = _extras(reader, run, extra)
-    _note_blocks(reader, artefacts, len(blocks))
+    if not result:
+        _note_unfinished(reader, artefacts, len(blocks))
     return Evidence(
         path.name, _base(out) if result else "", artefacts | found[0], blocks, spectra, found[1], tuple(reader.missing)
     )
@@ -161,20 +124,25 @@ def _places(path: Path) -> tuple[Path, Path]:
 
 def _told(file: Path, key: str) -> Path | None:
     """Return the folder that a result's JSON names."""
-    told = Reader().json(file).get(key)
-    return Path(told) if isinstance(told, str) and Path(told).is_dir() else None
+    told = Reader().json(file, shapes.Result).get(key, "")
+    return Path(told) if told and Path(told).is_dir() else None
 
 
 def _extras(reader: Reader, run: Path, extra: Extra) -> tuple[dict[str, Json], tuple[Json, ...]]:
     """Return what the other commands printed, from the files that were named or lie in the run folder."""
     evaluation, bench = extra.evaluation or run / "evaluation.json", extra.bench or run / "bench.json"
     found = {
-        "evaluation": reader.json(evaluation, extra.evaluation is not None),
-        "bench": reader.json(bench, extra.bench is not None),
+        "evaluation": reader.json(evaluation, shapes.Evaluation, extra.evaluation is not None),
+        "bench": reader.json(bench, shapes.Bench, extra.bench is not None),
     }
     files: Sequence[Path] = extra.probes or sorted(run.glob("probe*.json"))
-    values = [reader.json(file) for file in files]
-    return found, tuple(part for value in values if value for part in value.get("results", [value]))
+    return found, tuple(part for file in files for part in _probes(reader, file))
+
+
+def _probes(reader: Reader, file: Path) -> list[Json]:
+    """Return what one call of `lillama probe` printed: on one benchmark, or on several."""
+    found = reader.json(file, shapes.Probes, form=lambda value: value if "results" in value else {"results": [value]})
+    return found.get("results", [])
 
 
 def _base(out: Path) -> str:
@@ -186,7 +154,6 @@ def _base(out: Path) -> str:
     return next((line[2:].rpartition(", ")[0] for line in lines if line.startswith("# ")), "")
 
 
-def _note_blocks(reader: Reader, artefacts: Mapping[str, Json], finished: int) -> None:
+def _note_unfinished(reader: Reader, artefacts: Mapping[str, Json], finished: int) -> None:
     total = len(artefacts["spec"].get("blocks", ()))
-    if not artefacts["metrics"]:
-        reader.missing.append(f"metrics.json: not there; the run is not finished ({finished} of {total} blocks are)")
+    reader.missing.append(f"metrics.json: not there; the run is not finished ({finished} of {total} blocks are)")

@@ -1,8 +1,27 @@
-"""A figure of the page: drawings, and the same figures as a table."""
+"""A figure of the page: drawings or passages of text, and the same as a table."""
 
 from dataclasses import dataclass
 
 Cell = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What the original and the compressed model write after one prompt.
+
+    Attributes:
+        source: name of the text that the prompt was cut from.
+        prompt: what both were given.
+        same: what both write until they part.
+        dense: how the original goes on from there.
+        kept: how the compressed model does.
+    """
+
+    source: str
+    prompt: str
+    same: str
+    dense: str
+    kept: str
 
 
 @dataclass(frozen=True)
@@ -17,7 +36,9 @@ class Figure:
         columns: heads of the table.
         rows: of the table.
         small: whether the drawings stand side by side.
+        open: whether the table is open at first.
         legend: what the two colours stand for; empty where there is one alone.
+        passages: shown side by side instead of the table.
     """
 
     key: str
@@ -28,6 +49,8 @@ class Figure:
     rows: tuple[tuple[Cell, ...], ...]
     small: bool = False
     legend: tuple[str, ...] = ("original", "compressed")
+    passages: tuple[Passage, ...] = ()
+    open: bool = False
 
 
 def shown(cell: Cell) -> str:

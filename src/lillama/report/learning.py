@@ -31,15 +31,16 @@ def losses(evidence: Evidence) -> Figure | None:
 
 
 def _row(log: Json) -> tuple[Cell, ...]:
-    better = 100 * (1 - log["final"] / log["initial"]) if log["initial"] else 0.0
-    return log["block"], log["steps"], log["tokens"], log["initial"], log["final"], better, log["best_step"]
+    initial, final = log.get("initial"), log.get("final")
+    better = 100 * (1 - final / initial) if initial and final is not None else None
+    return log["block"], log["steps"], log.get("tokens"), initial, final, better, log.get("best_step")
 
 
 def _curves(log: Json) -> str:
     lines = []
     for column, stream, role, thin in STREAMS:
-        training = [(row[0], row[column]) for row in log["curve"] if row[column] is not None]
-        checks = [(row[0], row[column]) for row in log["held_out"] if row[column] is not None]
+        training = [(row[0], row[column]) for row in log.get("curve", ()) if row[column] is not None]
+        checks = [(row[0], row[column]) for row in log.get("held_out", ()) if row[column] is not None]
         lines += [Line(f"training, {stream}", training, thin)] if training else []
         lines += [Line(f"held out, {stream}", checks, role, marks=True, joined=False)] if checks else []
     return chart(f"Losses of {log['block']}", Axes("step", "loss", log_y=True, whole_x=True), lines)
@@ -47,7 +48,7 @@ def _curves(log: Json) -> str:
 
 def carried(evidence: Evidence) -> Figure | None:
     """Draw the held-out loss of each block before and after teaching."""
-    logs = evidence.blocks
+    logs = [log for log in evidence.blocks if "initial" in log and "final" in log]
     if len(logs) < 2:
         return None
     places = [_index(log, place) for place, log in enumerate(logs)]
@@ -55,7 +56,7 @@ def carried(evidence: Evidence) -> Figure | None:
         Line(name, [(float(place), log[key]) for place, log in zip(places, logs, strict=True)], role, marks=True)
         for key, name, role in MOMENTS
     ]
-    axes = Axes("block", "held-out loss", log_y=True, whole_x=True, width=640, height=260)
+    axes = Axes("block", "held-out loss", log_y=True, whole_x=True, width=480, height=240)
     return Figure(
         "carried", "Error carried from block to block",
         "Held-out loss at each block's output.",
@@ -68,11 +69,11 @@ def carried(evidence: Evidence) -> Figure | None:
 def recovery(evidence: Evidence) -> Figure | None:
     """Draw the divergence from the original while all blocks learned together."""
     log = evidence["recovery"]
-    if not log:
+    training = [(float(step), value) for step, value, _ in log.get("curve", ())]
+    checks = [(float(row[0]), row[1]) for row in log.get("held_out", ())]
+    if not training and not checks:
         return None
-    training = [(float(step), value) for step, value, _ in log["curve"]]
-    checks = [(float(row[0]), row[1]) for row in log["held_out"]]
-    axes = Axes("step", "KL, nats", whole_x=True, zero_y=True, width=640, height=260)
+    axes = Axes("step", "KL, nats", whole_x=True, zero_y=True, width=480, height=240)
     lines = [Line("training", training, "kept thin"), Line("held out", checks, "kept", marks=True)]
     return Figure(
         "recovery", "Recovery",
@@ -80,7 +81,7 @@ def recovery(evidence: Evidence) -> Figure | None:
         "and held out (dots).",
         (chart("Divergence during recovery", axes, lines),),
         ("step", "KL, nats", "cross-entropy, nats", "norm against the original"),
-        tuple(tuple(row) for row in log["held_out"]), legend=(),
+        tuple(tuple(row) for row in log.get("held_out", ())), legend=(),
     )  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from lillama.report.figure import Cell, Figure, shown
 from lillama.report.trust import doubts
 
 VERSION = 1
-BROKEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError)  # of a damaged artefact
+BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of a damaged artefact
 FIGURES: tuple[Callable[[Evidence], Figure | None], ...] = (
     structure.sizes, structure.ranks, structure.spectra, learning.losses, learning.carried, learning.recovery,
-    measures.evaluation, measures.probing, measures.speed,
+    measures.evaluation, measures.samples, measures.probing, measures.speed,
 )  # fmt: skip
 
 
@@ -78,7 +80,10 @@ class Page:
             refresh: seconds after which a browser reads it again.
         """
         here = files("lillama.report")
-        style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+        plots, rest, script = (
+            here.joinpath(name).read_text(encoding="utf-8") for name in ("plot.css", "page.css", "page.js")
+        )
+        style = plots + rest
         return _render("page.html.jinja", page=self, style=style, script=script, refresh=refresh)
 
     def as_markdown(self) -> str:
@@ -139,16 +144,23 @@ def _chapter(evidence: Evidence) -> Chapter:
 
 
 def _table(figure: Figure) -> dict[str, Any]:
-    return {"title": figure.title, "columns": list(figure.columns), "rows": [list(row) for row in figure.rows]}
+    rows = [[None if isinstance(cell, float) and not isfinite(cell) else cell for cell in row] for row in figure.rows]
+    return {"title": figure.title, "columns": list(figure.columns), "rows": rows}
 
 
 def _render(template: str, **values: Any) -> str:
+    return _templates().get_template(template).render(values | {"columns": summary.COLUMNS})
+
+
+@cache
+def _templates() -> Environment:
+    """Return the environment of the templates, which are compiled once."""
     environment = Environment(
         loader=PackageLoader("lillama.report", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=template.endswith(".html.jinja"),
+        autoescape=lambda name: str(name).endswith(".html.jinja"),
     )  # fmt: skip
     environment.filters |= {"shown": shown, "number": _is_number, "cell": _cell}
-    return environment.get_template(template).render(values | {"columns": summary.COLUMNS})
+    return environment
 
 
 def _is_number(cell: Cell) -> bool:

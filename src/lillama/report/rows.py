@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from lillama.report.svg import Scale, box, drawing, mark, short, text
 
 ROW, LETTER = 22, 8.6  # heights and widths, in the units of the drawing
+TINT = 50  # per cent of the full colour at most, so that words on it can be read in light and in dark
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Pair:
     kept: float | None
 
 
-def bars(title: str, unit: str, pairs: Sequence[Pair], width: int = 540) -> str:
+def bars(title: str, unit: str, pairs: Sequence[Pair], width: int = 440) -> str:
     """Draw for each pair the original's bar, and the compressed one's thinner one within it."""
     left = _margin([pair.label for pair in pairs])
     values = [value for pair in pairs for value in (pair.dense, pair.kept) if value is not None]
@@ -33,7 +34,7 @@ def bars(title: str, unit: str, pairs: Sequence[Pair], width: int = 540) -> str:
     return drawing(title, width, len(pairs) * ROW + 18, [*body, *_ticks(scale, left, room, len(pairs) * ROW, unit)])
 
 
-def dumbbells(title: str, pairs: Sequence[Pair], chance: float, width: int = 540) -> str:
+def dumbbells(title: str, pairs: Sequence[Pair], chance: float, width: int = 440) -> str:
     """Draw two dots for each pair, joined by a line, on an axis from 0 to 1 with a line at chance."""
     left = _margin([pair.label for pair in pairs])
     room, bottom = width - left - 40, len(pairs) * ROW
@@ -73,11 +74,10 @@ def heat(title: str, names: Sequence[str], columns: Sequence[str], cells: Sequen
         for column, share in enumerate(cells[row]):
             if share is None:
                 continue
-            words, style = f"{name}, block {columns[column]}: {share:.1%}", f"--share: {100 * share:.0f}%"
+            words, style = f"{name}, block {columns[column]}: {share:.1%}", f"--share: {TINT * share:.0f}%"
             body.append(box(left + column * side, y, side - 1, ROW - 1, "cell", words, style))
             if side > 30:
-                role = "light" if share > 0.5 else "strong"
-                body.append(text(left + (column + 0.5) * side, y + 15, f"{100 * share:.0f}", "middle", role))
+                body.append(text(left + (column + 0.5) * side, y + 15, f"{100 * share:.0f}", "middle", "strong"))
     return drawing(title, left + len(columns) * side + 4, 22 + len(names) * ROW, body)
 
 

@@ -16,15 +16,16 @@ def sizes(evidence: Evidence) -> Figure | None:
     plan, blocks = evidence["plan"], evidence["spec"].get("blocks", [])
     if not plan or not blocks:
         return None
-    storage = Storage(**plan["storage"]) if "storage" in plan else Storage("plain")
+    storage = plan.get("storage", Storage("plain"))
     linears = {one["name"]: (one["out"] * one["in"], storage.numbers(one["out"], one["in"], one["rank"]))
                for one in plan["linears"]}  # fmt: skip
+    known = {block["index"]: [one for one in block["linears"] if one["name"] in linears] for block in blocks}
     by_block = [
-        Pair(f"block {block['index']}", *_sums(linears[one["name"]] for one in block["linears"])) for block in blocks
+        Pair(f"block {index}", *_sums(linears[one["name"]] for one in parts)) for index, parts in known.items() if parts
     ]
-    kinds = {kind: [linears[one["name"]] for block in blocks for one in block["linears"] if _kind(one, block) == kind]
+    kinds = {kind: [linears[one["name"]] for block in blocks for one in known[block["index"]] if _kind(one, block) == kind]
              for kind in _kinds(blocks)}  # fmt: skip
-    by_kind = [Pair(kind, *_sums(values)) for kind, values in kinds.items()]
+    by_kind = [Pair(kind, *_sums(values)) for kind, values in kinds.items() if values]
     pairs = [*by_block, *by_kind]
     return Figure(
         "sizes", "Where the size is", "Numbers in the linear layers, by block and by kind of linear.",
@@ -44,14 +45,28 @@ def ranks(evidence: Evidence) -> Figure | None:
     kept = {one["name"]: full[one["name"]] if one["rank"] is None else one["rank"] for one in plan["linears"]}
     kinds = _kinds(blocks)
     named = [{_kind(one, block): one["name"] for one in block["linears"]} for block in blocks]
-    cells = [[kept[names[kind]] / full[names[kind]] if kind in names else None for names in named] for kind in kinds]
+    shares = {name: kept[name] / full[name] for name in full}
+    cells = [[shares.get(names.get(kind, "")) for names in named] for kind in kinds]
     rows = tuple((one["name"], full[one["name"]], one["rank"] if one["rank"] is not None else "dense",
-                  100 * kept[one["name"]] / full[one["name"]]) for one in plan["linears"])  # fmt: skip
+                  100 * shares[one["name"]]) for one in plan["linears"])  # fmt: skip
     return Figure(
         "ranks", "Rank plan", "Share of the full rank in %, linears by blocks; darker keeps more, 100 stays dense.",
         (heat("Share of the full rank kept by each linear", kinds, [str(block["index"]) for block in blocks], cells),),
         ("linear", "full rank", "rank", "share, %"), rows, legend=(),
     )  # fmt: skip
+
+
+def shares(evidence: Evidence) -> str:
+    """Draw the share of its numbers that each linear keeps, without the figure around it."""
+    plan, blocks = evidence["plan"], evidence["spec"]["blocks"]
+    storage = plan.get("storage", Storage("plain"))
+    kept = {one["name"]: storage.numbers(one["out"], one["in"], one["rank"]) / (one["out"] * one["in"])
+            for one in plan["linears"]}  # fmt: skip
+    kinds = _kinds(blocks)
+    named = [{_kind(one, block): one["name"] for one in block["linears"]} for block in blocks]
+    cells = [[kept.get(names.get(kind, "")) for names in named] for kind in kinds]
+    heads = [str(block["index"]) for block in blocks]
+    return heat("Share of its numbers that each linear keeps, by block", kinds, heads, cells)
 
 
 def spectra(evidence: Evidence) -> Figure | None:

@@ -16,7 +16,7 @@ def headline(evidence: Evidence) -> str:
     if not metrics:
         total = len(evidence["spec"].get("blocks", []))
         return f"{original}: {len(evidence.blocks)} of {total} blocks are taught; the run is not finished."
-    return f"{original}, {metrics['keep']:.1%} of its parameters."
+    return f"{original}, {metrics['keep']:.1%} of its parameters." if "keep" in metrics else f"{original}, compressed."
 
 
 def facts(evidence: Evidence) -> tuple[Row, ...]:
@@ -26,21 +26,25 @@ def facts(evidence: Evidence) -> tuple[Row, ...]:
 
 def _rows(evidence: Evidence) -> Iterator[Row]:
     metrics = evidence["metrics"]
-    if not metrics:
-        return
-    params, count = metrics["params"], metrics["bytes"]
-    yield "parameters", params["dense"], params["kept"], f"{params['kept'] / params['dense'] - 1:+.1%}"
-    yield "weights", readable(count["dense"]), readable(count["kept"]), f"{count['kept'] / count['dense'] - 1:+.1%}"
-    for text in metrics["texts"]:
+    if "params" in metrics:
+        params = metrics["params"]
+        yield "parameters", params["dense"], params["kept"], f"{params['kept'] / params['dense'] - 1:+.1%}"
+    if "bytes" in metrics:
+        count = metrics["bytes"]
+        yield "weights", readable(count["dense"]), readable(count["kept"]), f"{count['kept'] / count['dense'] - 1:+.1%}"
+    for text in metrics.get("texts", ()):
         before, after = text["before"]["perplexity"], text["after"]["perplexity"]
         yield f"perplexity, {text['name']}", f"{before:.3f}", f"{after:.3f}", f"{after / before - 1:+.1%}"
-    change = metrics["held_out"]
-    yield "loss, held-out calibration text", None, None, f"{change['rise']:+.4f} nats"
-    yield "divergence from the original there (KL)", None, f"{change['kl']:.4f} nats", ""
+    change = metrics.get("held_out", {})
+    if "rise" in change:
+        yield "loss, held-out calibration text", None, None, f"{change['rise']:+.4f} nats"
+    if "kl" in change:
+        yield "divergence from the original there (KL)", None, f"{change['kl']:.4f} nats", ""
     for found in evidence.probes:
         dense = (found.get("compared") or {}).get("dense")
-        change = "" if dense is None else f"{100 * (found['overall'] - dense):+.1f} points"
-        yield f"minimal pairs, {found['benchmark']}", dense and f"{dense:.1%}", f"{found['overall']:.1%}", change
+        points = "" if dense is None else f"{100 * (found['overall'] - dense):+.1f} points"
+        before = None if dense is None else f"{dense:.1%}"
+        yield f"minimal pairs, {found['benchmark']}", before, f"{found['overall']:.1%}", points
 
 
 def origin(evidence: Evidence) -> tuple[tuple[str, str], ...]:
@@ -49,12 +53,14 @@ def origin(evidence: Evidence) -> tuple[tuple[str, str], ...]:
     rows = [("original", evidence.base), ("architecture", str(evidence["spec"].get("architecture", "")))]
     if manifest:
         sources = [str(source.get("path", "")).rpartition("/")[2] for source in manifest.get("sources", [])]
-        told = f"{manifest['kind']}; {', '.join(sources) or 'written by the model itself'}"
-        rows.append(("calibration", f"{told}; {manifest['tokens']:,} tokens in sequences of {manifest['seq_len']}"))
-    if metrics:
-        rows += [("time of the last call", f"{metrics['seconds'] / 60:.1f} minutes"),
-                 ("peak memory", readable(metrics["peak_bytes"]))]  # fmt: skip
-        rows += list(metrics["environment"].items())
+        told = f"{manifest.get('kind', 'text')}; {', '.join(sources) or 'written by the model itself'}"
+        length = f" in sequences of {manifest['seq_len']}" if "seq_len" in manifest else ""
+        rows.append(("calibration", f"{told}; {manifest['tokens']:,} tokens{length}"))
+    if "seconds" in metrics:
+        rows.append(("time of the last call", f"{metrics['seconds'] / 60:.1f} minutes"))
+    if "peak_bytes" in metrics:
+        rows.append(("peak memory", readable(metrics["peak_bytes"])))
+    rows += metrics.get("environment", {}).items()
     return tuple((name, value) for name, value in rows if value)
 
 

@@ -28,6 +28,11 @@ class Scale:
             low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
         return cls(low, high, log)
 
+    def widened(self, share: float, below: bool = True) -> "Scale":
+        """Return a linear scale with room beyond its ends."""
+        more = share * (self.high - self.low)
+        return Scale(self.low - more if below else self.low, self.high + more, self.log)
+
     def __call__(self, value: float) -> float:
         """Return the place of a value: 0 at the low end, 1 at the high one."""
         if not self.log:
@@ -63,7 +68,7 @@ class Line:
         role: what it stands for, which decides its colour.
         marks: whether each point is drawn.
         joined: whether a line goes through the points.
-        label: whether the name stands beside the last point.
+        label: what stands beside the last point.
     """
 
     name: str
@@ -71,18 +76,23 @@ class Line:
     role: Role
     marks: bool = False
     joined: bool = True
-    label: bool = False
+    label: str = ""
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What stands beside the axes, how they run, and the size of the drawing."""
+    """What stands beside the axes, how they run, and the size of the drawing.
+
+    Attributes:
+        room: share of a linear axis that is left free beyond the values, for words beside them.
+    """
 
     x: str
     y: str
     log_y: bool = False
     whole_x: bool = False
     zero_y: bool = False
+    room: float = 0.0
     width: int = 360
     height: int = 220
 
@@ -91,8 +101,8 @@ def chart(title: str, axes: Axes, lines: Sequence[Line]) -> str:
     """Draw curves over common axes."""
     points = [point for line in lines for point in line.points]
     width, height = axes.width, axes.height
-    across = Scale.over((x for x, _ in points))
-    up = Scale.over((y for _, y in points), axes.log_y, axes.zero_y)
+    across = Scale.over((x for x, _ in points)).widened(axes.room)
+    up = Scale.over((y for _, y in points), axes.log_y, axes.zero_y).widened(axes.room, below=not axes.zero_y)
 
     def place(point: Point) -> Point:
         return LEFT + across(point[0]) * (width - LEFT - RIGHT), height - BOTTOM - up(point[1]) * (
@@ -119,8 +129,7 @@ def _line(line: Line, place: Callable[[Point], Point], axes: Axes) -> str:
         parts += [mark(*place((x, y)), line.role, f"{line.name}: {axes.x} {x:g}, {axes.y} {y:.4g}") for x, y in shown]
     if line.label and shown:
         x, y = place(shown[-1])
-        left = x < 0.6 * axes.width
-        parts.append(text(x + (8 if left else -8), y + 4, line.name, "start" if left else "end", "strong"))
+        parts.append(text(x, y - 8, line.label, "middle", "strong"))
     return "".join(parts)
 
 
@@ -128,6 +137,19 @@ def drawing(title: str, width: float, height: float, body: Iterable[str]) -> str
     """Return an SVG element with an accessible name."""
     inner = "".join(body)
     return f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width:g} {height:g}" width="{width:g}">{inner}</svg>'
+
+
+def alone(svg: str, style: str, border: int = 12) -> str:
+    """Return a drawing as a file of its own, on a ground of its own, so that it can be read on any page."""
+    head, _, inner = svg.partition(">")
+    width, height = (float(size) for size in head.partition('viewBox="0 0 ')[2].partition('"')[0].split())
+    wide, high = width + 2 * border, height + 2 * border
+    name = head.partition('aria-label="')[2].partition('"')[0]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{name}" width="{wide:g}" height="{high:g}" '
+        f'viewBox="{-border} {-border} {wide:g} {high:g}">\n<style>\n{style}</style>\n'
+        f'<rect x="{-border}" y="{-border}" width="{wide:g}" height="{high:g}" fill="#fff"/>\n{inner}\n'
+    )
 
 
 def titled(heading: str, svg: str) -> str:

@@ -22,6 +22,8 @@ def doubts(evidence: Evidence) -> Iterator[str]:
 
 def _domain(evidence: Evidence) -> Iterator[str]:
     metrics = evidence["metrics"]
+    if "rise" not in metrics.get("held_out", {}):
+        return
     for text in metrics.get("texts", []):
         excess = math.log(text["after"]["perplexity"] / text["before"]["perplexity"])
         rise = metrics["held_out"]["rise"]
@@ -34,10 +36,10 @@ def _domain(evidence: Evidence) -> Iterator[str]:
 
 def _teaching(evidence: Evidence) -> Iterator[str]:
     logs = [log for log in evidence.blocks if log["steps"]]
-    kept = [log["block"] for log in logs if not log["improved"]]
+    kept = [log["block"] for log in logs if not log.get("improved", True)]
     if kept:
         yield f"{len(kept)} of {len(logs)} blocks did not improve on their initialisation: {_some(kept)}."
-    retried = [log["block"] for log in logs if log["retried"]]
+    retried = [log["block"] for log in logs if log.get("retried")]
     if retried:
         yield f"Training diverged and was tried again with a lower rate: {_some(retried)}."
     recovery, allocation = evidence["recovery"], evidence["allocation"]
@@ -45,7 +47,7 @@ def _teaching(evidence: Evidence) -> Iterator[str]:
         yield "The recovery tail brought nothing; the blocks stay as they were taught."
     if recovery.get("stopped") in ("not finite", "diverged"):
         yield f"The recovery tail was stopped: {recovery['stopped']}; lower recover.lr."
-    if len(allocation.get("candidates", [])) > 1 and allocation["chosen"] == 0:
+    if len(allocation.get("candidates", [])) > 1 and allocation.get("chosen") == 0:
         yield "Uniform ranks were taken: those by the spectra were no better on held-out calibration text."
 
 
@@ -80,7 +82,7 @@ def _measured(evidence: Evidence) -> Iterator[str]:
         asked = Path(found.get("model", own)).name
         if own and asked != own:
             yield f"{found['benchmark']} was asked of {asked}, this is {own}."
-        groups = [group for group in next(iter(found["breakdowns"].values()), []) if group["items"]]
+        groups = [group for group in next(iter(found.get("breakdowns", {}).values()), []) if group["items"]]
         few = [str(group["label"]) for group in groups if group["items"] < FEW]
         if few:
             yield f"{found['benchmark']}: fewer than {FEW} items in {', '.join(few)}; their accuracies are rough."

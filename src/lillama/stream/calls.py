@@ -64,18 +64,20 @@ class CallTable:
     """The calls of all blocks for all calibration sequences; tensors that blocks or sequences share are held once.
 
     Attributes:
-        calls: one for each block; a tensor that grows with the number of sequences is replaced by `Rowwise`.
+        calls: one for each block of a stack; a tensor that grows with the number of sequences is replaced by `Rowwise`.
         tables: for each key of a `Rowwise`, its rows.
         rests: for each class of block, what it returns after the hidden state, or None if it returns that alone.
+        first: index of the stack's first block in the model.
     """
 
     calls: list[BlockCall] = field(default_factory=list)
     tables: dict[int, RowTable] = field(default_factory=dict)
     rests: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
+    first: int = 0
 
     def select(self, index: int, rows: slice | Tensor, device: torch.device) -> BlockCall:
         """Return the call of block `index` for some sequences."""
-        call = self.calls[index]
+        call = self.calls[index - self.first]
 
         def fill(leaf: Any) -> Any:
             return leaf.joined(self.tables[leaf.key].read(rows)).to(device) if isinstance(leaf, Rowwise) else leaf

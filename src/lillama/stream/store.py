@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -104,6 +104,36 @@ class ActivationStore:
             return self._tensor
         size = torch.Size(self.shape).numel()
         return torch.from_file(str(self._path), shared=True, size=size, dtype=self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Makes stores of one purpose when their shape is known; called with a shape it returns the next one.
+
+    Attributes:
+        shelf: where they go.
+        dtype: of the activations.
+        name: of their files, with a number behind it.
+        together: how many stores of such a size there will be, which decides where each goes.
+        made: those made so far.
+    """
+
+    shelf: Shelf
+    dtype: torch.dtype
+    name: str
+    together: int = 1
+    made: list[ActivationStore] = field(default_factory=list)
+
+    def __call__(self, shape: tuple[int, ...]) -> ActivationStore:
+        """Return a new store."""
+        place = self.shelf.place(self.together * torch.Size(shape).numel() * self.dtype.itemsize)
+        self.made.append(ActivationStore(shape, self.dtype, self.shelf, place, f"{self.name}-{len(self.made)}"))
+        return self.made[-1]
+
+    def remove(self) -> None:
+        """Give all of them back."""
+        for store in self.made:
+            store.remove()
 
 
 def _reserve(path: Path, nbytes: int) -> None:

@@ -1,31 +1,38 @@
 """A model whose blocks are in memory one at a time: the parts before, between and after them."""
 
+import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lillama.errors import ModelError
 from lillama.lowrank.install import install_stored
 from lillama.model.checkpoint import CheckpointReader
-from lillama.model.describe import find_stack, refuse_quantized
-from lillama.model.skeleton import filled, skeleton, stored_names
+from lillama.model.describe import find_stacks, refuse_quantized
+from lillama.model.skeleton import skeleton
 from lillama.model.source import load_config, quantization, stored_dtype
+from lillama.model.unfused import unfuse
+from lillama.model.weights import Weights, filled
+from lillama.stream.batch import Batch, heads_only
 from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves, map_call, split_call
 from lillama.stream.store import ActivationStore, RowTable
 
 Forward = Callable[[int, nn.Module, tuple[Any, ...], Mapping[str, Any]], Any]
+NewStore = Callable[[tuple[int, ...]], ActivationStore]
+Before = Mapping[int, ActivationStore]
 
 
 class _AllCaptured(Exception):
-    """Ends a forward pass at its last block, before the head is computed."""
+    """Ends a forward pass at the last block of a stack, before what comes after it is computed."""
 
 
 @dataclass(frozen=True)
@@ -34,31 +41,50 @@ class StreamedModel:
 
     Attributes:
         skeleton: without weights; factorised linears already installed, if the model on disk is compressed.
-        stack: name of the list of blocks.
+        stacks: names of the lists of blocks, from input to output; an encoder-decoder has two.
         reader: of its weights.
         device: that computes.
         dtype: of weights and activations in memory.
     """
 
     skeleton: PreTrainedModel
-    stack: str
+    stacks: tuple[str, ...]
     reader: CheckpointReader
     device: torch.device
     dtype: torch.dtype
 
     @cached_property
-    def names(self) -> dict[str, str]:
-        """Name in the model -> name in the checkpoint; every shape is checked on the way."""
-        return stored_names(self.skeleton, self.reader)
+    def weights(self) -> Weights:
+        """Its weights; every shape is checked on the way."""
+        return Weights.of(self.skeleton, self.reader)
 
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        """The blocks' skeletons."""
-        return tuple(self.skeleton.get_submodule(self.stack).children())
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The blocks' names, of all stacks."""
+        inner = ((stack, self.skeleton.get_submodule(stack).named_children()) for stack in self.stacks)
+        return tuple(f"{stack}.{name}" for stack, children in inner for name, _ in children)
+
+    def template(self, index: int) -> nn.Module:
+        """Return a block without weights, these as linears (see `model.unfused`)."""
+        block = copy.deepcopy(self.skeleton.get_submodule(self.names[index]))
+        unfuse(block)
+        return block
+
+    def indices(self, stack: int) -> range:
+        """Return the indices of a stack's blocks."""
+        sizes = [len(list(self.skeleton.get_submodule(name).children())) for name in self.stacks]
+        return range(sum(sizes[:stack]), sum(sizes[: stack + 1]))
+
+    def stack_of(self, index: int) -> int:
+        """Return the stack of a block."""
+        return next(stack for stack in range(len(self.stacks)) if index in self.indices(stack))
 
     def block(self, index: int) -> nn.Module:
-        """Read one block into memory."""
-        return filled(self.blocks[index], f"{self.stack}.{index}", self.names, self.reader, self.device, self.dtype)
+        """Read one block into memory, its weights as linears."""
+        name = self.names[index]
+        block = filled(self.skeleton.get_submodule(name), name, self.weights, self.device, self.dtype)
+        unfuse(block)
+        return block
 
     def outside(self, head: bool) -> PreTrainedModel:
         """Read all that is not a block into memory; the blocks stay on the meta device.
@@ -66,15 +92,26 @@ class StreamedModel:
         Args:
             head: whether the output layer is read too, if it does not share the input embeddings.
         """
-        wanted = {k: v for k, v in self.names.items() if not k.startswith(f"{self.stack}.")}
+        apart = [f"{name}." for name in (*self.stacks, *self._other_stacks)]
+        wanted = [name for name in self.weights.sources if not name.startswith(tuple(apart))]
         output = self.skeleton.get_output_embeddings()
         if not head and output is not None and output.weight is not self.skeleton.get_input_embeddings().weight:
             unwanted = {name for name, module in self.skeleton.named_modules() if module is output}
-            wanted = {k: v for k, v in wanted.items() if k.rpartition(".")[0] not in unwanted}
-        model = filled(self.skeleton, "", wanted, self.reader, self.device, self.dtype)
+            wanted = [name for name in wanted if name.rpartition(".")[0] not in unwanted]
+        model = filled(self.skeleton, "", self.weights, self.device, self.dtype, wanted)
         assert isinstance(model, PreTrainedModel)
         model.tie_weights()
         return model
+
+    @cached_property
+    def _other_stacks(self) -> list[str]:
+        """Lists of modules that no text runs through, such as the blocks of a vision tower."""
+        config = self.skeleton.config
+        if config.is_encoder_decoder or type(config.get_text_config()) is type(config):
+            return []
+        lists = [name for name, module in self.skeleton.named_modules() if isinstance(module, nn.ModuleList)]
+        text = self.stacks[0].rpartition(".")[0]
+        return [name for name in lists if not name.startswith(f"{text}." if text else "")]
 
 
 def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> StreamedModel:
@@ -93,11 +130,11 @@ def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype | None 
     if found is not None and found.get("quant_method") != "lillama":
         refuse_quantized(config)
     model = skeleton(config)
-    stack = find_stack(model)  # before linears are swapped: quantised ones would not be recognised
+    stacks = find_stacks(model)  # before linears are swapped: quantised ones would not be recognised
     if found is not None:
         install_stored(model, found)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored_dtype(config))
-    return StreamedModel(model, stack, CheckpointReader(folder), device, computed)
+    return StreamedModel(model, stacks, CheckpointReader(folder), device, computed)
 
 
 def row_slices(total: int, size: int) -> Iterator[slice]:
@@ -107,43 +144,79 @@ def row_slices(total: int, size: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def begin(
-    model: StreamedModel,
-    ids: Int[Tensor, "sequences length"],
-    mask: Bool[Tensor, "sequences length"] | None,
-    hidden: ActivationStore,
-    micro_batch: int,
-) -> CallTable:
-    """Run what comes before the blocks: write the first block's inputs to `hidden`, return how the blocks are called.
+    model: StreamedModel, batch: Batch, new: NewStore, micro_batch: int, stack: int = 0, before: Before | None = None
+) -> tuple[CallTable, ActivationStore]:
+    """Run what comes before a stack of blocks.
 
     Models pass no mask at all when no sequence of a batch is padded. The most padded sequence therefore goes along with
     every batch, so that all batches call the blocks in the same way.
+
+    Args:
+        model: that is streamed.
+        batch: what it is run on.
+        new: returns a store for activations of a shape, one row for each sequence.
+        micro_batch: sequences that are computed at once.
+        stack: whose blocks come next.
+        before: for each earlier stack, the outputs of its last block.
+
+    Returns:
+        how the stack's blocks are called, and the inputs of the first of them.
+
+    Raises:
+        ModelError: blocks are not called one after the other, each once.
     """
-    outside, table = model.outside(head=False), CallTable()
-    padded = [] if mask is None or bool(mask.all()) else [int(mask.sum(dim=1).argmin())]
-
-    def capture(rows: list[int]) -> tuple[Tensor, list[BlockCall]]:
-        return _capture(model, outside, table, ids[rows], None if mask is None else mask[rows])
-
+    capture = _Capture(model, model.outside(head=False), stack, before or {})
+    padded = [] if batch.most_padded is None else [batch.most_padded]
     row = padded or [0]
-    table.calls = _marked(capture(2 * row)[1], capture(3 * row)[1])
-    for rows in row_slices(len(ids), micro_batch):
+    capture.check(batch[2 * row])
+    templates = _marked(capture(batch, 2 * row)[1], capture(batch, 3 * row)[1])
+    table, hidden = CallTable(templates, first=model.indices(stack).start, rests=capture.rests), None
+    for rows in row_slices(len(batch), micro_batch):
         chosen = [*range(rows.start, rows.stop), *padded]
         count = rows.stop - rows.start
-        inputs, calls = capture(chosen)
+        inputs, calls = capture(batch, chosen)
+        hidden = hidden or new((len(batch), *inputs.shape[1:]))
         hidden.write(rows, inputs[:count])
-        for mark, leaf in _rowwise_leaves(table.calls, calls).items():
+        for mark, leaf in row_leaves(table.calls, calls).items():
             values = mark.rows(leaf, len(chosen))[:count]
             table.tables.setdefault(mark.key, RowTable(hidden, f"{hidden.name}-call-{mark.key}")).write(rows, values)
-    return table
+    assert hidden is not None
+    return table, hidden
+
+
+def entered(
+    model: StreamedModel, outside: PreTrainedModel, batch: Batch, stack: int, before: Mapping[int, Tensor]
+) -> tuple[Tensor, list[BlockCall]]:
+    """Return what enters a stack of blocks, and how each is called, with the graph that leads there.
+
+    Args:
+        model: that is streamed.
+        outside: from `model.outside`.
+        batch: what it is run on.
+        stack: whose blocks come next.
+        before: outputs of the earlier stacks for these sequences.
+    """
+    return _Capture(model, outside, stack, {})(batch, list(range(len(batch))), before)
 
 
 @torch.no_grad()
 def advance(
     block: nn.Module, index: int, calls: CallTable, source: ActivationStore, sink: ActivationStore, micro_batch: int
 ) -> None:
-    """Run a block on all rows of `source` and write its outputs to `sink`, which may be the same store."""
+    """Run a block on all rows of `source` and write its outputs to `sink`, which may be the same store.
+
+    Raises:
+        ModelError: the block's outputs are of another shape than its inputs.
+    """
     for rows in row_slices(source.shape[0], micro_batch):
-        sink.write(rows, calls.select(index, rows, source.device)(block, source.read(rows)))
+        hidden = source.read(rows)
+        output = calls.select(index, rows, source.device)(block, hidden)
+        if output.shape != hidden.shape:
+            raise ModelError(
+                f"{type(block).__name__} {index} turns activations of shape {tuple(hidden.shape[1:])} into "
+                f"{tuple(output.shape[1:])}; only models whose blocks are all of one width can be compressed"
+            )
+        sink.write(rows, output)
 
 
 def finish(
@@ -151,7 +224,6 @@ def finish(
     outside: PreTrainedModel,
     calls: CallTable,
     ids: Int[Tensor, "sequences length"],
-    mask: Bool[Tensor, "sequences length"] | None,
     hidden: Float[Tensor, "sequences length width"],
 ) -> Float[Tensor, "sequences length vocabulary"]:
     """Run what comes after the blocks on the last block's outputs and return the logits.
@@ -159,9 +231,8 @@ def finish(
     Args:
         model: that is streamed.
         outside: from `model.outside(head=True)`.
-        calls: from `begin`.
+        calls: of the last stack, from `begin`.
         ids: the sequences' token ids.
-        mask: true at real tokens.
         hidden: the last block's outputs.
 
     Raises:
@@ -176,42 +247,102 @@ def finish(
         return _returned(hidden, calls.rests[type(block)])
 
     with _blocks_replaced(model, outside, forward):
-        return outside(**_inputs(model, ids, mask)).logits
+        return outside(**heads_only(outside, ids.to(model.device)), **_uncached(outside)).logits
 
 
-def _capture(
-    model: StreamedModel,
-    outside: PreTrainedModel,
-    table: CallTable,
-    ids: Tensor,
-    mask: Tensor | None,
-) -> tuple[Tensor, list[BlockCall]]:
-    """Run the outside of the model with blocks that pass their input on.
+@dataclass
+class _Capture:
+    """Runs the outside of a model with blocks that pass their input on, up to the last block of a stack.
 
-    Returns:
-        the hidden state that enters the first block, and how each block is called.
+    Attributes:
+        model: that is streamed.
+        outside: all of it but the blocks.
+        stack: whose blocks' calls are captured.
+        before: outputs of the earlier stacks.
+        rests: class of block -> what it returns after the hidden state, or None if it returns that alone.
     """
-    captured: list[tuple[Tensor, BlockCall]] = []
 
-    def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        hidden, call = split_call(args, kwargs)
-        captured.append((hidden, call))
-        if type(block) not in table.rests:
-            output = model.block(index)(*args, **kwargs)
-            table.rests[type(block)] = tuple(output[1:]) if isinstance(output, tuple | list) else None
-        if index == len(model.blocks) - 1:
-            raise _AllCaptured
-        return _returned(hidden, table.rests[type(block)])
+    model: StreamedModel
+    outside: PreTrainedModel
+    stack: int
+    before: Before
+    rests: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
+    _earlier: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
+    _alive: dict[tuple[bool, type[nn.Module]], nn.Module] = field(default_factory=dict)
 
-    with _blocks_replaced(model, outside, forward), suppress(_AllCaptured):
-        outside(**_inputs(model, ids, mask))
-    return captured[0][0], [call for _, call in captured]
+    def check(self, batch: Batch) -> None:
+        """Refuse a model whose blocks do not run one after the other, each once; the forward pass goes on to its end."""
+        seen: list[int] = []
+
+        def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            seen.append(index)
+            hidden, _ = split_call(args, kwargs)
+            return _returned(hidden, self._rest(index, block, args, kwargs))
+
+        # What comes behind the blocks may lack its weights, or want what blocks of another width would have made.
+        with _blocks_replaced(self.model, self.outside, forward), suppress(RuntimeError):
+            self.outside(**batch.forward_inputs(self.model.device), **_uncached(self.outside))
+        known = self.model.indices(self.stack)
+        missed = [self.model.names[index] for index in known if index not in seen]
+        if [index for index in seen if index < known.stop] != list(range(known.stop)):
+            what = f"{missed[0]} is not reached" if missed else "blocks run more than once, or in another order"
+            raise self._refusal(what)
+
+    def __call__(
+        self, batch: Batch, rows: list[int], before: Mapping[int, Tensor] | None = None
+    ) -> tuple[Tensor, list[BlockCall]]:
+        """Return the hidden state that enters the stack's first block, and how each of its blocks is called."""
+        ready = before or {stack: store.read(torch.tensor(rows)) for stack, store in self.before.items()}
+        captured: list[tuple[Tensor, BlockCall]] = []
+        last = {self.model.indices(stack).stop - 1: stack for stack in range(len(self.model.stacks))}
+
+        def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            hidden, call = split_call(args, kwargs)
+            if index in self.model.indices(self.stack):
+                captured.append((hidden, call))
+            rest = self._rest(index, block, args, kwargs)
+            if last.get(index) == self.stack:
+                raise _AllCaptured
+            return _returned(ready.get(last[index], hidden) if index in last else hidden, rest)
+
+        inputs = batch[rows].forward_inputs(self.model.device)
+        with _blocks_replaced(self.model, self.outside, forward), suppress(_AllCaptured):
+            self.outside(**inputs, **_uncached(self.outside))
+        return captured[0][0], [call for _, call in captured]
+
+    def _refusal(self, what: str) -> ModelError:
+        return ModelError(
+            f"{type(self.outside).__name__}: {what}; only models whose blocks run one after the other, all of one width, can "
+            "be compressed"
+        )
+
+    def _rest(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return what a block gives besides its hidden state; only a block that does so is run again for every batch."""
+        kind, here = type(block), index in self.model.indices(self.stack)
+        rests = self.rests if here else self._earlier
+        if kind in rests and not rests[kind]:
+            return rests[kind]
+        real = self._alive.get((here, kind)) or self.model.block(index)
+        try:
+            with torch.no_grad():
+                output = real(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise self._refusal(
+                f"{self.model.names[index]} cannot run on what enters the first block ({reason})"
+            ) from None
+        rests[kind] = rest = tuple(output[1:]) if isinstance(output, tuple | list) else None
+        if rest:
+            self._alive[here, kind] = real
+        return rest
 
 
 @contextmanager
 def _blocks_replaced(model: StreamedModel, outside: nn.Module, forward: Forward) -> Iterator[None]:
     """Let every block of `outside` run `forward` instead of its own; its attributes stay readable."""
-    blocks = list(outside.get_submodule(model.stack).children())
+    blocks = [outside.get_submodule(name) for name in model.names]
     for index, block in enumerate(blocks):
         block.forward = lambda *args, _index=index, _block=block, **kwargs: forward(_index, _block, args, kwargs)
     try:
@@ -221,9 +352,10 @@ def _blocks_replaced(model: StreamedModel, outside: nn.Module, forward: Forward)
             del block.forward
 
 
-def _inputs(model: StreamedModel, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"input_ids": ids.to(model.device), "use_cache": False}
-    return inputs if mask is None else inputs | {"attention_mask": mask.to(model.device, torch.long)}
+def _uncached(model: PreTrainedModel) -> dict[str, Any]:
+    known = inspect.signature(model.forward).parameters
+    passed_on = model.can_generate() and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    return {"use_cache": False} if passed_on or "use_cache" in known else {}
 
 
 def _returned(hidden: Tensor, rest: tuple[Any, ...] | None) -> Any:
@@ -244,7 +376,7 @@ def _marked(two: list[BlockCall], three: list[BlockCall]) -> list[BlockCall]:
     return [map_call(mark, call) for call in two]
 
 
-def _rowwise_leaves(templates: list[BlockCall], calls: list[BlockCall]) -> dict[Rowwise, Tensor]:
-    """Collect the tensors of captured calls that stand where the templates have a `Rowwise`."""
+def row_leaves(templates: list[BlockCall], calls: list[BlockCall]) -> dict[Rowwise, Tensor]:
+    """Return the tensors of captured calls that stand where the templates have a `Rowwise`."""
     pairs = zip(leaves(templates), leaves(calls), strict=True)
     return {mark: leaf for mark, leaf in pairs if isinstance(mark, Rowwise)}

@@ -1,0 +1,228 @@
+"""Calibration on speech and images: files through the model's own processor, to whatever its forward takes."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoFeatureExtractor, AutoImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
+
+from lillama.calibration.pack import SURPLUS, Manifest, SourceRecord, TokenBlocks, ids_hash, share, tokenizer_hash
+from lillama.calibration.sources import IMAGES, SPEECH, Source, fingerprint, first_line, media_files
+from lillama.errors import CalibrationError, ModelError
+from lillama.progress import Progress, Report, silent
+
+Takes = Literal["input_features", "input_values", "pixel_values"]
+
+TEXTS = ("text", "transcription", "sentence", "transcript")  # names of the field that holds what is said
+SECONDS = 4  # of a window, for encoders that take the wave itself
+BATCH = 16  # files that are processed at once
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file, with what is said in it if that is known."""
+
+    path: Path
+    text: str | None = None
+
+
+def pack_media(
+    sources: tuple[Source, ...],
+    takes: str,
+    folder: Path,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rows: int,
+    seed: int,
+    report: Report = silent,
+) -> TokenBlocks:
+    """Choose files by the seed and process them, each source giving its share of the rows.
+
+    Args:
+        sources: folders of files, or JSON lines that name them; `metadata.jsonl` in a folder says what is said in each.
+        takes: name of the model's main input.
+        folder: of the model, with its processor's configuration.
+        config: of the model.
+        tokenizer: of the model, if it writes text.
+        rows: utterances (for encoders of the wave: windows of four seconds) or images.
+        seed: of the choice.
+        report: told about files.
+
+    Raises:
+        CalibrationError: a source holds no file of the kind, or what is said is not known and the model needs it.
+        ModelError: the model's processor cannot be used.
+    """
+    if takes not in READERS:
+        raise ModelError(f"the model takes {takes}; calibration knows input_ids, {', '.join(READERS)}")
+    kinds = IMAGES if takes == "pixel_values" else SPEECH
+    generator = torch.Generator().manual_seed(seed)
+    chosen: list[Clip] = []
+    records: list[SourceRecord] = []
+    for source, wanted in zip(sources, share(sources, rows), strict=True):
+        found = list(clips(source, kinds))[: SURPLUS * max(wanted, 1) * (SECONDS if takes == "input_values" else 1)]
+        order = torch.randperm(len(found), generator=generator).tolist()
+        taken = [found[index] for index in (order if takes == "input_values" else order[:wanted])]
+        chosen += taken
+        records.append(
+            SourceRecord(
+                source.path,
+                source.field,
+                source.config,
+                source.split,
+                source.weight,
+                fingerprint(source),
+                len(found),
+                len(taken),
+            )
+        )
+    report(Progress("calibration", 0, len(chosen), takes))
+    inputs = READERS[cast(Takes, takes)](chosen, folder, config, rows)
+    count = len(next(iter(inputs.values())))
+    ids, mask = torch.zeros(count, 0, dtype=torch.long), None
+    if config.is_encoder_decoder:
+        ids, mask = _transcripts(chosen, config, tokenizer)
+    report(Progress("calibration", len(chosen), len(chosen), takes))
+    manifest = Manifest(
+        kind="images" if takes == "pixel_values" else "speech",
+        sources=tuple(records),
+        tokenizer="" if tokenizer is None else tokenizer_hash(tokenizer),
+        seq_len=ids.shape[1],
+        wanted=rows,
+        tokens=count if mask is None else int(mask.sum()),
+        seed=seed,
+        temperature=None,
+        sha256=ids_hash(ids),
+    )
+    return TokenBlocks(ids, mask, manifest, inputs)
+
+
+def clips(source: Source, kinds: Sequence[str]) -> Iterator[Clip]:
+    """Yield the files of a source, in order, with what is said in them."""
+    path = Path(source.path)
+    folder, listing = (path, path / "metadata.jsonl") if path.is_dir() else (path.parent, path)
+    if not listing.is_file():
+        yield from (Clip(file) for file in media_files(path, kinds))
+        return
+    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{listing}, line {number}"
+        try:
+            row = cast(dict[str, Any], json.loads(line))
+            file = folder / row["file_name"]
+        except (ValueError, KeyError, TypeError):
+            raise CalibrationError(f'{where}: {{"file_name": ..., "text": ...}} is wanted; write it so') from None
+        if not file.is_file() or file.suffix.lower() not in kinds:
+            raise CalibrationError(f"{where}: {file} is not there, or no file of type {', '.join(kinds)}")
+        names = [source.field] if source.field else TEXTS
+        yield Clip(file, next((str(row[name]) for name in names if name in row), None))
+
+
+def wave(path: Path, rate: int) -> NDArray[np.float32]:
+    """Return a sound file as one channel at a sampling rate, in samples a second."""
+    try:
+        import soundfile
+    except ImportError:
+        raise CalibrationError(
+            f"{path}: sound is read by soundfile; install it: pip install 'lillama[audio]'"
+        ) from None
+    from scipy.signal import resample_poly
+
+    try:
+        samples, found = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise CalibrationError(f"{path}: no readable sound file ({first_line(error)}); write it anew") from None
+    mono = samples.mean(axis=1)
+    return mono if found == rate else resample_poly(mono, rate, found).astype(np.float32)
+
+
+def _features(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: int) -> dict[str, Tensor]:
+    """Return log-mel features, and which positions of the encoder hear speech and not the padding behind it."""
+    extractor = _processor(AutoFeatureExtractor, folder)
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, len(chosen), BATCH):
+        waves = [wave(clip.path, extractor.sampling_rate) for clip in chosen[start : start + BATCH]]
+        parts.append(
+            extractor(
+                waves, sampling_rate=extractor.sampling_rate, return_tensors="pt", return_attention_mask=True,
+                padding="max_length",
+            )
+        )  # fmt: skip
+    inputs = {"input_features": torch.cat([part["input_features"] for part in parts])}
+    positions = getattr(config, "max_source_positions", None)  # of the encoder; Whisper's halves the frames
+    if positions is not None and "attention_mask" in parts[0]:
+        frames = torch.cat([part["attention_mask"] for part in parts]).bool()
+        inputs["encoder_mask"] = frames[:, :: max(1, frames.shape[1] // positions)].contiguous()
+    return inputs
+
+
+def _values(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: int) -> dict[str, Tensor]:
+    """Return windows of sound; utterances are joined, so that nothing is padded."""
+    extractor = _processor(AutoFeatureExtractor, folder)
+    length = SECONDS * extractor.sampling_rate
+    sound = np.concatenate([wave(clip.path, extractor.sampling_rate) for clip in chosen])
+    windows = [sound[start : start + length] for start in range(0, len(sound) - length + 1, length)][:rows]
+    if not windows:
+        raise CalibrationError(f"{chosen[0].path.parent}: less than {SECONDS} s of speech; give more")
+    made = extractor(windows, sampling_rate=extractor.sampling_rate, return_tensors="pt", return_attention_mask=False)
+    return {"input_values": made["input_values"]}
+
+
+def _pixels(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: int) -> dict[str, Tensor]:
+    """Return images as the model's processor prepares them."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise CalibrationError("images are read by pillow; install it: pip install 'lillama[vision]'") from None
+    processor, parts = _processor(AutoImageProcessor, folder), list[Tensor]()
+    for start in range(0, len(chosen), BATCH):
+        images = []
+        for clip in chosen[start : start + BATCH]:
+            try:
+                images.append(Image.open(clip.path).convert("RGB"))
+            except (UnidentifiedImageError, OSError) as error:
+                raise CalibrationError(f"{clip.path}: no readable image ({first_line(error)})") from None
+        parts.append(processor(images=images, return_tensors="pt")["pixel_values"])
+    return {"pixel_values": torch.cat(parts)}
+
+
+READERS = {"input_features": _features, "input_values": _values, "pixel_values": _pixels}
+
+
+def _processor(kind: Any, folder: Path) -> Any:
+    try:
+        return kind.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(
+            f"{folder}: no usable processor ({first_line(error)}); put preprocessor_config.json there"
+        ) from None
+
+
+def _transcripts(
+    chosen: list[Clip], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Int[Tensor, "rows length"], Bool[Tensor, "rows length"]]:
+    """Return what is said as tokens that end with the end-of-text token, padded behind, and which are real."""
+    if tokenizer is None:
+        raise ModelError("the model writes text but has no tokenizer; put tokenizer.json and its config beside it")
+    silent_one = next((clip for clip in chosen if clip.text is None), None)
+    if silent_one is not None:
+        raise CalibrationError(
+            f'{silent_one.path}: what is said is not known; put metadata.jsonl with {{"file_name": ..., "text": ...}} there'
+        )
+    end = tokenizer.eos_token_id
+    rows: list[list[int]] = []
+    for clip in chosen:
+        ids = cast(list[int], tokenizer(clip.text)["input_ids"])
+        ids = ids[1:] if ids[:1] == [config.decoder_start_token_id] else ids
+        rows.append(ids if end is None or ids[-1:] == [end] else [*ids, cast(int, end)])
+    longest = min(max(map(len, rows)), getattr(config, "max_target_positions", 1 << 20) - 1)
+    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row[:longest])
+        mask[index, : len(row)] = True
+    return ids, mask

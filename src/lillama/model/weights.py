@@ -1,0 +1,189 @@
+"""The weights of a model under the names that its class gives them, however the checkpoint keeps them.
+
+transformers renames and converts tensors while it loads: experts that lie one by one in a checkpoint become one 3-D tensor,
+for example. The same rules, its own, are applied here, to one tensor at a time.
+"""
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from lillama.errors import ModelError
+from lillama.model.checkpoint import CheckpointReader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one tensor of a model, or several of them, are made of.
+
+    Attributes:
+        target: name that transformers gives the result.
+        keys: tensors in the checkpoint, each with the pattern of the converter that its name matches.
+        converter: that makes one of the others; None if there is one tensor, which is taken as it is.
+    """
+
+    target: str
+    keys: tuple[tuple[str, str], ...]
+    converter: WeightConverter | None = None
+
+    def made(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return name in the model -> tensor, from name in the checkpoint -> tensor."""
+        if self.converter is None:
+            return {self.target: tensors[self.keys[0][0]]}
+        converter = copy.deepcopy(self.converter)
+        for key, pattern in self.keys:
+            converter.add_tensor(self.target, key, pattern, tensors[key])  # pyright: ignore[reportArgumentType]
+        try:
+            made = converter.convert(self.target, model=model, config=model.config)
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ModelError(
+                f"{self.target}: cannot be made of {self.keys[0][0]} and {len(self.keys) - 1} more tensors "
+                f"({next(iter(str(error).splitlines()), type(error).__name__)}); fetch the model again"
+            ) from None
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The stored tensors of a model; each is read when it is asked for.
+
+    Shared parameters appear once, under the name that the model gives first.
+
+    Attributes:
+        model: skeleton, of its native class.
+        reader: of the checkpoint.
+        sources: name in the model -> what it is made of, and under which name that comes out.
+        integers: names of tensors of whole numbers -> their type, which they always keep.
+    """
+
+    model: PreTrainedModel
+    reader: CheckpointReader
+    sources: Mapping[str, tuple[Source, str]]
+    integers: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, reader: CheckpointReader) -> "Weights":
+        """Find every tensor of a skeleton in a checkpoint, without reading any.
+
+        A checkpoint of the bare base model (names without `model.`) serves too.
+
+        Raises:
+            ModelError: a tensor is missing, has another shape, or a type that cannot be read.
+        """
+        prefix, present = f"{model.base_model_prefix}.", _present(model, reader)
+        found: dict[str, tuple[Source, str]] = {}
+        for name, wanted in stored(model):
+            candidates = chain((name, name.removeprefix(prefix), prefix + name), _tied_names(model, name))
+            known = next((n for n in candidates if n in present), None)
+            if known is None:
+                raise ModelError(f"{reader.folder}: tensor {name} is missing from the weights; fetch the model again")
+            source, shape = present[known]
+            if shape != tuple(wanted.shape):
+                raise ModelError(
+                    f"{reader.folder}: tensor {name} has shape {shape}, the configuration wants "
+                    f"{tuple(wanted.shape)}; config.json and weights do not belong together"
+                )
+            for key, _ in source.keys:
+                reader.check(key, wanted.dtype)
+            found[name] = source, known
+        integers = {name: tensor.dtype for name, tensor in stored(model) if not tensor.is_floating_point()}
+        weights = cls(model, reader, found, integers)
+        unused = set(reader.names) - set(weights.keys)
+        if unused:
+            logger.info("%d stored tensors are not part of the model, for example %s", len(unused), min(unused))
+        return weights
+
+    @property
+    def keys(self) -> Iterator[str]:
+        """Names in the checkpoint of all that the model is made of."""
+        return (key for source in {id(s): s for s, _ in self.sources.values()}.values() for key, _ in source.keys)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type that a tensor is stored in."""
+        return self.reader.dtype(self.sources[name][0].keys[0][0])
+
+    def read(
+        self, names: Iterable[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and tensors in a type; None keeps the stored one."""
+        made: dict[int, dict[str, Tensor]] = {}
+        for name in names:
+            source, known = self.sources[name]
+            if source.converter is None:
+                yield name, self.reader.read(source.keys[0][0], device, self.integers.get(name, dtype))
+                continue
+            if id(source) not in made:
+                tensors = {key: self.reader.read(key, device, dtype) for key, _ in source.keys}
+                made[id(source)] = source.made(self.model, tensors)
+            yield name, made[id(source)].pop(known)
+
+
+def filled(
+    template: nn.Module, prefix: str, weights: Weights, device: torch.device, dtype: torch.dtype | None,
+    wanted: Iterable[str] | None = None,
+) -> nn.Module:  # fmt: skip
+    """Return a copy of a skeleton's module with its weights read from the checkpoint.
+
+    Args:
+        template: a module of the skeleton; it is left as it is.
+        prefix: the module's full name in the model, empty for the model itself.
+        weights: of the model.
+        device: where the weights go.
+        dtype: of the weights in memory, None for the stored ones; integers keep their own.
+        wanted: full names of the tensors that are read, by default all; parameters that are not stay on the meta device.
+    """
+    module, dot = copy.deepcopy(template), f"{prefix}." if prefix else ""
+    chosen = weights.sources.keys() if wanted is None else frozenset(wanted)
+    names = [dot + name for name, _ in stored(module) if dot + name in chosen]
+    state = {name.removeprefix(dot): tensor for name, tensor in weights.read(names, device, dtype)}
+    module.load_state_dict(state, strict=False, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        moved = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)  # empty, or unfilled
+        owner.register_buffer(leaf, moved, persistent=leaf not in owner._non_persistent_buffers_set)
+    return module.requires_grad_(False)
+
+
+def stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a checkpoint stores of a module: parameters, shared ones once, and persistent, non-empty buffers."""
+    yield from module.named_parameters()
+    kept = set(module.state_dict(keep_vars=True))
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept and buffer.numel())
+
+
+def _present(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, tuple[Source, tuple[int, ...]]]:
+    """Map every name under which the checkpoint's tensors can be found to their source and shape."""
+    steps, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    groups: dict[str, list[tuple[str, str]]] = {}
+    found: dict[str, tuple[Source, tuple[int, ...]]] = {}
+    for key in sorted(reader.entries, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if pattern is None:
+            found[target] = Source(target, ((key, ""),)), reader.shape(key)
+        else:
+            groups.setdefault(target, []).append((key, pattern))
+    for target, keys in groups.items():
+        source = Source(target, tuple(keys), by_pattern[keys[0][1]])
+        shapes = {key: torch.empty(reader.shape(key), device="meta") for key, _ in keys}
+        found |= {name: (source, tuple(tensor.shape)) for name, tensor in source.made(model, shapes).items()}
+    return found | {key: (Source(key, ((key, ""),)), reader.shape(key)) for key in reader.entries if key not in found}
+
+
+def _tied_names(model: PreTrainedModel, name: str) -> Iterator[str]:
+    """Yield the names of parameters that the named one is tied to, for it may be saved under any of them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    yield from (other for other, parameter in parameters.items() if parameter is parameters.get(name))

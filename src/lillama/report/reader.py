@@ -1,0 +1,138 @@
+"""Read artefacts that may be damaged or foreign: what has the right form is kept, what has not is named."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
+
+Json = dict[str, Any]
+Values = NDArray[np.floating[Any]]
+Place = tuple[str | int, ...]
+
+
+@dataclass
+class Reader:
+    """Reads artefacts; what fails is noted, never raised.
+
+    Attributes:
+        missing: notes so far.
+    """
+
+    missing: list[str] = field(default_factory=list)
+
+    def json(
+        self,
+        path: Path,
+        shape: Any,
+        wanted: bool = True,
+        key: str = "version",
+        form: Callable[[Json], Json] = lambda value: value,
+    ) -> Json:
+        """Return what a JSON file holds of `shape`; empty if it is not there, is damaged or has not `key`.
+
+        Args:
+            path: of the file.
+            shape: a TypedDict.
+            wanted: whether its absence is noted.
+            key: without which it is no such file.
+            form: brings one form of the file into that of `shape`.
+        """
+        read = self._read(path, lambda: [json.loads(path.read_text(encoding="utf-8"))], wanted)
+        if read is None:
+            return {}
+        name, (value,) = _name(path), read
+        if not isinstance(value, dict) or key not in value:
+            self.missing.append(f"{name}: damaged, it has no {key!r}")
+            return {}
+        found, faults = kept(shape, form(value))
+        if not found and not faults:
+            self.missing.append(f"{name}: holds nothing that a report shows")
+        if faults:
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            self.missing.append(f"{name}: {faults[0]}{more}")
+        return found
+
+    def tensors(self, path: Path, wanted: bool) -> Mapping[str, Values]:
+        """Return the arrays of a safetensors file; none if it is not there or is damaged."""
+        return self._read(path, lambda: load_file(path), wanted) or {}
+
+    def _read(self, path: Path, load: Callable[[], Any], wanted: bool) -> Any:
+        if not path.is_file():
+            self.missing += [f"{_name(path)}: not there"] if wanted else []
+            return None
+        try:
+            return load()
+        except (OSError, ValueError, KeyError, RecursionError, SafetensorError):
+            self.missing.append(f"{_name(path)}: damaged")
+            return None
+
+
+def kept(shape: Any, value: Json) -> tuple[Json, list[str]]:
+    """Take out of a JSON object what has not its shape, and what cannot be without that.
+
+    Args:
+        shape: a TypedDict.
+        value: changed in place.
+
+    Returns:
+        what is left, empty where nothing can be; and a line on each part that was taken out.
+
+    Examples:
+        >>> from lillama.report.shapes import Allocation
+        >>> kept(Allocation, {"chosen": 1.0, "candidates": 3})
+        ({'chosen': 1.0}, ["candidates is 3, it should be a valid list"])
+    """
+    faults: list[str] = []
+    while True:
+        try:
+            return _adapter(shape).validate_python(value), faults
+        except ValidationError as error:
+            found = {_reached(value, one["loc"]): one for one in error.errors(include_url=False)}
+        faults += [_told(one["loc"], one["type"], one["msg"], one["input"]) for one in found.values()]
+        if () in found:
+            return {}, faults
+        outer = [place for place in found if not any(place[:end] in found for end in range(1, len(place)))]
+        for place in reversed(outer):  # so that the places before it in a list stay where they are
+            del _at(value, place[:-1])[place[-1]]
+
+
+@cache
+def _adapter(shape: Any) -> Any:
+    return TypeAdapter(shape)
+
+
+def _reached(value: Any, place: Place) -> Place:
+    """Return the longest beginning of a place that is there: of a missing key, the object that lacks it."""
+    for depth, step in enumerate(place):
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return place[:depth]
+    return place
+
+
+def _at(value: Any, place: Sequence[str | int]) -> Any:
+    for step in place:
+        value = value[step]
+    return value
+
+
+def _told(place: Place, kind: str, message: str, found: Any) -> str:
+    name = ".".join(map(str, place))
+    if kind == "missing":
+        return f"{name} is not there"
+    text = repr(found)
+    shown = text if len(text) <= 40 else f"{text[:37]}..."
+    return f"{name} is {shown}, {message.replace('Input', 'it')}"
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"

@@ -1,0 +1,102 @@
+"""What a model is run on: rows of whatever its forward takes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences, one in each row of every tensor.
+
+    Attributes:
+        inputs: what the model's forward is given, by its own names.
+        ids: the tokens that the head predicts each from those before it; None for a model without a language-modelling
+            head.
+        masks: true at real positions, for each stack of blocks that pads; its index -> rows x length. Padding enters neither
+            Grams nor losses.
+    """
+
+    inputs: Mapping[str, Tensor]
+    ids: Int[Tensor, "rows length"] | None = None
+    masks: Mapping[int, Bool[Tensor, "rows _"]] = field(default_factory=dict)
+
+    @classmethod
+    def of_tokens(cls, ids: Int[Tensor, "rows length"], mask: Bool[Tensor, "rows length"] | None = None) -> "Batch":
+        """Return what a decoder alone is run on."""
+        if mask is None:
+            return cls({"input_ids": ids}, ids)
+        return cls({"input_ids": ids, "attention_mask": mask.long()}, ids, {0: mask})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> "Batch":
+        return Batch(
+            {name: tensor[rows] for name, tensor in self.inputs.items()},
+            None if self.ids is None else self.ids[rows],
+            {stack: mask[rows] for stack, mask in self.masks.items()},
+        )
+
+    def forward_inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the inputs on a device."""
+        return {name: tensor.to(device) for name, tensor in self.inputs.items()}
+
+    def masks_at(self, stack: int) -> tuple[Bool[Tensor, "rows _"] | None, ...]:
+        """Return the mask of a stack's own positions, or None, and then the masks of the other stacks."""
+        return self.masks.get(stack), *(mask for other, mask in self.masks.items() if other != stack)
+
+    @property
+    def most_padded(self) -> int | None:
+        """The row with most padding that the model itself is told of; None if it is told of none."""
+        mask = self.inputs.get("attention_mask")
+        return None if mask is None or bool(mask.all()) else int(mask.sum(dim=1).argmin())
+
+
+def batch_of(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "rows length"],
+    mask: Bool[Tensor, "rows length"] | None,
+    inputs: Mapping[str, Tensor],
+) -> Batch:
+    """Return what a model is run on for calibration.
+
+    An encoder-decoder without inputs of its own reads the first half of each sequence and is asked for the second.
+
+    Args:
+        model: or its skeleton.
+        ids: the tokens.
+        mask: true for a real token; None if all are.
+        inputs: what else the model's forward takes; `encoder_mask` tells the encoder's real positions.
+    """
+    given = dict(inputs)
+    if not model.config.is_encoder_decoder:
+        return Batch.of_tokens(ids, mask) if not given else Batch(given)
+    masks = {} if "encoder_mask" not in given else {0: given.pop("encoder_mask")}
+    if not given:
+        half = ids.shape[1] // 2
+        given, ids = {"input_ids": ids[:, :half]}, ids[:, half:]
+    first = model.config.decoder_start_token_id
+    if first is not None:
+        ids = torch.cat([torch.full_like(ids[:, :1], first), ids], dim=1)
+        mask = None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
+    masks |= {} if mask is None else {1: mask}
+    return Batch(given | {"decoder_input_ids": ids}, ids, masks)
+
+
+def fills_gaps(model: PreTrainedModel) -> bool:
+    """Tell whether a model predicts masked tokens from both sides, instead of each from those before it."""
+    return not model.config.is_encoder_decoder and type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+def heads_only(model: PreTrainedModel, ids: Int[Tensor, "rows length"]) -> dict[str, object]:
+    """Return inputs that lead `ids` to the head with as little as possible before it, blocks being passed over."""
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids}
+    width = model.config.get_text_config().hidden_size
+    return {"decoder_input_ids": ids, "encoder_outputs": (torch.zeros(len(ids), 1, width, device=ids.device),)}

@@ -1,0 +1,150 @@
+"""Speech and images become what a model's own processor makes of them, the same for the same seed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, Wav2Vec2FeatureExtractor, WhisperConfig, WhisperFeatureExtractor
+
+from lillama.calibration.media import SECONDS, clips, pack_media, wave
+from lillama.calibration.pack import TokenBlocks
+from lillama.calibration.sources import SPEECH, Source, fingerprint
+from lillama.errors import CalibrationError, ModelError
+from lillama.stream.batch import batch_of
+
+RATE = 16_000
+WHISPER = WhisperConfig(max_source_positions=50, max_target_positions=64, num_mel_bins=16, decoder_start_token_id=0)
+
+
+@pytest.fixture
+def speech(tmp_path: Path) -> Path:
+    folder, lines = tmp_path / "speech", []
+    folder.mkdir()
+    for index in range(6):
+        samples = 0.1 * np.sin(np.arange(RATE // 2 + 1000 * index) * (0.1 + index / 10))
+        soundfile.write(folder / f"{index}.wav", samples, RATE)
+        lines.append(json.dumps({"file_name": f"{index}.wav", "text": "word " * (index + 1)}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def whisper(tmp_path: Path) -> Path:
+    WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(tmp_path / "whisper")
+    return tmp_path / "whisper"
+
+
+def packed(speech: Path, whisper: Path, tokenizer, seed: int = 0, rows: int = 4) -> TokenBlocks:
+    return pack_media((Source(str(speech)),), "input_features", whisper, WHISPER, tokenizer, rows, seed)
+
+
+def test_features_are_the_processors_and_silence_behind_speech_is_known(speech, whisper, tokenizer) -> None:
+    found = packed(speech, whisper, tokenizer)
+    assert found.inputs["input_features"].shape == (4, 16, 100)
+    heard = found.inputs["encoder_mask"]
+    assert heard.shape == (4, 50)
+    extractor = WhisperFeatureExtractor.from_pretrained(whisper)
+    texts = [
+        tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(found.ids, found.mask, strict=True)
+    ]
+    for row, text in enumerate(texts):
+        index = len(text.split()) - 1
+        samples, _ = soundfile.read(speech / f"{index}.wav", dtype="float32")
+        wanted = extractor(samples, sampling_rate=RATE, return_tensors="pt")["input_features"][0]
+        torch.testing.assert_close(found.inputs["input_features"][row], wanted)
+        assert abs(int(heard[row].sum()) - len(samples) / RATE * 50) <= 1
+    assert all(ids[real][-1] == tokenizer.eos_token_id for ids, real in zip(found.ids, found.mask, strict=True))
+
+
+def test_the_seed_decides_and_a_saved_set_is_the_same(speech, whisper, tokenizer, tmp_path: Path) -> None:
+    found = packed(speech, whisper, tokenizer)
+    assert torch.equal(found.ids, packed(speech, whisper, tokenizer).ids)
+    assert not torch.equal(found.ids, packed(speech, whisper, tokenizer, seed=1).ids)
+    found.save(tmp_path / "saved")
+    again = TokenBlocks.load(tmp_path / "saved")
+    assert again.manifest == found.manifest and again.manifest.kind == "speech"
+    assert all(torch.equal(tensor, found.inputs[name]) for name, tensor in again.inputs.items())
+
+
+def test_the_decoder_is_given_the_start_and_asked_for_the_rest(speech, whisper, tokenizer) -> None:
+    from transformers import WhisperForConditionalGeneration
+
+    with torch.device("meta"):
+        model = WhisperForConditionalGeneration(WHISPER)
+    found = packed(speech, whisper, tokenizer)
+    batch = batch_of(model, found.ids, found.mask, found.inputs)
+    assert set(batch.inputs) == {"input_features", "decoder_input_ids"}
+    assert batch.ids[:, 0].tolist() == [0] * 4 and torch.equal(batch.ids[:, 1:], found.ids)
+    assert batch.masks[1][:, 0].all() and torch.equal(batch.masks[1][:, 1:], found.mask)
+    assert torch.equal(batch.masks[0], found.inputs["encoder_mask"])
+
+
+def test_waves_are_joined_and_cut_without_padding(speech, tmp_path: Path) -> None:
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path / "model")
+    config = WhisperConfig(is_encoder_decoder=False)
+    for index in range(6, 30):
+        soundfile.write(speech / f"{index}.wav", np.full(RATE, 0.01), RATE)
+    (speech / "metadata.jsonl").unlink()
+    found = pack_media((Source(str(speech)),), "input_values", tmp_path / "model", config, None, 3, 0)
+    assert found.inputs["input_values"].shape == (3, SECONDS * RATE)
+    assert found.mask is None and found.ids.shape == (3, 0)
+
+
+def test_images_go_through_the_processor(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        tmp_path / "m"
+    )
+    for index in range(5):
+        Image.new("RGB", (20, 24), (50 * index, 10, 10)).save(tmp_path / "images" / f"{index}.png")
+    config = WhisperConfig(is_encoder_decoder=False)
+    found = pack_media((Source(str(tmp_path / "images")),), "pixel_values", tmp_path / "m", config, None, 3, 0)
+    assert found.inputs["pixel_values"].shape == (3, 3, 16, 16) and found.manifest.kind == "images"
+
+
+def test_other_rates_are_resampled_and_channels_mixed(tmp_path: Path) -> None:
+    time = np.arange(8000) / 8000
+    stereo = np.stack([np.sin(2 * np.pi * 100 * time), np.zeros(8000)], axis=1)
+    soundfile.write(tmp_path / "a.wav", stereo, 8000)
+    found = wave(tmp_path / "a.wav", RATE)
+    wanted = np.sin(2 * np.pi * 100 * np.arange(RATE) / RATE) / 2
+    assert len(found) == RATE and np.abs(found - wanted)[500:-500].max() < 0.01
+
+
+def test_a_change_of_a_file_is_another_source(speech: Path) -> None:
+    before = fingerprint(Source(str(speech)))
+    soundfile.write(speech / "0.wav", np.zeros(RATE), RATE)
+    assert fingerprint(Source(str(speech))) != before
+
+
+@pytest.mark.parametrize(
+    ("listing", "message"),
+    [
+        ('{"file": "0.wav"}', r'metadata\.jsonl, line 1: \{"file_name"'),
+        ('{"file_name": "none.wav"}', r"line 1: .*none\.wav is not there"),
+        ('{"file_name": "metadata.jsonl"}', "or no file of type .wav"),
+    ],
+)
+def test_a_wrong_listing_is_named(speech: Path, listing: str, message: str) -> None:
+    (speech / "metadata.jsonl").write_text(listing, encoding="utf-8")
+    with pytest.raises(CalibrationError, match=message):
+        list(clips(Source(str(speech)), SPEECH))
+
+
+def test_what_cannot_be_used_is_told(speech: Path, whisper: Path, tokenizer, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"no file of type \.wav"):
+        pack_media((Source(str(text.parent)),), "input_features", whisper, WHISPER, tokenizer, 2, 0)
+    (speech / "metadata.jsonl").unlink()
+    with pytest.raises(CalibrationError, match=r"what is said is not known; put metadata\.jsonl"):
+        packed(speech, whisper, tokenizer)
+    (speech / "0.wav").write_bytes(b"RIFF, but not really")
+    with pytest.raises(CalibrationError, match=r"0\.wav: no readable sound file"):
+        packed(speech, whisper, tokenizer, rows=6)
+    with pytest.raises(ModelError, match="no usable processor"):
+        pack_media((Source(str(speech)),), "input_features", tmp_path, WHISPER, tokenizer, 2, 0)
+    with pytest.raises(ModelError, match="the model takes bytes"):
+        pack_media((Source(str(speech)),), "bytes", whisper, WHISPER, tokenizer, 2, 0)
