@@ -1,12 +1,35 @@
 """A model without weights."""
 
 import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 import transformers
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lillama.errors import ModelError, suggestion
+
+LARGE = 1 << 24  # numbers; no buffer that is computed with has so many
+FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Make large tensors on the meta device: parameters would be allocated, if only for a moment, before they go there."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in FACTORIES:
+            size = kwargs.get("size", args)
+            size = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
+            if math.prod(size) > LARGE:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -29,7 +52,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
             "not run"
         )
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _LargeOnMeta():
             model = model_class(copy.deepcopy(config))
     except Exception as error:  # noqa: BLE001  (transformers' classes raise all kinds for wrong values)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
