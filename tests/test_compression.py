@@ -351,3 +351,13 @@ def test_progress_tells_of_every_stage(tiny, quick, text, tmp_path):
         re.fullmatch(r"model\.layers\.\d: held-out loss [\d.]+ -> [\d.]+", t) for t in taught
     )
     assert [(p.done, p.total) for p in told if p.task == "blocks"] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_the_result_tells_how_well_its_pivots_stand(tiny, quick, tmp_path):
+    plain = compress(tiny, tmp_path / "plain", recipe=quick(distill={"epochs": 0}))
+    assert plain.pivots == {} and plain.as_json()["pivots"] is None
+    pivot = compress(tiny, tmp_path / "pivot", recipe=quick(distill={"epochs": 0}, storage={"form": "pivot"}))
+    told = json.loads((tmp_path / "pivot" / "lillama.json").read_text())["pivots"]
+    assert set(pivot.pivots) == set(pivot.plan.factorised) and told["linears"] == len(pivot.pivots)
+    assert told["condition"] == max(found.condition for found in pivot.pivots.values()) >= 1
+    assert 0 < told["largest_coefficient"] <= 1.1

@@ -136,12 +136,13 @@ def _finished(lesson: Lesson, out: Path, windows: Mapping[str, Windows], start: 
 
     with atomic_folder(out) as folder:
         teacher, plan = job.teacher, job.plan
-        assemble(folder, teacher.weights, plan.spec, plan.factorised, plan.storage, compressed,
-                 lambda block: teacher.template(block.index), job.recipe.hash, job.machine.shard_bytes)  # fmt: skip
+        pivots = assemble(
+            folder, teacher.weights, plan.spec, plan.factorised, plan.storage, compressed,
+            lambda block: teacher.template(block.index), job.recipe.hash, job.machine.shard_bytes,
+        )  # fmt: skip
         texts, change = _measured(lesson, folder, windows), _changed(lesson, folder)
-        result = Result(
-            out, run.path, plan, _stored(folder), job.recipe, texts, change, time.monotonic() - start, peak_memory()
-        )
+        seconds, size = time.monotonic() - start, _stored(folder)
+        result = Result(out, run.path, plan, size, job.recipe, texts, change, seconds, peak_memory(), pivots)
         write_json(folder / FILE, result.as_json())
         (folder / PLOT).write_text(kept_plot(run.path), encoding="utf-8")
         (folder / "README.md").write_text(card(_facts(lesson, result)), encoding="utf-8")

@@ -1,13 +1,15 @@
 """What a finished compression is."""
 
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lillama.distill.prediction import Change
 from lillama.evaluation.perplexity import TextScore
+from lillama.lowrank.pivot import Pivoting
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe
 
@@ -49,6 +51,7 @@ class Result:
         held_out: what became of the predictions on the held-out calibration sequences.
         seconds: that this call took; less than the whole if it resumed an earlier one.
         peak_bytes: largest memory of this process.
+        pivots: full name of a linear -> how well its pivot rows stand for its other rows; empty for the plain form.
 
     Examples:
         >>> from lillama import plan
@@ -68,6 +71,7 @@ class Result:
     held_out: Change
     seconds: float
     peak_bytes: int
+    pivots: Mapping[str, Pivoting] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the value that `lillama compress --json` prints; `version` counts its breaking changes."""
@@ -90,10 +94,20 @@ class Result:
                 for pair in self.texts
             ],
             "held_out": asdict(self.held_out),
+            "pivots": _worst(self.pivots),
             "seconds": self.seconds,
             "peak_bytes": self.peak_bytes,
             "environment": environment(),
         }
+
+
+def _worst(pivots: Mapping[str, Pivoting]) -> dict[str, Any] | None:
+    """Return what the pivots of a model are like at their worst; None if nothing is stored by pivots."""
+    if not pivots:
+        return None
+    name = max(pivots, key=lambda name: pivots[name].condition)
+    largest = max(pivot.largest for pivot in pivots.values())
+    return {"linears": len(pivots), "worst": name, "condition": pivots[name].condition, "largest_coefficient": largest}
 
 
 def environment() -> dict[str, str]:

@@ -107,7 +107,7 @@ def clips(source: Source, kinds: Sequence[str]) -> Iterator[Clip]:
     """Yield the files of a source, in order, with what is said in them."""
     path = Path(source.path)
     folder, listing = (path, path / "metadata.jsonl") if path.is_dir() else (path.parent, path)
-    if not listing.is_file():
+    if not listing.is_file() or listing.suffix != ".jsonl":
         yield from (Clip(file) for file in media_files(path, kinds))
         return
     for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):

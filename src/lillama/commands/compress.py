@@ -140,6 +140,7 @@ def _table(result: "Result") -> None:
         table.add_row(f"perplexity, {old.name}", f"{old.perplexity:.3f}", f"{new.perplexity:.3f}", f"{change:+.1%}")
         table.add_row(f"bits per byte, {old.name}", f"{old.bits_per_byte:.4f}", f"{new.bits_per_byte:.4f}", "")
     table.add_row("held-out loss", "", f"{result.held_out.rise:+.4f} nats", "")
+    table.add_row("held-out KL", "", f"{result.held_out.kl:.4f} nats", "")
     table.add_row("time", "", duration(result.seconds), "")
     table.add_row("peak memory", "", readable(result.peak_bytes), "")
     print_tables(table)

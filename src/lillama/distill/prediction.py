@@ -115,14 +115,19 @@ class Head:
     def means(
         self, batch: Batch, own: ActivationStore, teacher: ActivationStore, micro_batch: int
     ) -> tuple[float, float]:
-        """Return divergence and cross-entropy, in nats a token, of the predictions from two stores of last outputs."""
+        """Return divergence and cross-entropy, in nats a token, of the predictions from two stores of last outputs.
+
+        Where the text itself has nothing to be predicted, the cross-entropy is that of what the original predicts, above its
+        own: the divergence again.
+        """
         sums, tokens, labelled = torch.zeros(2, dtype=torch.float64), 0, 0
         for rows in row_slices(len(batch), micro_batch):
             some = batch[rows]
             sums += self.compare(some, own.read(rows), teacher.read(rows), None).sums.cpu().double()
             counts = self.counts(some, own.shape[1])
             tokens, labelled = tokens + counts[0], labelled + counts[1]
-        return float(sums[0]) / max(1, tokens), float(sums[1]) / max(1, labelled)
+        divergence = float(sums[0]) / max(1, tokens)
+        return divergence, float(sums[1]) / labelled if labelled else divergence
 
     @property
     def predicts(self) -> bool:

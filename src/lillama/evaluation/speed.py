@@ -209,6 +209,10 @@ def subject(name: str | Path, prompt: int, new: int) -> Subject:
         raise ModelError(
             f"{folder}: {type(model).__name__} has no language-model head and cannot write; give one that has"
         )
+    if model.main_input_name != "input_ids" or config.is_encoder_decoder:
+        raise ModelError(
+            f"{folder}: prompts of {type(model).__name__} are not tokens to go on with; no speed is measured"
+        )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # not all models bound it
     if positions is not None and prompt + new > positions:
         raise ModelError(

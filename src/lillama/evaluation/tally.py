@@ -168,7 +168,7 @@ def refuse_other_models(model: StreamedModel) -> None:
     one = model.skeleton
     if one.config.is_encoder_decoder or fills_gaps(one) or one.get_output_embeddings() is None:
         raise ModelError(
-            f"{type(one).__name__} is no causal language model, so that texts have no perplexity under it; leave --eval out"
+            f"{type(one).__name__} is no causal language model, so that texts have no perplexity under it; leave --text out"
         )
 
 

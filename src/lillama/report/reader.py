@@ -88,7 +88,7 @@ def kept(shape: Any, value: Json) -> tuple[Json, list[str]]:
     Examples:
         >>> from lillama.report.shapes import Allocation
         >>> kept(Allocation, {"chosen": 1.0, "candidates": 3})
-        ({'chosen': 1.0}, ["candidates is 3, it should be a valid list"])
+        ({'chosen': 1.0}, ['candidates is 3, it should be a valid list'])
     """
     faults: list[str] = []
     while True:

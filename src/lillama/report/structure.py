@@ -50,7 +50,7 @@ def ranks(evidence: Evidence) -> Figure | None:
     rows = tuple((one["name"], full[one["name"]], one["rank"] if one["rank"] is not None else "dense",
                   100 * shares[one["name"]]) for one in plan["linears"])  # fmt: skip
     return Figure(
-        "ranks", "Rank plan", "Share of the full rank in %, linears by blocks; darker keeps more, 100 stays dense.",
+        "ranks", "Rank plan", "Share of the full rank in %, linears by blocks; a stronger colour keeps more, 100 stays dense.",
         (heat("Share of the full rank kept by each linear", kinds, [str(block["index"]) for block in blocks], cells),),
         ("linear", "full rank", "rank", "share, %"), rows, legend=(),
     )  # fmt: skip
