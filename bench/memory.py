@@ -74,8 +74,9 @@ def yardstick(folder: Path, plan: Any) -> dict[str, int]:
 
     from lillama.lowrank.install import install
     from lillama.stream.batch import Batch
+    from lillama.stream.running import begin
     from lillama.stream.store import Shelf, Stores
-    from lillama.stream.streamed import begin, open_streamed
+    from lillama.stream.streamed import open_streamed
 
     model = open_streamed(folder / "model", torch.device("cpu"))
     spec = plan.spec.blocks[0]

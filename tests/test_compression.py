@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lillama
 import lillama.calibration.pack
+import lillama.lesson
 import lillama.teach
 from lillama.compression import compress
 from lillama.errors import OutputError, RecipeError
@@ -224,8 +225,8 @@ def test_activations_on_disk_give_the_same_bits(tiny, quick, text, tmp_path, sch
     recipe = quick(distill={"schedule": schedule})
     host = compress(tiny, tmp_path / "host", recipe=recipe, texts=[text])
     seen = []
-    place = lillama.teach.Shelf.place
-    monkeypatch.setattr(lillama.teach.Shelf, "place", lambda self, n: seen.append(place(self, n)) or seen[-1])
+    place = lillama.lesson.Shelf.place
+    monkeypatch.setattr(lillama.lesson.Shelf, "place", lambda self, n: seen.append(place(self, n)) or seen[-1])
     disk = compress(tiny, tmp_path / "disk", recipe=recipe, texts=[text], machine=Machine(activation_memory=0))
     assert set(seen) == {"disk"}
     assert weights(host.path) == weights(disk.path) and host.texts == disk.texts

@@ -18,6 +18,7 @@ from lillama.calibration.gather import gather
 from lillama.distill.block import batches
 from lillama.distill.recover import RecoverConfig
 from lillama.distill.tail import Tail
+from lillama.lesson import Lesson
 from lillama.lowrank.install import install
 from lillama.prepare import Machine, prepared
 from lillama.progress import silent
@@ -25,7 +26,7 @@ from lillama.ranks.plan import RankPlan
 from lillama.recovery import Recovered, recover
 from lillama.run import RunDir
 from lillama.stream.streamed import open_streamed
-from lillama.teach import Lesson, teach_sequentially
+from lillama.teach import teach_sequentially
 
 CONFIG = RecoverConfig(epochs=2, batch_size=8, lr=1e-3, lr_scale="width", lr_width=None, checks=4)
 STEPS = 8

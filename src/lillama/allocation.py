@@ -12,6 +12,7 @@ from lillama.distill.fisher import PROBED_TOKENS, Fisher, measured
 from lillama.distill.prediction import Head
 from lillama.estimate import moments_fit
 from lillama.files import write_json
+from lillama.lesson import Lesson
 from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.factors import Moments, exact_device, spectrum
 from lillama.model.spec import BlockSpec
@@ -21,9 +22,8 @@ from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 from lillama.resources import free_memory, trim_memory
 from lillama.stream.calls import CallTable
+from lillama.stream.running import advance, begin
 from lillama.stream.store import ActivationStore, Stores
-from lillama.stream.streamed import advance, begin
-from lillama.teach import Lesson
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 
 from lillama.distill.fisher import PROBED_TOKENS
 from lillama.distill.prediction import LOGIT_BYTES
-from lillama.lowrank.factors import TILE
+from lillama.lowrank.factors import TILE, WIDEST
 from lillama.model.spec import BlockSpec, LinearSpec
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
@@ -165,7 +165,7 @@ def estimate(
 def moments_fit(blocks: Iterable[BlockSpec], free: int) -> bool:
     """Tell whether the moments at all linears may stay in memory; they may take an eighth of what is free."""
     linears = (linear for block in blocks for linear in block.linears)
-    return sum(8 * (linear.in_features**2 + linear.out_features**2) for linear in linears) <= free // KEPT_SHARE
+    return sum(8 * (linear.in_features**2 + _at_outputs(linear)) for linear in linears) <= free // KEPT_SHARE
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -247,7 +247,7 @@ def _recovery(work: _Work) -> _Stage:
 def _memory(block: BlockSpec, work: _Work) -> int:
     """Return the bytes of teacher, student under training, Grams and one micro-batch's activations of a block."""
     grams = sum(width**2 for width in _gram_widths(block))
-    gradients = sum(linear.out_features**2 for linear in block.linears) if work.gradients else 0
+    gradients = sum(map(_at_outputs, block.linears)) if work.gradients else 0
     widths = sum(x.in_features + 2 * x.out_features + (work.plan[x.name] or 0) for x in block.linears)
     activations = work.micro_batch * work.recipe.calibration.seq_len * widths * work.itemsize
     return block.params * work.itemsize + work.kept[block.index] * MASTER_BYTES + 8 * (grams + gradients) + activations
@@ -263,9 +263,15 @@ def _initial_flops(block: BlockSpec, work: _Work) -> int:
     return flops
 
 
+def _at_outputs(linear: LinearSpec) -> int:
+    """Return the numbers in the Gram of the gradients at a linear's outputs."""
+    return linear.out_features**2 if linear.out_features <= WIDEST else linear.out_features
+
+
 def _moment_flops(block: BlockSpec) -> int:
     """Return the operations a token costs in the Grams at both sides of all linears of a block."""
-    return _grams_flops([*_gram_widths(block), *(linear.out_features for linear in block.linears)])
+    wide = (linear.out_features for linear in block.linears if linear.out_features <= WIDEST)
+    return _grams_flops([*_gram_widths(block), *wide])
 
 
 def _grams_flops(widths: Iterable[int]) -> int:

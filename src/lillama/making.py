@@ -25,6 +25,7 @@ from lillama.files import atomic_folder, write_json
 from lillama.hub.assemble import assemble
 from lillama.hub.card import Calibration, CardFacts, Measured, card
 from lillama.hub.export import FOLDERS
+from lillama.lesson import Lesson
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.spec import BlockSpec
 from lillama.prepare import Job, Machine, checked_room, prepared
@@ -37,7 +38,7 @@ from lillama.result import FILE, Result, Stored, TextPair, environment
 from lillama.run import RunDir, opened
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import open_streamed
-from lillama.teach import Lesson, teach_jointly, teach_sequentially
+from lillama.teach import teach_jointly, teach_sequentially
 
 logger = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ from lillama.distill.spectrum import largest_singular_value
 from lillama.distill.tail import Tail, TailData
 from lillama.distill.trace import GROWTH
 from lillama.files import write_json
+from lillama.lesson import Lesson
 from lillama.lowrank.compressed import restored_copy
 from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.model.spec import BlockSpec
@@ -36,10 +37,10 @@ from lillama.model.unfused import routers
 from lillama.progress import Progress
 from lillama.resources import free_memory, trim_memory
 from lillama.stream.calls import CallTable
+from lillama.stream.running import advance, begin
 from lillama.stream.store import ActivationStore, Stores
-from lillama.stream.streamed import advance, begin
 from lillama.stream.through import through
-from lillama.teach import TRAINING_BYTES, Lesson
+from lillama.teach import TRAINING_BYTES
 
 logger = logging.getLogger(__name__)
 

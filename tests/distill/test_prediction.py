@@ -20,8 +20,9 @@ from transformers import (
 
 from lillama.distill.prediction import NO_LABEL, Head, next_tokens
 from lillama.stream.batch import Batch
+from lillama.stream.running import begin
 from lillama.stream.store import Shelf, Stores
-from lillama.stream.streamed import begin, open_streamed
+from lillama.stream.streamed import open_streamed
 
 CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}

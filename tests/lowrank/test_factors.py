@@ -239,3 +239,25 @@ def test_scaled_svd_attains_the_bound_of_its_norm(shape: tuple[int, int]) -> Non
     bound = torch.linalg.svdvals(weight * scales)[3:].square().sum()
     torch.testing.assert_close(((weight - product(factors)) * scales).square().sum(), bound)
     torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1))
+
+
+def test_a_diagonal_gram_is_the_full_one_that_is_zero_beside_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((9, 14), (14, 9), (8, 8)):
+        weight = torch.randn(shape, generator=generator)
+        x = torch.randn(40, shape[1], generator=generator).double()
+        gram, scales = x.T @ x, torch.rand(shape[0], generator=generator).double() + 0.1
+        by_diagonal = two_sided_svd(weight, gram, scales, 4)
+        by_matrix = two_sided_svd(weight, gram, torch.diag(scales), 4)
+        torch.testing.assert_close(by_diagonal.left @ by_diagonal.right, by_matrix.left @ by_matrix.right)
+        torch.testing.assert_close(spectrum(weight, gram, scales), spectrum(weight, gram, torch.diag(scales)))
+
+
+def test_of_very_long_vectors_only_the_squares_are_summed() -> None:
+    x = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
+    full, short = Gram.zeros(12, torch.device("cpu"), widest=12), Gram.zeros(12, torch.device("cpu"), widest=11)
+    for gram in (full, short):
+        gram.add(x[:10])
+        gram.add(x[10:])
+    torch.testing.assert_close(short.sum, full.sum.diagonal(), rtol=1e-6, atol=1e-5)
+    assert torch.equal(short.absolute, full.absolute) and short.count == full.count == 30

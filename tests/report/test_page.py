@@ -47,6 +47,32 @@ def test_sizes_add_up_to_what_the_plan_stores(out):
     assert rows["attn.q_proj"][:2] == [3 * 32 * 32, 3 * 8 * 64]
 
 
+def test_experts_are_one_kind_and_stacks_share_no_place(out, unfinished):
+    names = {"encoder.0": ["experts.0.up", "experts.1.up", "q"], "decoder.0": ["q"]}
+    blocks = [
+        {"name": block, "index": index, "linears": [{"name": f"{block}.{name}"} for name in parts]}
+        for index, (block, parts) in enumerate(names.items())
+    ]
+    ranks = {"experts.0.up": 4, "experts.1.up": 2, "q": None}
+    linears = [
+        {"name": f"{block}.{name}", "out": 16, "in": 16, "rank": ranks[name]}
+        for block in names
+        for name in names[block]
+    ]
+    change(unfinished / "spec.json", blocks=blocks)
+    change(unfinished / "plan.json", linears=linears)
+    for index, block in enumerate(names):
+        change(unfinished / "blocks" / f"{index:04}.json", block=block)
+    (chapter,) = report([unfinished]).chapters
+    sizes, ranked, carried = (
+        next(figure for figure in chapter.figures if figure.key == key) for key in ("sizes", "ranks", "carried")
+    )
+    assert [row[:3] for row in sizes.rows][2:] == [("experts.*.up", 512, 6 * 32), ("q", 512, 512)]
+    assert "experts.*.up, block 0: 18.8%" in ranked.plots[0] and "q, block 1: 100.0%" in ranked.plots[0]
+    assert len(ranked.rows) == 4
+    assert {f"block {index}," in carried.plots[0] for index in range(2)} == {True}
+
+
 def test_an_evaluation_stands_beside_that_of_the_original(out):
     rows = report([out]).as_json()["models"][0]["figures"]["evaluation"]["rows"]
     assert rows[0] == ["novel", "perplexity", 9.0, 10.0, "+0.1000 [+0.0000, +0.2000]"]

@@ -23,8 +23,9 @@ from transformers import (
 
 from lillama.errors import ModelError
 from lillama.stream.batch import Batch, batch_of
+from lillama.stream.running import finish
 from lillama.stream.store import Shelf, Stores
-from lillama.stream.streamed import finish, open_streamed
+from lillama.stream.streamed import open_streamed
 from lillama.stream.through import through
 
 CPU = torch.device("cpu")

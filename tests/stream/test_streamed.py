@@ -30,8 +30,9 @@ from lillama.errors import ModelError
 from lillama.hub.quantizer import LowRankConfig, declare
 from lillama.lowrank.install import install, low_rank_linears
 from lillama.stream.batch import Batch
+from lillama.stream.running import advance, begin, finish, row_slices
 from lillama.stream.store import ActivationStore, Shelf
-from lillama.stream.streamed import StreamedModel, advance, begin, finish, open_streamed, row_slices
+from lillama.stream.streamed import StreamedModel, open_streamed
 
 CPU = torch.device("cpu")
 SHAPE = {

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lillama.distill.grams import shrunk, watched, with_siblings
 from lillama.distill.prediction import Head
-from lillama.lowrank.factors import Gram, Moments
+from lillama.lowrank.factors import WIDEST, Gram, Moments
 from lillama.progress import Progress, Report
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves
+from lillama.stream.running import advance, begin, entered, row_leaves, row_slices
 from lillama.stream.store import ActivationStore, Shelf, Stores
-from lillama.stream.streamed import StreamedModel, advance, begin, entered, row_leaves, row_slices
+from lillama.stream.streamed import StreamedModel
 
 PROBED_TOKENS = 16_384  # on which gradients are measured
 
@@ -192,7 +193,7 @@ def moments(
             for name, output in outputs.items():
                 gradient = next(found)
                 rows = watch.real(name, torch.zeros_like(output) if gradient is None else gradient, *run.masks)
-                gradients.setdefault(name, Gram.zeros(output.shape[-1], output.device)).add(rows)
+                gradients.setdefault(name, Gram.zeros(output.shape[-1], output.device, WIDEST)).add(rows)
                 reached[name] = reached.get(name, 0) + len(rows)
             watch.add(*run.masks)
             if sink is not None:

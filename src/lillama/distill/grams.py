@@ -139,7 +139,7 @@ def _alike(block: nn.Module, names: Iterable[str]) -> Iterator[list[str]]:
 
 def _drawn(own: Gram | None, layer: list[Gram]) -> Gram:
     """Return a Gram with as many tokens of its layer's mean added as it is wide."""
-    drawn = Gram.zeros(len(layer[0].sum), layer[0].sum.device)
+    drawn = Gram(torch.zeros_like(layer[0].sum), torch.zeros_like(layer[0].absolute))
     share = len(drawn.sum) / sum(gram.count for gram in layer)
     for weight, gram in [*((share, gram) for gram in layer), *(((1.0, own),) if own is not None else ())]:
         drawn.sum += weight * gram.sum

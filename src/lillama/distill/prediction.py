@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from lillama.stream.batch import Batch, fills_gaps
 from lillama.stream.calls import CallTable
+from lillama.stream.running import finish, row_slices
 from lillama.stream.store import ActivationStore, Shelf, Stores
-from lillama.stream.streamed import StreamedModel, finish, row_slices
+from lillama.stream.streamed import StreamedModel
 from lillama.stream.through import through
 
 LOGIT_BYTES = 64 << 20  # of one (tokens x vocabulary) matrix in fp32; some five of them are in memory together

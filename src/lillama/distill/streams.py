@@ -14,8 +14,9 @@ from lillama.errors import RecipeError
 from lillama.lowrank.factors import Gram
 from lillama.stream.batch import Batch
 from lillama.stream.calls import CallTable
+from lillama.stream.running import advance, begin, row_slices
 from lillama.stream.store import ActivationStore, Shelf
-from lillama.stream.streamed import StreamedModel, advance, begin, row_slices
+from lillama.stream.streamed import StreamedModel
 
 Before = Mapping[int, tuple[ActivationStore, ActivationStore]]
 

@@ -13,8 +13,9 @@ from lillama.evaluation.windows import Windows
 from lillama.model.describe import hidden_size
 from lillama.progress import Progress, Report
 from lillama.stream.batch import Batch, fills_gaps
+from lillama.stream.running import advance, begin, finish, row_slices
 from lillama.stream.store import ActivationStore, Shelf
-from lillama.stream.streamed import StreamedModel, advance, begin, finish, row_slices
+from lillama.stream.streamed import StreamedModel
 
 LOGIT_BYTES = 256 << 20
 TOKENS_AT_ONCE = 4096

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LEAST_DAMPING = 1e-12  # keeps the square root of a rank-deficient Gram invertible
+WIDEST = 1 << 14  # outputs; of the gradients at more than so many only the diagonal of the Gram is kept
 TILE = 256  # columns of a Gram that are computed at once
 
 
@@ -26,19 +27,22 @@ class Factors:
 
 @dataclass
 class Gram:
-    """Uncentred moments of vectors: `sum x x^T`, `sum |x|`, and how many went in.
+    """Uncentred moments of vectors: `sum x x^T`, or only its diagonal, `sum |x|`, and how many went in.
 
     Products are taken in the vectors' type (at least fp32) and summed in fp64; where the device has no fp64 (Apple's), the
     sums lie on the CPU.
     """
 
-    sum: Float[Tensor, "n n"]
+    sum: Float[Tensor, "n n"] | Float[Tensor, " n"]
     absolute: Float[Tensor, " n"]
     count: int = 0
 
     @classmethod
-    def zeros(cls, features: int, device: torch.device) -> "Gram":
-        """Return the Gram of no vectors."""
+    def zeros(cls, features: int, device: torch.device, widest: int | None = None) -> "Gram":
+        """Return the Gram of no vectors; of vectors longer than `widest` only the diagonal is kept."""
+        if widest is not None and features > widest:
+            pair = torch.zeros(2, features, dtype=torch.float64, device=exact_device(device))
+            return cls(pair[0], pair[1])
         sums = torch.zeros(features + 1, features, dtype=torch.float64, device=exact_device(device))
         return cls(sums[1:], sums[0])
 
@@ -48,13 +52,16 @@ class Gram:
         Only the products above the diagonal are computed, in tiles; those below mirror them.
         """
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        self.absolute += x.abs().sum(dim=0).to(self.absolute.device)
+        self.count += len(x)
+        if self.sum.dim() == 1:
+            self.sum += x.square().sum(dim=0).to(self.sum.device)
+            return
         for start in range(0, x.shape[1], TILE):
             end = start + TILE
             tile = (x[:, start:end].T @ x[:, start:]).to(self.sum.device)
             self.sum[start:end, start:] += tile
             self.sum[end:, start:end] += tile[:, TILE:].T
-        self.absolute += x.abs().sum(dim=0).to(self.absolute.device)
-        self.count += len(x)
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,8 @@ def whitened_svd(
 
 def two_sided_svd(
     weight: Float[Tensor, "out in"],
-    gram_in: Float[Tensor, "in in"] | None,
-    gram_out: Float[Tensor, "out out"] | None,
+    gram_in: Float[Tensor, "in in"] | Float[Tensor, " in"] | None,
+    gram_out: Float[Tensor, "out out"] | Float[Tensor, " out"] | None,
     rank: int,
     damping: float = 1e-6,
 ) -> Factors:
@@ -123,7 +130,8 @@ def two_sided_svd(
 
     Args:
         weight: `W`, of any floating-point type.
-        gram_in: of the inputs; symmetric, positive semi-definite, any scale. None stands for the identity.
+        gram_in: of the inputs; symmetric, positive semi-definite, any scale; or its diagonal, all else being 0. None stands
+            for the identity.
         gram_out: of the gradients at the outputs; likewise.
         rank: from 1 to min(out, in).
         damping: this share of a Gram's mean eigenvalue is added to its diagonal, and at least 1e-12 of it.
@@ -135,6 +143,10 @@ def two_sided_svd(
     if gram_out is None:
         left = _leading(_seen(w, gram_in, damping), rank)
         return _balanced(left, left.T @ w)
+    if gram_out.dim() == 1:
+        scales, white = _scales(gram_out, damping), w
+        u = _leading(_seen(scales[:, None] * white, gram_in, damping), rank)
+        return _balanced(u / scales[:, None], u.T @ (scales[:, None] * white))
     scales, q = _root(gram_out, damping)
     white = scales[:, None] * (q.T @ w)
     u = _leading(_seen(white, gram_in, damping), rank)
@@ -143,8 +155,8 @@ def two_sided_svd(
 
 def spectrum(
     weight: Float[Tensor, "out in"],
-    gram: Float[Tensor, "in in"] | None,
-    gram_out: Float[Tensor, "out out"] | None = None,
+    gram: Float[Tensor, "in in"] | Float[Tensor, " in"] | None,
+    gram_out: Float[Tensor, "out out"] | Float[Tensor, " out"] | None = None,
     damping: float = 1e-6,
 ) -> Float[Tensor, " least"]:
     """Return the singular values of `A W B` of `two_sided_svd`, the largest first; there are min(out, in).
@@ -165,7 +177,9 @@ def spectrum(
     if weight.shape[0] > weight.shape[1]:
         return spectrum(weight.T, gram_out, gram, damping)
     w = _exact(weight)
-    if gram_out is not None:
+    if gram_out is not None and gram_out.dim() == 1:
+        w = _scales(gram_out, damping)[:, None] * w
+    elif gram_out is not None:
         scales, q = _root(gram_out, damping)
         w = scales[:, None] * (q.T @ w)
     return _eigvalsh(_seen(w, gram, damping)).clamp(min=0).sqrt().flip(0)
@@ -180,17 +194,21 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.detach().to(exact_device(tensor.device), torch.float64)
 
 
-def _floor(gram: Float[Tensor, "n n"], damping: float) -> float:
+def _floor(gram: Float[Tensor, "n n"] | Float[Tensor, " n"], damping: float) -> float:
     """Return what damping adds to the diagonal of a Gram; 1 if the Gram is zero."""
-    mean_eigenvalue = gram.trace().item() / len(gram)
+    mean_eigenvalue = (gram.sum() if gram.dim() == 1 else gram.trace()).item() / len(gram)
     return max(damping, LEAST_DAMPING) * mean_eigenvalue if mean_eigenvalue > 0 else 1.0
 
 
-def _seen(w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | None, damping: float) -> Float[Tensor, "out out"]:
+def _seen(
+    w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | Float[Tensor, " in"] | None, damping: float
+) -> Float[Tensor, "out out"]:
     """Return `W G W^T` with the damped Gram `G`, which is not copied."""
     if gram is None:
         return w @ w.T
     g = _exact(gram)
+    if g.dim() == 1:
+        return (w * (g + _floor(g, damping))) @ w.T
     return (w @ g).add_(w, alpha=_floor(g, damping)) @ w.T
 
 
@@ -199,6 +217,12 @@ def _root(gram: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, " n
     g = _exact(gram)
     eigenvalues, q = _eigh(g)
     return (eigenvalues.clamp(min=0) + _floor(g, damping)).sqrt(), q
+
+
+def _scales(diagonal: Float[Tensor, " n"], damping: float) -> Float[Tensor, " n"]:
+    """Return the square roots of a damped diagonal Gram."""
+    d = _exact(diagonal)
+    return (d + _floor(d, damping)).sqrt()
 
 
 def _svd(matrix: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor, Tensor]:

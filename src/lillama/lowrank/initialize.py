@@ -96,7 +96,8 @@ class TwoSided:
         inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
         gradients = _measured(moments.gradients, "Gram matrix of the gradients at the outputs", self.name).sum
         mixed = (1 - self.identity) * gradients
-        mixed.diagonal().add_(self.identity * gradients.diagonal().mean())
+        diagonal, own = (gram if gram.dim() == 1 else gram.diagonal() for gram in (mixed, gradients))
+        diagonal.add_(self.identity * own.mean())
         return two_sided_svd(weight, inputs.sum, mixed, rank, self.damping)
 
 

@@ -51,7 +51,8 @@ def carried(evidence: Evidence) -> Figure | None:
     logs = [log for log in evidence.blocks if "initial" in log and "final" in log]
     if len(logs) < 2:
         return None
-    places = [_index(log, place) for place, log in enumerate(logs)]
+    known = {block["name"]: block["index"] for block in evidence["spec"].get("blocks", ())}
+    places = [known.get(log["block"], place) for place, log in enumerate(logs)]
     lines = [
         Line(name, [(float(place), log[key]) for place, log in zip(places, logs, strict=True)], role, marks=True)
         for key, name, role in MOMENTS
@@ -83,8 +84,3 @@ def recovery(evidence: Evidence) -> Figure | None:
         ("step", "KL, nats", "cross-entropy, nats", "norm against the original"),
         tuple(tuple(row) for row in log.get("held_out", ())), legend=(),
     )  # fmt: skip
-
-
-def _index(log: Json, place: int) -> int:
-    digits = log["block"].rpartition(".")[2]
-    return int(digits) if digits.isdigit() else place

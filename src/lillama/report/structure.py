@@ -1,6 +1,8 @@
 """Figures about the shape: sizes, ranks and spectra."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from statistics import fmean
 
 from lillama.lowrank.storage import Storage
 from lillama.report.evidence import Evidence, Json, Values
@@ -9,23 +11,22 @@ from lillama.report.rows import Pair, bars, heat
 from lillama.report.svg import Axes, Line, chart, titled
 
 SPECTRUM_POINTS = 64
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+Named = dict[str, list[str]]
 
 
 def sizes(evidence: Evidence) -> Figure | None:
     """Draw the numbers of each block and of each kind of linear, original against compressed."""
-    plan, blocks = evidence["plan"], evidence["spec"].get("blocks", [])
-    if not plan or not blocks:
+    linears, blocks = _numbers(evidence["plan"]), evidence["spec"].get("blocks", [])
+    named = _named(blocks, linears)
+    if not any(named):
         return None
-    storage = plan.get("storage", Storage("plain"))
-    linears = {one["name"]: (one["out"] * one["in"], storage.numbers(one["out"], one["in"], one["rank"]))
-               for one in plan["linears"]}  # fmt: skip
-    known = {block["index"]: [one for one in block["linears"] if one["name"] in linears] for block in blocks}
-    by_block = [
-        Pair(f"block {index}", *_sums(linears[one["name"]] for one in parts)) for index, parts in known.items() if parts
+    every = [[name for names in kinds.values() for name in names] for kinds in named]
+    by_block = [Pair(f"block {block['index']}", *_sums(linears[name] for name in names))
+                for block, names in zip(blocks, every, strict=True) if names]  # fmt: skip
+    by_kind = [
+        Pair(kind, *_sums(linears[name] for kinds in named for name in kinds.get(kind, ()))) for kind in _kinds(named)
     ]
-    kinds = {kind: [linears[one["name"]] for block in blocks for one in known[block["index"]] if _kind(one, block) == kind]
-             for kind in _kinds(blocks)}  # fmt: skip
-    by_kind = [Pair(kind, *_sums(values)) for kind, values in kinds.items() if values]
     pairs = [*by_block, *by_kind]
     return Figure(
         "sizes", "Where the size is", "Numbers in the linear layers, by block and by kind of linear.",
@@ -39,34 +40,31 @@ def sizes(evidence: Evidence) -> Figure | None:
 def ranks(evidence: Evidence) -> Figure | None:
     """Draw the share of the full rank that each linear keeps."""
     plan, blocks = evidence["plan"], evidence["spec"].get("blocks", [])
-    if not plan or not blocks:
+    full = {one["name"]: min(one["out"], one["in"]) for one in plan.get("linears", ())}
+    named = _named(blocks, full)
+    if not any(named):
         return None
-    full = {one["name"]: min(one["out"], one["in"]) for one in plan["linears"]}
-    kept = {one["name"]: full[one["name"]] if one["rank"] is None else one["rank"] for one in plan["linears"]}
-    kinds = _kinds(blocks)
-    named = [{_kind(one, block): one["name"] for one in block["linears"]} for block in blocks]
-    shares = {name: kept[name] / full[name] for name in full}
-    cells = [[shares.get(names.get(kind, "")) for names in named] for kind in kinds]
+    shares = {one["name"]: (one["rank"] or full[one["name"]]) / full[one["name"]] for one in plan["linears"]}
     rows = tuple((one["name"], full[one["name"]], one["rank"] if one["rank"] is not None else "dense",
                   100 * shares[one["name"]]) for one in plan["linears"])  # fmt: skip
+    plot = _map("Share of the full rank kept by each linear", blocks, named,
+                lambda names: fmean(shares[name] for name in names))  # fmt: skip
     return Figure(
-        "ranks", "Rank plan", "Share of the full rank in %, linears by blocks; a stronger colour keeps more, 100 stays dense.",
-        (heat("Share of the full rank kept by each linear", kinds, [str(block["index"]) for block in blocks], cells),),
-        ("linear", "full rank", "rank", "share, %"), rows, legend=(),
+        "ranks", "Rank plan",
+        "Share of the full rank in %, linears by blocks; a stronger colour keeps more, 100 stays dense. Of experts the mean.",
+        (plot,), ("linear", "full rank", "rank", "share, %"), rows, legend=(),
     )  # fmt: skip
 
 
 def shares(evidence: Evidence) -> str:
     """Draw the share of its numbers that each linear keeps, without the figure around it."""
-    plan, blocks = evidence["plan"], evidence["spec"]["blocks"]
-    storage = plan.get("storage", Storage("plain"))
-    kept = {one["name"]: storage.numbers(one["out"], one["in"], one["rank"]) / (one["out"] * one["in"])
-            for one in plan["linears"]}  # fmt: skip
-    kinds = _kinds(blocks)
-    named = [{_kind(one, block): one["name"] for one in block["linears"]} for block in blocks]
-    cells = [[kept.get(names.get(kind, "")) for names in named] for kind in kinds]
-    heads = [str(block["index"]) for block in blocks]
-    return heat("Share of its numbers that each linear keeps, by block", kinds, heads, cells)
+    linears, blocks = _numbers(evidence["plan"]), evidence["spec"].get("blocks", [])
+
+    def share(names: Sequence[str]) -> float:
+        dense, kept = _sums(linears[name] for name in names)
+        return kept / dense
+
+    return _map("Share of its numbers that each linear keeps, by block", blocks, _named(blocks, linears), share)
 
 
 def spectra(evidence: Evidence) -> Figure | None:
@@ -75,21 +73,16 @@ def spectra(evidence: Evidence) -> Figure | None:
     if not values or not blocks:
         return None
     cuts = {one["name"]: one["rank"] for one in evidence["plan"].get("linears", [])}
-    plots = []
-    for kind in _kinds(blocks):
-        named = {f"block {block['index']}": f"{block['name']}.{kind}" for block in blocks}
-        lines = [
-            line
-            for head, name in named.items()
-            if name in values
-            for line in _spectrum(head, values[name], cuts.get(name))
-        ]
+    named, plots = _named(blocks, values), []
+    for kind in _kinds(named):
+        firsts = [(block["index"], kinds[kind][0]) for block, kinds in zip(blocks, named, strict=True) if kind in kinds]
+        lines = [line for index, name in firsts for line in _spectrum(f"block {index}", values[name], cuts.get(name))]
         plots.append(titled(kind, chart(f"Singular values, {kind}", Axes("index", "singular value", True), lines)))
     order = [one["name"] for block in blocks for one in block["linears"] if one["name"] in values]
     return Figure(
         "spectra", "Singular spectra and the cut",
-        "Singular values of each linear between the moments of its inputs and gradients, a line for each block; the dot is "
-        "the rank that was kept.",
+        "Singular values of each linear between the moments of its inputs and gradients, a line for each block (of "
+        "experts the first); the dot is the rank that was kept.",
         tuple(plots), ("linear", "values", "rank", "largest", "cut away, % of the squares"),
         tuple(_cut_row(name, values[name], cuts.get(name)) for name in order), True, (),
     )  # fmt: skip
@@ -110,14 +103,36 @@ def _cut_row(name: str, values: Values, rank: int | None) -> tuple[Cell, ...]:
     return name, len(values), rank or "dense", float(values[0]), lost
 
 
+def _numbers(plan: Json) -> dict[str, tuple[int, int]]:
+    """Return linear -> numbers of the original, and stored ones."""
+    storage = plan.get("storage", Storage("plain"))
+    return {one["name"]: (one["out"] * one["in"], storage.numbers(one["out"], one["in"], one["rank"]))
+            for one in plan.get("linears", ())}  # fmt: skip
+
+
 def _sums(values: Iterable[tuple[int, int]]) -> tuple[int, int]:
     dense, kept = zip(*values, strict=True)
     return sum(dense), sum(kept)
 
 
-def _kind(linear: Json, block: Json) -> str:
-    return linear["name"].removeprefix(f"{block['name']}.")
+def _map(title: str, blocks: Sequence[Json], named: Sequence[Named], share: Callable[[Sequence[str]], float]) -> str:
+    """Draw a share for each kind of linear and each block."""
+    kinds = _kinds(named)
+    cells = [[share(names[kind]) if kind in names else None for names in named] for kind in kinds]
+    return heat(title, kinds, [str(block["index"]) for block in blocks], cells)
 
 
-def _kinds(blocks: list[Json]) -> list[str]:
-    return list(dict.fromkeys(_kind(linear, block) for block in blocks for linear in block["linears"]))
+def _named(blocks: Sequence[Json], known: Collection[str]) -> list[Named]:
+    """Return for each block its known linears by kind; a number within a name, an expert's, makes no kind of its own."""
+    found: list[Named] = []
+    for block in blocks:
+        kinds: Named = {}
+        for name in (linear["name"] for linear in block["linears"] if linear["name"] in known):
+            kind = NUMBER.sub("*", name.removeprefix(f"{block['name']}."))
+            kinds.setdefault(kind, []).append(name)
+        found.append(kinds)
+    return found
+
+
+def _kinds(named: Sequence[Named]) -> list[str]:
+    return list(dict.fromkeys(kind for kinds in named for kind in kinds))

@@ -6,8 +6,9 @@ from torch import nn
 
 from lillama.stream.batch import Batch
 from lillama.stream.calls import CallTable
+from lillama.stream.running import NewStore, advance, begin
 from lillama.stream.store import ActivationStore
-from lillama.stream.streamed import NewStore, StreamedModel, advance, begin
+from lillama.stream.streamed import StreamedModel
 
 Visit = Callable[[int], None]
 

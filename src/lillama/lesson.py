@@ -1,0 +1,110 @@
+"""A job with its calibration tokens and its run folder: what all stages of the work share."""
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import nn
+
+from lillama.calibration.pack import TokenBlocks
+from lillama.distill.block import Rows
+from lillama.distill.fisher import Fisher
+from lillama.distill.trace import DistillLog
+from lillama.lowrank.compressed import restored_copy
+from lillama.model.spec import BlockSpec
+from lillama.prepare import Job
+from lillama.progress import Progress, Report
+from lillama.run import RunDir
+from lillama.stream.batch import Batch, batch_of
+from lillama.stream.store import Shelf
+from lillama.stream.streamed import StreamedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A job with its calibration tokens and its run folder.
+
+    Attributes:
+        job: what is to be done.
+        tokens: that it is done with.
+        run: where results go.
+        report: told about blocks and steps.
+        fisher: gradients at the blocks' outputs, if the initialisation asks for them.
+    """
+
+    job: Job
+    tokens: TokenBlocks
+    run: RunDir
+    report: Report
+    fisher: Fisher | None = None
+
+    @property
+    def teacher(self) -> StreamedModel:
+        """The original."""
+        return self.job.teacher
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """All blocks up to the last one that is compressed; those above need not run."""
+        spec = self.job.plan.spec
+        last = max((block.index for block in spec if self.ranks(block)), default=-1)
+        return spec.blocks[: last + 1]
+
+    @property
+    def unfinished(self) -> tuple[BlockSpec, ...]:
+        """The blocks that are to be compressed and are not yet."""
+        return tuple(block for block in self.blocks if self.ranks(block) and not self.run.has_block(block.index))
+
+    @property
+    def rows(self) -> Rows:
+        """Training and held-out sequences."""
+        return Rows.split(len(self.batch), self.job.recipe.distill.held_out, self.job.recipe.seed)
+
+    def ranks(self, block: BlockSpec) -> dict[str, int]:
+        """Return name within the block -> rank."""
+        return {name.removeprefix(f"{block.name}."): rank for name, rank in self.job.plan.within(block).items()}
+
+    def seed(self, block: BlockSpec) -> int:
+        """Return the seed of a block's random choices."""
+        return self.job.recipe.seed * 10_007 + block.index
+
+    @cached_property
+    def batch(self) -> Batch:
+        """What the model is run on."""
+        return batch_of(self.teacher.skeleton, self.tokens.ids, self.tokens.mask, self.tokens.inputs)
+
+    def current(self, index: int) -> nn.Module:
+        """Return a block of the compressed model as it is by now."""
+        block = self.job.plan.spec.blocks[index]
+        return self.finished(block) if self.ranks(block) else self.teacher.block(index)
+
+    def save(self, block: BlockSpec, student: nn.Module, log: DistillLog) -> None:
+        """Write a finished student, its parameters in fp32."""
+        if not log.improved and log.steps:
+            logger.info("%s: training did not improve on the initialisation, which is kept", block.name)
+        if log.grown:
+            name, ratio = max(log.grown.items(), key=lambda item: item[1])
+            logger.warning(
+                "%s: training made the largest singular value of %s %.1f times as large; such factors may do harm on other "
+                "text: lower distill.lr, or set distill.norm", block.name, name, ratio,
+            )  # fmt: skip
+        self.run.save_block(block.index, student.state_dict(), log)
+        moved = f"{log.block}: held-out loss {log.initial:.5f} -> {log.final:.5f}"
+        self.report(Progress("taught", block.index + 1, len(self.blocks), moved))
+
+    def finished(self, block: BlockSpec) -> nn.Module:
+        """Return a finished student as it was written, to compute with."""
+        template, state = self.teacher.template(block.index), self.run.load_block(block.index)
+        return restored_copy(template, self.ranks(block), state, self.teacher.device, self.teacher.dtype)
+
+    def initialised(self) -> "Lesson":
+        """Return the lesson once every block has its initial factors: the gradients are given back."""
+        if self.fisher is not None:
+            self.fisher.remove()
+        return replace(self, fisher=None)
+
+    def shelf(self) -> Shelf:
+        """Return where activations go."""
+        return Shelf.on(self.teacher.device, self.run.scratch, self.job.machine.activation_memory)
