@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from lillama import recovery
 from lillama.calibration.gather import gather
@@ -266,3 +266,19 @@ def test_without_experts_there_is_no_router_to_teach(taught):
     lesson = taught()
     recover(lesson, replace(CONFIG, trains="routers"))
     assert Recovered(lesson.run.path).log() is None
+
+
+def test_blocks_without_a_router_are_the_compressed_ones_while_routers_learn(taught, make_model, tmp_path):
+    config = Qwen2MoeConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=3,
+        shared_expert_intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2, mlp_only_layers=[1], bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    folder = make_model()
+    torch.manual_seed(0)
+    Qwen2MoeForCausalLM(config).save_pretrained(folder)
+    lesson = taught(folder)
+    recover(lesson, replace(CONFIG, trains="routers"))
+    again = taught(folder)
+    recover(again, CONFIG)
+    assert log(lesson)["initial"]["kl"] == pytest.approx(log(again)["initial"]["kl"], rel=1e-3)

@@ -167,12 +167,14 @@ def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[
             trim_memory()
         for name, store in now.items():
             ends[name].append(store)
+            if stack + 1 < len(model.stacks):
+                calls[name].remove()
     lesson.report(Progress("ranks", len(spec.blocks), len(spec.blocks)))
     head, original = Head(model, model.outside(head=True), calls["original"]), ends["original"][-1]
     names = ["original", *(f"plan-{n}" for n in range(len(plans)))]
     found = [head.means(held_out, ends[name][-1], original, rate) for name in names]
-    for stores in new.values():
-        stores.remove()
+    for made in (*new.values(), *calls.values()):
+        made.remove()
     return [(kl, entropy - found[0][1]) for kl, entropy in found[1:]]
 
 

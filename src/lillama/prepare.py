@@ -195,7 +195,8 @@ class Job:
     @property
     def micro_batch(self) -> int:
         """Sequences that are computed at once."""
-        return self.machine.rows(self.recipe.calibration.seq_len, self.device)
+        heard = getattr(self.teacher.skeleton.config, "max_source_positions", 0)  # of an utterance, in Whisper
+        return self.machine.rows(max(self.recipe.calibration.seq_len, heard), self.device)
 
     def identity(self) -> dict[str, Any]:
         """Return what makes this run this run: recipe, model, data, ranks; equal identities give equal results."""

@@ -134,7 +134,7 @@ def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNA
         place.save_block(index, taught | state)
     _warn_of_growth(grown)
     place.finish(replace(log, grown=grown))
-    for store in (*made, *boundaries.values()):
+    for store in (*made, calls, *boundaries.values()):
         store.remove()
     trim_memory()
 
@@ -182,9 +182,11 @@ def _streamed(
     def visit(index: int) -> None:
         lesson.report(Progress("blocks", index, total, f"original, {model.names[index]}"))
 
-    _, outputs = through(model, batch, targets, rate, visit)
+    tables, outputs = through(model, batch, targets, rate, visit)
     lesson.report(Progress("blocks", total, total))
-    _, before = through(model, batch, own, rate, block=lesson.current, stacks=last)
+    own_tables, before = through(model, batch, own, rate, block=lesson.current, stacks=last)
+    for table in (*tables, *own_tables):
+        table.remove()
     calls, inputs = begin(model, batch, own, rate, last, dict(enumerate(before)))
     for index in range(model.indices(last).start, first):
         advance(lesson.current(index), index, calls, inputs, inputs, rate)
@@ -236,10 +238,10 @@ def _learners(lesson: Lesson, config: RecoverConfig) -> Callable[[int], Learner]
 
 
 def _dense_blocks(lesson: Lesson) -> Callable[[int], nn.Module]:
-    """Return what gives a block of the original; those that an eighth of the free memory holds are not read again."""
+    """Return what gives a block that is not trained; those that an eighth of the free memory holds are not read again."""
     model, spec = lesson.teacher, lesson.job.plan.spec
     largest = max(block.params for block in spec) * model.dtype.itemsize
-    return lru_cache(free_memory(model.device) // 8 // largest)(model.block)
+    return lru_cache(free_memory(model.device) // 8 // largest)(lesson.current)
 
 
 def _lr(lesson: Lesson, config: RecoverConfig) -> float:

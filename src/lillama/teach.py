@@ -1,6 +1,7 @@
 """The two schedules of local distillation over a whole model: block by block, or all blocks on every batch."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -44,8 +45,8 @@ class Teachers:
         return self._next.pop(index) if index in self._next else self.model.block(index)
 
     def after(self, index: int) -> nn.Module | None:
-        """Return the block behind one, and keep it for its turn; None behind the last."""
-        if index + 1 == len(self.model.names):
+        """Return the block behind one, and keep it for its turn; None behind the last of a stack."""
+        if index + 1 == self.model.indices(self.model.stack_of(index)).stop:
             return None
         self._next[index + 1] = self.model.block(index + 1)
         return self._next[index + 1]
@@ -156,12 +157,12 @@ def _teach_stack(lesson: Lesson, stack: int, trained: Mapping[int, BlockSpec], s
         rows=rows,
         config=config,
         seed=lesson.job.recipe.seed,
-        folder=lesson.run.joint,
+        folder=lesson.run.joint if not stack else lesson.run.joint.with_name(f"{lesson.run.joint.name}-{stack}"),
         snapshot_seconds=snapshot_seconds,
     )
     for index, taught, log in training.run(lesson.report):
         lesson.save(trained[index], taught.student, log)
-    lesson.run.remove_joint()
+    shutil.rmtree(training.folder, ignore_errors=True)
     streams.remove()
 
 
@@ -172,7 +173,10 @@ def _before(lesson: Lesson, stack: int) -> Before:
         return {}
     for name, block in (("teacher", None), ("student", lesson.current)):
         new = Stores(lesson.shelf(), model.dtype, f"before-{name}", 2)
-        ends.append(through(model, lesson.batch, new, lesson.job.micro_batch, block=block, stacks=stack)[1])
+        tables, outputs = through(model, lesson.batch, new, lesson.job.micro_batch, block=block, stacks=stack)
+        ends.append(outputs)
+        for table in tables:
+            table.remove()
     return dict(enumerate(zip(*ends, strict=True)))
 
 

@@ -76,6 +76,11 @@ def calibration(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {"input_ids": text, "input_features": speech, "input_values": speech, "pixel_values": images}
 
 
+def tensor_names(folder: Path) -> set[str]:
+    """Return the names of a checkpoint's tensors."""
+    return set(load_file(folder / "model.safetensors"))
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_architecture(
     name: str, asked: dict[str, Ask], calibration: dict[str, Path], tokenizer: Any, tmp_path: Path
@@ -101,6 +106,7 @@ def test_architecture(
 
     # Multiplied out it is a plain model of the original's shapes, which computes the same.
     export(tmp_path / "small", tmp_path / "dense", "dense")
+    assert tensor_names(tmp_path / "dense") == tensor_names(tmp_path / "model")
     dense = asked["remote"](tmp_path / "dense", row)
     scale = float(loaded["loaded"].abs().max())
     torch.testing.assert_close(dense["loaded"], loaded["loaded"], rtol=0, atol=1e-4 * scale)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import MixtralConfig, PhiConfig, PretrainedConfig
+from transformers import LlamaConfig, MixtralConfig, PhiConfig, PretrainedConfig
 
 from lillama import plan
 from lillama.errors import BudgetError
@@ -44,3 +44,13 @@ def test_phi_2_at_60_percent_is_refused_at_the_published_smallest_rank(tmp_path:
     model = folder(PHI2, "PhiForCausalLM", tmp_path)
     with pytest.raises(BudgetError, match=r"36\.2 % removed"):
         plan(model, recipe="paper-bottom", keep=0.6)
+
+
+def test_lucie_7b_is_planned_from_its_configuration(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=65024, hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    planned = plan(folder(config, "LlamaForCausalLM", tmp_path), keep=0.8).plan
+    assert planned.spec.params / 1e9 == pytest.approx(6.707, abs=0.001)
+    assert 0.795 < planned.keep <= 0.8 and len(planned.factorised) == 7 * 32

@@ -148,3 +148,37 @@ def test_what_cannot_be_used_is_told(speech: Path, whisper: Path, tokenizer, tex
         pack_media((Source(str(speech)),), "input_features", tmp_path, WHISPER, tokenizer, 2, 0)
     with pytest.raises(ModelError, match="the model takes bytes"):
         pack_media((Source(str(speech)),), "bytes", whisper, WHISPER, tokenizer, 2, 0)
+
+
+def test_every_source_gives_its_share_of_windows(speech: Path, tmp_path: Path) -> None:
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path / "model")
+    config = WhisperConfig(is_encoder_decoder=False)
+    for name, value in (("a", 0.25), ("b", -0.25)):
+        (tmp_path / name).mkdir()
+        for index in range(12):
+            soundfile.write(tmp_path / name / f"{index}.wav", np.full(RATE, value), RATE)
+    sources = (Source(str(tmp_path / "a")), Source(str(tmp_path / "b")))
+    found = pack_media(sources, "input_values", tmp_path / "model", config, None, 4, 0)
+    assert found.inputs["input_values"].mean(dim=1).sign().tolist() == [1, 1, -1, -1]
+    assert [record.tokens for record in found.manifest.sources] == [2, 2]
+
+
+def test_waves_with_transcripts_are_refused(speech: Path, whisper: Path, tokenizer) -> None:
+    with pytest.raises(ModelError, match="takes waves and writes text"):
+        pack_media((Source(str(speech)),), "input_values", whisper, WHISPER, tokenizer, 2, 0)
+
+
+def test_an_empty_listing_and_odd_separators(speech: Path) -> None:
+    (speech / "metadata.jsonl").write_text('{"file_name": "0.wav", "text": "a\u2028b"}\n\n', encoding="utf-8")
+    assert [clip.text for clip in clips(Source(str(speech)), SPEECH)] == ["a\u2028b"]
+    (speech / "metadata.jsonl").write_text("\n", encoding="utf-8")
+    with pytest.raises(CalibrationError, match="names no file"):
+        pack_media((Source(str(speech)),), "input_features", speech, WHISPER, None, 2, 0)
+
+
+def test_text_beside_an_image_is_part_of_what_a_source_is(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "figure.png")
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8")
+    before = fingerprint(Source(str(tmp_path)))
+    (tmp_path / "a.txt").write_text("two", encoding="utf-8")
+    assert fingerprint(Source(str(tmp_path))) != before

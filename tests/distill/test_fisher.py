@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, T5Config, T5ForConditionalGeneration
+from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 
 from lillama.distill.fisher import measured
 from lillama.progress import silent
@@ -127,3 +129,23 @@ def test_an_expert_counts_by_the_tokens_that_come_to_it(tmp_path):
     assert found["self_attn.q_proj"].share == 1
     shares = [found[name].share for name in names[1:]]
     assert sum(shares) == pytest.approx(2) and all(0 <= share <= 1 for share in shares)
+
+
+def test_experts_that_are_given_all_tokens_count_those_that_were_meant_for_them(tmp_path):
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, intermediate_size_mlp=24, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    Llama4ForCausalLM(config).save_pretrained(tmp_path / "model")
+    model, found = open_streamed(tmp_path / "model", CPU), {}
+    names = [f"feed_forward.experts.{index}.{leaf}" for index in range(4) for leaf in ("gate_up", "down")]
+    measured(
+        model, Batch.of_tokens(torch.randint(2, 60, (4, 10))), torch.arange(4), Shelf(CPU, tmp_path, 0, 1 << 30), 4,
+        torch.Generator(), lambda index: names, lambda i, b, m: found.update(m), silent,
+    ).remove()  # fmt: skip
+    for leaf in ("gate_up", "down"):
+        moments = [found[f"feed_forward.experts.{index}.{leaf}"] for index in range(4)]
+        assert sum(one.share for one in moments) == pytest.approx(1)
+        assert [one.inputs.count - len(one.inputs.sum) for one in moments] == [round(40 * one.share) for one in moments]

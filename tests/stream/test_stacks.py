@@ -113,3 +113,32 @@ def test_an_image_model_streams_to_its_own_last_outputs(tmp_path: Path) -> None:
     _, outputs = through(open_streamed(tmp_path / "model", CPU), Batch({"pixel_values": pixels}), new, 2)
     found = whole.layernorm(outputs[-1].read(slice(0, 3)))
     torch.testing.assert_close(found, whole(pixel_values=pixels).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_features_enter_in_the_type_that_the_model_computes_in(tmp_path: Path) -> None:
+    MODELS["Whisper"]().save_pretrained(tmp_path / "model")
+    model, given = open_streamed(tmp_path / "model", CPU, torch.bfloat16), inputs("Whisper")
+    new = Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.bfloat16, "hidden")
+    _, outputs = through(model, Batch(given, given["decoder_input_ids"]), new, 2)
+    assert outputs[-1].read(slice(0, 5)).dtype == torch.bfloat16
+
+
+def test_a_model_that_does_not_run_on_these_inputs_is_refused_with_the_reason(tmp_path: Path) -> None:
+    MODELS["Whisper"]().save_pretrained(tmp_path / "model")
+    new = Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
+    with pytest.raises(ModelError, match=r"model\.encoder\.layers\.0 is not reached \("):
+        through(
+            open_streamed(tmp_path / "model", CPU), Batch({"input_ids": torch.zeros(2, 5, dtype=torch.long)}), new, 2
+        )
+
+
+def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
+    MODELS["T5"]().save_pretrained(tmp_path / "model")
+    given = inputs("T5")
+    new = Stores(Shelf(CPU, tmp_path / "stores", 0, 0), torch.float32, "hidden")
+    calls, _ = through(open_streamed(tmp_path / "model", CPU), Batch(given, given["decoder_input_ids"]), new, 2)
+    assert list((tmp_path / "stores").iterdir())
+    new.remove()
+    for table in calls:
+        table.remove()
+    assert not list((tmp_path / "stores").iterdir())

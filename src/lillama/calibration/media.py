@@ -1,8 +1,8 @@
 """Calibration on speech and images: files through the model's own processor, to whatever its forward takes."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
 from lillama.calibration.pack import SURPLUS, Manifest, SourceRecord, TokenBlocks, ids_hash, share, tokenizer_hash
-from lillama.calibration.sources import IMAGES, SPEECH, Source, fingerprint, first_line, media_files
+from lillama.calibration.sources import IMAGES, SPEECH, Source, fingerprint, first_line, json_lines, media_files
 from lillama.errors import CalibrationError, ModelError
 from lillama.progress import Progress, Report, silent
 
@@ -61,15 +61,22 @@ def pack_media(
     """
     if takes not in READERS:
         raise ModelError(f"the model takes {takes}; calibration knows input_ids, {', '.join(READERS)}")
-    kinds = IMAGES if takes == "pixel_values" else SPEECH
-    generator = torch.Generator().manual_seed(seed)
+    if takes == "input_values" and config.is_encoder_decoder:
+        raise ModelError("the model takes waves and writes text; what belongs to a window of a wave is not known")
+    kinds, generator = IMAGES if takes == "pixel_values" else SPEECH, torch.Generator().manual_seed(seed)
     chosen: list[Clip] = []
+    parts: list[dict[str, Tensor]] = []
     records: list[SourceRecord] = []
-    for source, wanted in zip(sources, share(sources, rows), strict=True):
-        found = list(clips(source, kinds))[: SURPLUS * max(wanted, 1) * (SECONDS if takes == "input_values" else 1)]
+    for done, (source, wanted) in enumerate(zip(sources, share(sources, rows), strict=True)):
+        report(Progress("calibration", done, len(sources), source.path))
+        found = list(islice(clips(source, kinds), SURPLUS * wanted * (SECONDS if takes == "input_values" else 1)))
+        if not found:
+            raise CalibrationError(f"{source.path}: names no file; give another source")
         order = torch.randperm(len(found), generator=generator).tolist()
-        taken = [found[index] for index in (order if takes == "input_values" else order[:wanted])]
+        taken = [found[index] for index in order[: None if takes == "input_values" else wanted]]
+        parts.append(READERS[cast(Takes, takes)](taken, folder, config, wanted))
         chosen += taken
+        made = len(next(iter(parts[-1].values())))
         records.append(
             SourceRecord(
                 source.path,
@@ -79,16 +86,15 @@ def pack_media(
                 source.weight,
                 fingerprint(source),
                 len(found),
-                len(taken),
+                made,
             )
         )
-    report(Progress("calibration", 0, len(chosen), takes))
-    inputs = READERS[cast(Takes, takes)](chosen, folder, config, rows)
+    inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     count = len(next(iter(inputs.values())))
     ids, mask = torch.zeros(count, 0, dtype=torch.long), None
     if config.is_encoder_decoder:
         ids, mask = _transcripts(chosen, config, tokenizer)
-    report(Progress("calibration", len(chosen), len(chosen), takes))
+    report(Progress("calibration", len(sources), len(sources)))
     manifest = Manifest(
         kind="images" if takes == "pixel_values" else "speech",
         sources=tuple(records),
@@ -110,13 +116,10 @@ def clips(source: Source, kinds: Sequence[str]) -> Iterator[Clip]:
     if not listing.is_file() or listing.suffix != ".jsonl":
         yield from (Clip(file) for file in media_files(path, kinds))
         return
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
-        where = f"{listing}, line {number}"
-        try:
-            row = cast(dict[str, Any], json.loads(line))
-            file = folder / row["file_name"]
-        except (ValueError, KeyError, TypeError):
-            raise CalibrationError(f'{where}: {{"file_name": ..., "text": ...}} is wanted; write it so') from None
+    for where, row in json_lines(listing, source):
+        if not isinstance(row.get("file_name"), str):
+            raise CalibrationError(f'{where}: {{"file_name": ..., "text": ...}} is wanted; write it so')
+        file = folder / row["file_name"]
         if not file.is_file() or file.suffix.lower() not in kinds:
             raise CalibrationError(f"{where}: {file} is not there, or no file of type {', '.join(kinds)}")
         names = [source.field] if source.field else TEXTS
@@ -165,7 +168,12 @@ def _values(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: in
     """Return windows of sound; utterances are joined, so that nothing is padded."""
     extractor = _processor(AutoFeatureExtractor, folder)
     length = SECONDS * extractor.sampling_rate
-    sound = np.concatenate([wave(clip.path, extractor.sampling_rate) for clip in chosen])
+    waves: list[NDArray[np.float32]] = []
+    for clip in chosen:
+        if sum(map(len, waves)) >= rows * length:
+            break
+        waves.append(wave(clip.path, extractor.sampling_rate))
+    sound = np.concatenate(waves)
     windows = [sound[start : start + length] for start in range(0, len(sound) - length + 1, length)][:rows]
     if not windows:
         raise CalibrationError(f"{chosen[0].path.parent}: less than {SECONDS} s of speech; give more")
@@ -184,7 +192,8 @@ def _pixels(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: in
         images = []
         for clip in chosen[start : start + BATCH]:
             try:
-                images.append(Image.open(clip.path).convert("RGB"))
+                with Image.open(clip.path) as image:
+                    images.append(image.convert("RGB"))
             except (UnidentifiedImageError, OSError) as error:
                 raise CalibrationError(f"{clip.path}: no readable image ({first_line(error)})") from None
         parts.append(processor(images=images, return_tensors="pt")["pixel_values"])

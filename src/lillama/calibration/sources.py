@@ -56,14 +56,14 @@ def fingerprint(source: Source) -> str:
         check_exists(source)
         return _revision(source.path)
     media = media_files(path, (*SPEECH, *IMAGES), none=True)
-    if media:
-        files = [*media, *path.glob("metadata.jsonl")]
+    if is_saved(path):
+        files = sorted(path.rglob("*.arrow"))
     else:
-        files = sorted(path.rglob("*.arrow")) if is_saved(path) else data_files(path, source)
+        files = [*media, *(() if media and not _data(path) else data_files(path, source))]
     return digest({file.relative_to(path).as_posix(): file_digest(file) for file in files})
 
 
-def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
+def json_lines(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
     """Stream the records of a file with one JSON object on each line."""
     with opened(path) as file:
         for number, line in enumerate(file, 1):
@@ -76,7 +76,7 @@ def _json(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
     with opened(path) as file:
         is_array = next((line for line in file if not line.isspace()), "").lstrip().startswith("[")
     if not is_array:
-        yield from _json_lines(path, source)
+        yield from json_lines(path, source)
         return
     with opened(path) as file:
         rows = _parsed(file.read(), str(path), list)
@@ -101,7 +101,7 @@ def _parquet(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
 
 
 ROWS: dict[str, Callable[[Path, Source], Iterator[tuple[str, Row]]]] = {
-    ".jsonl": _json_lines,
+    ".jsonl": json_lines,
     ".json": _json,
     ".parquet": _parquet,
 }
@@ -170,6 +170,11 @@ def data_files(folder: Path, source: Source) -> list[Path]:
             "check `split` and `config`"
         )
     return chosen
+
+
+def _data(folder: Path) -> list[Path]:
+    """List the files of a folder that hold text."""
+    return [path for path in folder.rglob("*") if path.is_file() and _kind(path) in (*PLAIN, *ROWS)]
 
 
 def media_files(folder: Path, kinds: Sequence[str], none: bool = False) -> list[Path]:

@@ -134,7 +134,8 @@ class BlockData:
     def _ahead(self, rows: Int[Tensor, " n"]) -> Ahead | None:
         if self.following is None:
             return None
-        call = self.calls.select(self.following.index, rows, self.target.device)
+        calls = self.calls if self.own_calls is None or self.stream == "teacher" else self.own_calls
+        call = calls.select(self.following.index, rows, self.target.device)
         return Ahead(self.following.block, call, self.following.target.read(rows))
 
 

@@ -91,7 +91,7 @@ class Fisher:
 
     def remove(self) -> None:
         """Give the stores back."""
-        for store in self.gradients:
+        for store in (*self.gradients, *{id(table): table for table in self.calls}.values()):
             store.remove()
 
 

@@ -27,10 +27,12 @@ class GramWatch:
         grams: name -> Gram. Linears that are given the very same tensor (query, key and value; gate and up) share one. A
             linear that was given nothing, such as one of an expert that no token was sent to, has none.
         routed: name of a module of experts -> for each expert, the tokens that the run which has just ended sent to it.
+        given_all: names of those modules whose experts are given all tokens, the others' as zeros.
     """
 
     grams: dict[str, Gram] = field(default_factory=dict)
     routed: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    given_all: set[str] = field(default_factory=set)
     _seen: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, *masks: Bool[Tensor, "sequences _"] | None) -> None:
@@ -52,10 +54,11 @@ class GramWatch:
     def real(self, name: str, x: Tensor, *masks: Tensor | None) -> Float[Tensor, "tokens width"]:
         """Return the vectors at the real tokens among the inputs or outputs of a linear, one in a row."""
         experts, _, index = name.rpartition(".")[0].rpartition(".")
-        if experts in self.routed and index.isdecimal():
-            own = masks[0] if masks else None
-            return x if own is None else x[own.flatten().to(x.device)[self.routed[experts][int(index)]]]
-        return real(x, *masks)
+        if experts not in self.routed or not index.isdecimal():
+            return real(x, *masks)
+        tokens, own = self.routed[experts][int(index)], next(iter(masks), None)
+        x = x[tokens] if experts in self.given_all else x
+        return x if own is None else x[own.flatten().to(x.device)[tokens]]
 
     def remember(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """Return a forward pre-hook for the linear of this name."""
@@ -70,8 +73,13 @@ class GramWatch:
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(module, Experts)
-            if len(args) > 1:
-                self.routed[name] = module.tokens(args[1])
+            given, *routing = args
+            if routing:
+                self.routed[name] = module.tokens(routing[0])
+            else:
+                sent = given.view(module.count, -1, given.shape[-1]).any(dim=-1)
+                self.routed[name] = tuple(rows.nonzero()[:, 0] for rows in sent)
+                self.given_all.add(name)
 
         return hook
 
@@ -106,7 +114,8 @@ def shrunk(block: nn.Module, grams: Mapping[str, Gram], names: Iterable[str]) ->
     for group in _alike(block, names):
         measured = [grams[name] for name in group if name in grams]
         if measured:
-            found |= {name: _drawn(grams.get(name), measured) for name in group}
+            mean = _mean(measured)
+            found |= {name: _drawn(grams.get(name), mean) for name in group}
             unseen = sum(name not in grams for name in group)
             if unseen:
                 logger.info("%s and %d more: no calibration token came to these experts", group[0], unseen - 1)
@@ -137,15 +146,19 @@ def _alike(block: nn.Module, names: Iterable[str]) -> Iterator[list[str]]:
                     yield group
 
 
-def _drawn(own: Gram | None, layer: list[Gram]) -> Gram:
-    """Return a Gram with as many tokens of its layer's mean added as it is wide."""
-    drawn = Gram(torch.zeros_like(layer[0].sum), torch.zeros_like(layer[0].absolute))
-    share = len(drawn.sum) / sum(gram.count for gram in layer)
-    for weight, gram in [*((share, gram) for gram in layer), *(((1.0, own),) if own is not None else ())]:
-        drawn.sum += weight * gram.sum
-        drawn.absolute += weight * gram.absolute
-    drawn.count = len(drawn.sum) + (0 if own is None else own.count)
-    return drawn
+def _mean(layer: list[Gram]) -> Gram:
+    """Return the Gram of as many tokens as it is wide, of the mean of those given."""
+    mean = Gram(torch.zeros_like(layer[0].sum), torch.zeros_like(layer[0].absolute), len(layer[0].sum))
+    for gram in layer:
+        mean.sum += gram.sum
+        mean.absolute += gram.absolute
+    share = mean.count / sum(gram.count for gram in layer)
+    return Gram(mean.sum * share, mean.absolute * share, mean.count)
+
+
+def _drawn(own: Gram | None, mean: Gram) -> Gram:
+    """Return a Gram with its layer's mean added."""
+    return mean if own is None else Gram(own.sum + mean.sum, own.absolute + mean.absolute, own.count + mean.count)
 
 
 @torch.no_grad()

@@ -220,12 +220,12 @@ class Change:
 def change(original: StreamedModel, compressed: StreamedModel, batch: Batch, shelf: Shelf, micro_batch: int) -> Change:
     """Run some sequences through a model and its compressed form, block by block, and compare the predictions."""
     stores = [Stores(shelf, original.dtype, f"change-{name}", 2) for name in ("original", "own")]
-    (calls, ends), (_, own_ends) = (
+    (calls, ends), (own_calls, own_ends) = (
         through(model, batch, new, micro_batch) for model, new in zip((original, compressed), stores, strict=True)
     )
     head = Head(original, original.outside(head=True), calls[-1])
     before = head.means(batch, ends[-1], ends[-1], micro_batch)
     kl, entropy = head.means(batch, own_ends[-1], ends[-1], micro_batch)
-    for new in stores:
-        new.remove()
+    for made in (*stores, *calls, *own_calls):
+        made.remove()
     return Change(kl, entropy - before[1])

@@ -99,7 +99,7 @@ class Streams:
         """Return the streams before the first block of the next stack; the outputs of this one are kept for it."""
         before = dict(self.before) | {stack - 1: (self.teacher, self.student or self.teacher)}
         kept = {id(store) for store in before[stack - 1]}
-        for store in (self.teacher, self.target, self.spare, *self._made.values()):
+        for store in (self.teacher, self.target, self.spare, *self._made.values(), self.calls, self.own_calls):
             if store is not None and id(store) not in kept:
                 store.remove()
         both = self.spare is not None
@@ -201,7 +201,7 @@ class Streams:
     def remove(self, earlier: bool = True) -> None:
         """Give the stores back, those of earlier stacks too unless somebody still needs them."""
         before = (store for pair in self.before.values() for store in pair) if earlier else ()
-        for store in (self.teacher, self.target, self.spare, *self._made.values(), *before):
+        for store in (self.teacher, self.target, self.spare, *self._made.values(), *before, self.calls, self.own_calls):
             if store is not None:
                 store.remove()
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from lillama.errors import ModelError, OutputError
 from lillama.files import atomic_folder, write_json
@@ -15,7 +17,7 @@ from lillama.lowrank.linear import low_rank_linears, merge
 from lillama.model.checkpoint import CheckpointWriter
 from lillama.model.source import stored_dtype
 from lillama.model.weights import Weights, filled, stored
-from lillama.stream.streamed import open_streamed
+from lillama.stream.streamed import StreamedModel, open_streamed
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".pkl"}
 OWN = {"config.json", "README.md"}
@@ -90,7 +92,7 @@ def _multiply_out(source: Path, folder: Path) -> None:
     weights, blocks = model.weights, tuple(f"{name}." for name in model.names)
     with CheckpointWriter(folder) as writer:
         for name, tensor in weights.read(name for name in weights.sources if not name.startswith(blocks)):
-            writer.write(name, tensor)
+            _write(writer, model, {name: tensor})
         for name in model.names:
             block = filled(model.skeleton.get_submodule(name), name, weights, model.device, None)
             if any(tensor.is_meta for tensor in block.state_dict().values()):
@@ -98,8 +100,13 @@ def _multiply_out(source: Path, folder: Path) -> None:
             for inner, layer in low_rank_linears(block):
                 layer.weight = layer.weight.to(_stored_type(weights, f"{name}.{inner}"))
             merge(block)
-            for inner, tensor in stored(block):
-                writer.write(f"{name}.{inner}", tensor)
+            _write(writer, model, {f"{name}.{inner}": tensor for inner, tensor in stored(block)})
+
+
+def _write(writer: CheckpointWriter, model: StreamedModel, tensors: dict[str, Tensor]) -> None:
+    """Write tensors under the names, and in the pieces, in which `save_pretrained` would."""
+    for name, tensor in revert_weight_conversion(model.skeleton, tensors).items():
+        writer.write(name, tensor.clone())
 
 
 def _stored_type(weights: Weights, linear: str) -> torch.dtype:

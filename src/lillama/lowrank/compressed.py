@@ -70,6 +70,6 @@ def restored_copy(
     """
     student = copy.deepcopy(template)
     install(student, ranks)
-    moved = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    moved = {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in state.items()}
     student.load_state_dict(_marks(student, device) | moved, assign=True)
     return student.to(device).eval().requires_grad_(False)

@@ -19,7 +19,14 @@ from lillama.files import atomic_file, digest, file_digest, write_json
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INTEGERS = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
+INTEGERS = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
 CHECKED_AT_ONCE = 1 << 24  # numbers
 FETCH_AGAIN = "fetch the model again"
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lillama.errors import ModelError, suggestion
 
-LARGE = 1 << 24  # numbers; no buffer that is computed with has so many
+LARGE = 1 << 28  # numbers; no buffer has so many
 FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 

@@ -6,6 +6,7 @@ Imports torch alone: the same text ships inside portable models.
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -35,7 +36,7 @@ class Experts(nn.Module):
         super().__init__()
         parameters = dict(fused.named_parameters(recurse=False))
         up = next(name for name in UPS if name in parameters)
-        self.up_name, self.transposed = up, bool(getattr(fused, "is_transposed", True))  # Llama 4 does not say
+        self.up_name, self.transposed = up, bool(getattr(fused, "is_transposed", True))  # Llama 4's are, and do not say
         self.count = len(parameters[DOWN])
         for name, child in fused.named_children():
             self.add_module(name, child)
@@ -70,6 +71,8 @@ class Experts(nn.Module):
         if top_k_index is None or top_k_weights is None:
             parts = hidden_states.view(self.count, -1, hidden_states.shape[-1])
             return torch.cat([self._answer(index, part) for index, part in enumerate(parts)])
+        if not len(hidden_states):
+            return hidden_states
         order, counts = self._order(top_k_index)
         parts = hidden_states[order // top_k_index.shape[-1]].split(counts)
         answers = torch.cat([self._answer(index, part) for index, part in enumerate(parts) if len(part)])
@@ -129,7 +132,8 @@ def is_fused(module: nn.Module) -> bool:
     parameters = dict(module.named_parameters(recurse=False))
     known = {name + tail for name in (*UPS, DOWN) for tail in ("", BIAS)}
     matrices = [parameters[name].dim() == 3 for name in (*UPS, DOWN) if name in parameters]
-    return DOWN in parameters and len(matrices) == 2 and all(matrices) and parameters.keys() <= known
+    routed = hasattr(module, "is_transposed") or len(signature(module.forward).parameters) == 1  # or given all tokens
+    return DOWN in parameters and len(matrices) == 2 and all(matrices) and parameters.keys() <= known and routed
 
 
 def unfuse(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> None:

@@ -112,6 +112,10 @@ class Weights:
         """Return the type that a tensor is stored in."""
         return self.reader.dtype(self.sources[name][0].keys[0][0])
 
+    def _exact(self, name: str) -> bool:
+        """Tell whether transformers keeps a tensor in fp32 whatever the model computes in."""
+        return any(part in name for part in self.model._keep_in_fp32_modules_strict or ())
+
     def read(
         self, names: Iterable[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
@@ -120,7 +124,8 @@ class Weights:
         for name in names:
             source, known = self.sources[name]
             if source.converter is None:
-                yield name, self.reader.read(source.keys[0][0], device, self.integers.get(name, dtype))
+                wanted = None if dtype is not None and self._exact(name) else dtype
+                yield name, self.reader.read(source.keys[0][0], device, self.integers.get(name, wanted))
                 continue
             if id(source) not in made:
                 tensors = {key: self.reader.read(key, device, dtype) for key, _ in source.keys}

@@ -43,9 +43,10 @@ class Batch:
             {stack: mask[rows] for stack, mask in self.masks.items()},
         )
 
-    def forward_inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the inputs on a device."""
-        return {name: tensor.to(device) for name, tensor in self.inputs.items()}
+    def forward_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the inputs on a device; features and pixels in the type that the model computes in."""
+        types = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in self.inputs.items()}
+        return {name: tensor.to(device, types[name]) for name, tensor in self.inputs.items()}
 
     def masks_at(self, stack: int) -> tuple[Bool[Tensor, "rows _"] | None, ...]:
         """Return the mask of a stack's own positions, or None, and then the masks of the other stacks."""
@@ -81,7 +82,7 @@ def batch_of(
     if not given:
         half = ids.shape[1] // 2
         given, ids = {"input_ids": ids[:, :half]}, ids[:, half:]
-    first = model.config.decoder_start_token_id
+    first = getattr(model.config, "decoder_start_token_id", None)  # some have it in the generation settings only
     if first is not None:
         ids = torch.cat([torch.full_like(ids[:, :1], first), ids], dim=1)
         mask = None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)

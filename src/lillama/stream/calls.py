@@ -75,6 +75,11 @@ class CallTable:
     rests: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
     first: int = 0
 
+    def remove(self) -> None:
+        """Give the tables back; the calls must not be used afterwards."""
+        for table in self.tables.values():
+            table.remove()
+
     def select(self, index: int, rows: slice | Tensor, device: torch.device) -> BlockCall:
         """Return the call of block `index` for some sequences."""
         call = self.calls[index - self.first]

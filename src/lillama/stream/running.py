@@ -135,8 +135,11 @@ def finish(
     def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return _returned(hidden, calls.rests[type(block)])
 
-    with _blocks_replaced(model, outside, forward):
-        return outside(**heads_only(outside, ids.to(model.device)), **_uncached(outside)).logits
+    try:
+        with _blocks_replaced(model, outside, forward):
+            return outside(**heads_only(outside, ids.to(model.device)), **_uncached(outside)).logits
+    except (AttributeError, TypeError) as error:  # some decoders want more of the encoder than its outputs
+        raise ModelError(f"{type(outside).__name__}: its head cannot be run by itself ({error})") from None
 
 
 @dataclass
@@ -162,19 +165,24 @@ class _Capture:
     def check(self, batch: Batch) -> None:
         """Refuse a model whose blocks do not run one after the other, each once; the forward pass goes on to its end."""
         seen: list[int] = []
+        reason = ""
 
         def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             seen.append(index)
             hidden, _ = split_call(args, kwargs)
             return _returned(hidden, self._rest(index, block, args, kwargs))
 
-        # What comes behind the blocks may lack its weights, or want what blocks of another width would have made.
-        with _blocks_replaced(self.model, self.outside, forward), suppress(RuntimeError):
-            self.outside(**batch.forward_inputs(self.model.device), **_uncached(self.outside))
+        try:
+            with _blocks_replaced(self.model, self.outside, forward):
+                self.outside(**self._inputs(batch))
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001  (behind the blocks, weights may lack, or blocks of another width be needed)
+            reason = f" ({next(iter(str(error).splitlines()), type(error).__name__)})"
         known = self.model.indices(self.stack)
         missed = [self.model.names[index] for index in known if index not in seen]
         if [index for index in seen if index < known.stop] != list(range(known.stop)):
-            what = f"{missed[0]} is not reached" if missed else "blocks run more than once, or in another order"
+            what = f"{missed[0]} is not reached{reason}" if missed else "blocks run more than once, or in another order"
             raise self._refusal(what)
 
     def __call__(
@@ -194,10 +202,12 @@ class _Capture:
                 raise _AllCaptured
             return _returned(ready.get(last[index], hidden) if index in last else hidden, rest)
 
-        inputs = batch[rows].forward_inputs(self.model.device)
         with _blocks_replaced(self.model, self.outside, forward), suppress(_AllCaptured):
-            self.outside(**inputs, **_uncached(self.outside))
+            self.outside(**self._inputs(batch[rows]))
         return captured[0][0], [call for _, call in captured]
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        return batch.forward_inputs(self.model.device, self.model.dtype) | _uncached(self.outside)
 
     def _refusal(self, what: str) -> ModelError:
         return ModelError(

@@ -182,6 +182,11 @@ class RowTable:
             self._store.write(slice(0, rows.start), self._first)
         self._store.write(rows, values)
 
+    def remove(self) -> None:
+        """Give memory or file back."""
+        if self._store is not None:
+            self._store.remove()
+
     def read(self, rows: slice | Tensor) -> Tensor:
         """Return the tensors of some sequences, stacked, on the device."""
         if self._store is not None:
