@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # The matrices of the small models here are too small to share among threads; processes run side by side instead.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help demo test check docs bench-quality bench-ablation bench-speed bench-inference bench-memory clean
+.PHONY: help demo test check docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ bench-speed: $(VENV)/.ready  ## how near compressing comes to the machine's limi
 
 bench-inference: $(VENV)/.ready  ## compressed against dense in use, into bench/results/
 	$(ONE_THREAD) $(BIN)/python bench/inference.py
+
+bench-tiny: $(VENV)/.ready  ## train small models of five kinds and make them smaller, into bench/results/ (hours)
+	$(ONE_THREAD) $(BIN)/python bench/tiny_models.py
 
 bench-memory: $(VENV)/.ready  ## peak memory against depth, into bench/results/
 	$(ONE_THREAD) $(BIN)/python bench/memory.py
