@@ -182,3 +182,21 @@ def test_text_beside_an_image_is_part_of_what_a_source_is(tmp_path: Path) -> Non
     before = fingerprint(Source(str(tmp_path)))
     (tmp_path / "a.txt").write_text("two", encoding="utf-8")
     assert fingerprint(Source(str(tmp_path))) != before
+
+
+def test_features_that_were_computed_before_are_taken_as_they_are(speech: Path, whisper: Path, tokenizer) -> None:
+    extractor = WhisperFeatureExtractor.from_pretrained(whisper)
+    samples, _ = soundfile.read(speech / "2.wav", dtype="float32")
+    whole = extractor(samples, sampling_rate=RATE, return_tensors="np")["input_features"][0]
+    np.save(speech / "mel.npy", whole[:, :40])
+    (speech / "metadata.jsonl").write_text('{"file_name": "mel.npy", "text": "a b"}\n', encoding="utf-8")
+    found = packed(speech, whisper, tokenizer, rows=1)
+    features = found.inputs["input_features"][0]
+    assert torch.equal(features[:, :40], torch.from_numpy(whole[:, :40]))
+    assert bool((features[:, 40:] == whole[:, :40].min()).all()) and int(found.inputs["encoder_mask"].sum()) == 20
+    np.save(speech / "mel.npy", whole[:5])
+    with pytest.raises(CalibrationError, match=r"shape \(5, 100\); 16 mels x at most 100 frames"):
+        packed(speech, whisper, tokenizer, rows=1)
+    (speech / "mel.npy").write_bytes(b"not an array")
+    with pytest.raises(CalibrationError, match="no readable array"):
+        packed(speech, whisper, tokenizer, rows=1)

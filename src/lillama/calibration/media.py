@@ -8,13 +8,22 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
 from lillama.calibration.pack import SURPLUS, Manifest, SourceRecord, TokenBlocks, ids_hash, share, tokenizer_hash
-from lillama.calibration.sources import IMAGES, SPEECH, Source, fingerprint, first_line, json_lines, media_files
+from lillama.calibration.sources import (
+    FEATURES,
+    IMAGES,
+    SPEECH,
+    Source,
+    fingerprint,
+    first_line,
+    json_lines,
+    media_files,
+)
 from lillama.errors import CalibrationError, ModelError
 from lillama.progress import Progress, Report, silent
 
@@ -22,7 +31,7 @@ Takes = Literal["input_features", "input_values", "pixel_values"]
 
 TEXTS = ("text", "transcription", "sentence", "transcript")  # names of the field that holds what is said
 SECONDS = 4  # of a window, for encoders that take the wave itself
-BATCH = 16  # files that are processed at once
+BATCH = 16  # images that are processed at once
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def pack_media(
         raise ModelError(f"the model takes {takes}; calibration knows input_ids, {', '.join(READERS)}")
     if takes == "input_values" and config.is_encoder_decoder:
         raise ModelError("the model takes waves and writes text; what belongs to a window of a wave is not known")
-    kinds, generator = IMAGES if takes == "pixel_values" else SPEECH, torch.Generator().manual_seed(seed)
+    kinds, generator = KINDS[cast(Takes, takes)], torch.Generator().manual_seed(seed)
     chosen: list[Clip] = []
     parts: list[dict[str, Tensor]] = []
     records: list[SourceRecord] = []
@@ -147,21 +156,39 @@ def wave(path: Path, rate: int) -> NDArray[np.float32]:
 def _features(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: int) -> dict[str, Tensor]:
     """Return log-mel features, and which positions of the encoder hear speech and not the padding behind it."""
     extractor = _processor(AutoFeatureExtractor, folder)
-    parts: list[dict[str, Tensor]] = []
-    for start in range(0, len(chosen), BATCH):
-        waves = [wave(clip.path, extractor.sampling_rate) for clip in chosen[start : start + BATCH]]
-        parts.append(
-            extractor(
-                waves, sampling_rate=extractor.sampling_rate, return_tensors="pt", return_attention_mask=True,
-                padding="max_length",
-            )
-        )  # fmt: skip
-    inputs = {"input_features": torch.cat([part["input_features"] for part in parts])}
+    pairs = [
+        _computed(clip.path, extractor) if clip.path.suffix == FEATURES else _heard(clip.path, extractor)
+        for clip in chosen
+    ]
+    inputs = {"input_features": torch.stack([features for features, _ in pairs])}
     positions = getattr(config, "max_source_positions", None)  # of the encoder; Whisper's halves the frames
-    if positions is not None and "attention_mask" in parts[0]:
-        frames = torch.cat([part["attention_mask"] for part in parts]).bool()
+    if positions is not None:
+        frames = torch.stack([mask for _, mask in pairs])
         inputs["encoder_mask"] = frames[:, :: max(1, frames.shape[1] // positions)].contiguous()
     return inputs
+
+
+def _heard(path: Path, extractor: Any) -> tuple[Float[Tensor, "mels frames"], Bool[Tensor, " frames"]]:
+    """Return the features of a sound file, and which frames are of it."""
+    rate = extractor.sampling_rate
+    made = extractor(wave(path, rate), sampling_rate=rate, return_tensors="pt", return_attention_mask=True)
+    return made["input_features"][0], made["attention_mask"][0].bool()
+
+
+def _computed(path: Path, extractor: Any) -> tuple[Float[Tensor, "mels frames"], Bool[Tensor, " frames"]]:
+    """Return features that were computed before, filled up with their smallest value, which silence has."""
+    try:
+        found = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+    except (ValueError, OSError, TypeError) as error:
+        raise CalibrationError(f"{path}: no readable array ({first_line(error)}); write it with numpy.save") from None
+    mels, frames = extractor.feature_size, extractor.nb_max_frames
+    if found.dim() != 2 or len(found) != mels or not 0 < found.shape[1] <= frames:
+        raise CalibrationError(
+            f"{path}: has the shape {tuple(found.shape)}; {mels} mels x at most {frames} frames are wanted"
+        )
+    features = found.new_full((mels, frames), float(found.min()))
+    features[:, : found.shape[1]] = found
+    return features, torch.arange(frames) < found.shape[1]
 
 
 def _values(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: int) -> dict[str, Tensor]:
@@ -201,6 +228,7 @@ def _pixels(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: in
 
 
 READERS = {"input_features": _features, "input_values": _values, "pixel_values": _pixels}
+KINDS = {"input_features": (*SPEECH, FEATURES), "input_values": SPEECH, "pixel_values": IMAGES}
 
 
 def _processor(kind: Any, folder: Path) -> Any:

@@ -20,6 +20,7 @@ FIELDS = ("text", "content", "messages", "conversations", "conversation")  # loo
 SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
 PLAIN = (".txt", ".md")
 SPEECH, IMAGES = (".wav", ".flac", ".ogg", ".mp3"), (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FEATURES = ".npy"  # log-mel features that were computed before
 SAVED = ("state.json", "dataset_dict.json")  # what `datasets.save_to_disk` leaves
 
 Row = Mapping[str, Any]
@@ -55,7 +56,7 @@ def fingerprint(source: Source) -> str:
     if not path.is_dir():
         check_exists(source)
         return _revision(source.path)
-    media = media_files(path, (*SPEECH, *IMAGES), none=True)
+    media = media_files(path, (*SPEECH, *IMAGES, FEATURES), none=True)
     if is_saved(path):
         files = sorted(path.rglob("*.arrow"))
     else:
