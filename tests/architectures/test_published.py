@@ -33,7 +33,7 @@ def test_mixtral_at_80_percent_loses_9_34_billion_parameters_from_the_experts_of
     planned = plan(model, recipe="paper-bottom", keep=0.8, targets="*experts*").plan
     assert planned.spec.params == 46_702_792_704
     removed = planned.spec.params - planned.kept_params
-    assert removed / 1e9 == pytest.approx(9.34, abs=0.01)
+    assert removed == 9_347_006_464 and removed - 0.2 * planned.spec.params < 256 * (2 * 14336 + 4096)
     touched = {name.split(".")[2] for name in planned.factorised}
     assert touched == {str(index) for index in range(10)}
     assert all(".experts." in name for name in planned.factorised)
