@@ -11,7 +11,7 @@ from lillama.distill.block import distill_block, step_total
 from lillama.distill.joint import SNAPSHOT_SECONDS, Bench, JointData, JointTraining
 from lillama.distill.learner import Learner
 from lillama.distill.objective import Units, sub_blocks
-from lillama.distill.streams import Before, Streams
+from lillama.distill.streams import Earlier, Streams
 from lillama.distill.trace import DistillLog
 from lillama.lesson import Lesson
 from lillama.lowrank.compressed import compressed_copy, restored_copy
@@ -166,7 +166,7 @@ def _teach_stack(lesson: Lesson, stack: int, trained: Mapping[int, BlockSpec], s
     streams.remove()
 
 
-def _before(lesson: Lesson, stack: int) -> Before:
+def _before(lesson: Lesson, stack: int) -> Earlier:
     """Return the outputs of the earlier stacks, the teacher's and the student's."""
     model, ends = lesson.teacher, list[list[ActivationStore]]()
     if not stack:
@@ -180,12 +180,12 @@ def _before(lesson: Lesson, stack: int) -> Before:
     return dict(enumerate(zip(*ends, strict=True)))
 
 
-def _streams(lesson: Lesson, stack: int, before: Before, both: bool) -> Streams:
+def _streams(lesson: Lesson, stack: int, before: Earlier, both: bool) -> Streams:
     return Streams.at(stack, lesson.teacher, lesson.batch, lesson.shelf(), both, lesson.job.micro_batch, before=before)
 
 
 def _initial_students(
-    lesson: Lesson, trained: Mapping[int, BlockSpec], stack: int, before: Before
+    lesson: Lesson, trained: Mapping[int, BlockSpec], stack: int, before: Earlier
 ) -> tuple[Callable[[int], nn.Module], dict[int, Units]]:
     """Compute the student of every block of a stack before training.
 

@@ -5,7 +5,7 @@ other, so that a transposed weight cannot pass for its original.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -150,22 +150,6 @@ def write_images(folder: Path, count: int = 24) -> Path:
         patches = chance.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(patches.repeat(5, 0).repeat(5, 1)).save(folder / f"{index}.png")
     return folder
-
-
-def rows() -> Iterator[Row]:
-    """Yield all rows."""
-    for name, model, config, values, note in DENSE:
-        yield Row(name, "dense", model, config, values, note)
-    for name, model, config, values, note in EXPERTS:
-        yield Row(name, "experts", model, config, values, note)
-    for name, model, config, values, note in STATE_SPACE:
-        yield Row(name, "state space", model, config, values, note)
-    for name, model, config, values, note in ENCODER_DECODER:
-        yield Row(name, "encoder-decoder", model, config, values, note)
-    for name, model, config, values, note in ENCODERS:
-        yield Row(name, "encoder", model, config, values, note)
-    for name, model, config, values, note in SEVERAL:
-        yield Row(name, "several modalities", model, config, values, note)
 
 
 Facts = tuple[str, str, str, Mapping[str, Any], str]
@@ -326,4 +310,12 @@ SEVERAL: list[Facts] = [
         "its language tower",
     ),
 ]  # fmt: skip
-ROWS = {row.name: row for row in rows()}
+KINDS: dict[Kind, list[Facts]] = {
+    "dense": DENSE, "experts": EXPERTS, "state space": STATE_SPACE, "encoder-decoder": ENCODER_DECODER, "encoder": ENCODERS,
+    "several modalities": SEVERAL,
+}  # fmt: skip
+ROWS = {
+    name: Row(name, kind, model, config, values, note)
+    for kind, facts in KINDS.items()
+    for name, model, config, values, note in facts
+}

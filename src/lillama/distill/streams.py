@@ -18,7 +18,7 @@ from lillama.stream.running import advance, begin, row_slices
 from lillama.stream.store import ActivationStore, Shelf
 from lillama.stream.streamed import StreamedModel
 
-Before = Mapping[int, tuple[ActivationStore, ActivationStore]]
+Earlier = Mapping[int, tuple[ActivationStore, ActivationStore]]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Streams:
     masks: tuple[Bool[Tensor, "sequences _"] | None, ...]
     micro_batch: int
     own_calls: CallTable | None = None
-    before: Before = field(default_factory=dict)
+    before: Earlier = field(default_factory=dict)
     own_target: ActivationStore | None = None
     ahead: tuple[int, ActivationStore] | None = None
     parts: dict[str, ActivationStore] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Streams:
         both: bool,
         micro_batch: int,
         further: int = 0,
-        before: Before | None = None,
+        before: Earlier | None = None,
     ) -> "Streams":
         """Run what comes before the first block of a stack.
 

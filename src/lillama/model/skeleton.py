@@ -14,6 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lillama.errors import ModelError, suggestion
 
 LARGE = 1 << 28  # numbers; no buffer has so many
+WRONG_VALUES = (  # what transformers' classes raise for values that do not fit together
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
@@ -54,7 +57,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False), _LargeOnMeta():
             model = model_class(copy.deepcopy(config))
-    except Exception as error:  # noqa: BLE001  (transformers' classes raise all kinds for wrong values)
+    except WRONG_VALUES as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"config.json: {architecture} cannot be built with these values: {reason}") from None
     model.tie_weights()

@@ -17,6 +17,8 @@ from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves, map_call
 from lillama.stream.store import ActivationStore, RowTable
 from lillama.stream.streamed import StreamedModel
 
+# Of what comes behind the blocks: its weights may lack, or it wants what blocks of another width would have made.
+FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Forward = Callable[[int, nn.Module, tuple[Any, ...], Mapping[str, Any]], Any]
 NewStore = Callable[[tuple[int, ...]], ActivationStore]
 Before = Mapping[int, ActivationStore]
@@ -177,7 +179,7 @@ class _Capture:
                 self.outside(**self._inputs(batch))
         except (ModelError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # noqa: BLE001  (behind the blocks, weights may lack, or blocks of another width be needed)
+        except FAILURES as error:
             reason = f" ({next(iter(str(error).splitlines()), type(error).__name__)})"
         known = self.model.indices(self.stack)
         missed = [self.model.names[index] for index in known if index not in seen]
