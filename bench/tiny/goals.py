@@ -74,7 +74,7 @@ def _mixtral() -> Checked:
             return Checked(goal, f"not supported: {error}", None)
     removed = plan.spec.params - plan.kept_params
     touched = sorted({int(linear.name.split(".")[2]) for linear, rank in plan if rank is not None})
-    found = f"{removed / 1e9:.3f} B of {plan.spec.params / 1e9:.2f} B, from blocks {touched[0]} to {touched[-1]}"
+    found = f"{removed / 1e9:.4f} B of {plan.spec.params / 1e9:.2f} B, from blocks {touched[0]} to {touched[-1]}"
     return Checked(goal, found, abs(removed - 9.34e9) < 0.005e9)
 
 

@@ -151,7 +151,7 @@ def plan(
     for source in wanted.calibration.sources:
         check_exists(source)
     config = load_config(locate(model, weights=False))
-    ranks, wanted = sized(describe(config, wanted.targets, wanted.ignore), wanted, rank_plan)
+    ranks, wanted = sized(describe(config, wanted.targets, wanted.ignore, wanted.split_gate_up), wanted, rank_plan)
     device = pick_device(machine.device)
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
     rows = machine.rows(wanted.calibration.seq_len, device)
@@ -225,11 +225,12 @@ def prepared(
     config = load_config(folder)
     refuse_quantized(config)
     refuse_too_long(recipe.calibration.seq_len, config)
-    teacher = open_streamed(folder, device)
+    teacher = open_streamed(folder, device, split_gate_up=recipe.split_gate_up)
     _refuse_silence(teacher.skeleton, recipe)
     wordless = teacher.skeleton.main_input_name != "input_ids" and not config.is_encoder_decoder
     tokenizer = None if wordless else load_tokenizer(folder)
-    ranks, recipe = sized(describe_model(teacher.skeleton, recipe.targets, recipe.ignore), recipe, rank_plan)
+    spec = describe_model(teacher.skeleton, recipe.targets, recipe.ignore, recipe.split_gate_up)
+    ranks, recipe = sized(spec, recipe, rank_plan)
     open_ranks = rank_plan is None and recipe.ranks.needs_spectra and bool(ranks.factorised)
     if recipe.storage.bits is not None:
         refuse_without_torchao()

@@ -36,6 +36,7 @@ class Recipe:
         bytes: that the whole model may take; it decides the size in the place of `keep`.
         targets: globs of the linears to factorise, as in `describe`.
         ignore: globs of linears to leave dense.
+        split_gate_up: whether gate and up of an expert get factors of their own; otherwise they share the right one.
         ranks: how ranks are given to linears.
         storage: in which form, and in how many bits, factorised weights are stored.
         init: how factors start.
@@ -57,6 +58,7 @@ class Recipe:
     bytes: Annotated[int, Field(ge=1)] | None = None
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
+    split_gate_up: bool = False
     ranks: Annotated[Allocator, Field(discriminator="name")] = field(default_factory=Adaptive)
     storage: Storage = field(default_factory=Storage)
     init: Annotated[Initialiser, Field(discriminator="name")] = field(default_factory=TwoSided)

@@ -40,20 +40,25 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     return made
 
 
-def test_linears_compute_the_same_and_hold_the_very_numbers(model: nn.Module) -> None:
+@pytest.fixture(params=[False, True], ids=["gate and up as one", "gate and up apart"])
+def split(request: pytest.FixtureRequest) -> Callable[[str], bool]:
+    return lambda _: request.param
+
+
+def test_linears_compute_the_same_and_hold_the_very_numbers(model: nn.Module, split: Callable[[str], bool]) -> None:
     wanted, numbers = model(IDS).logits, sum(parameter.numel() for parameter in model.parameters())
     before = {parameter.data_ptr() for parameter in model.parameters()}
-    unfuse(model)
+    unfuse(model, split=split)
     assert not any(is_fused(module) or isinstance(module, Conv1D) for module in model.modules())
     torch.testing.assert_close(model(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
     assert sum(parameter.numel() for parameter in model.parameters()) == numbers
     assert before <= {parameter.data_ptr() for parameter in model.parameters()}  # views, nothing was copied
 
 
-def test_what_was_unfused_is_fused_again(model: nn.Module) -> None:
+def test_what_was_unfused_is_fused_again(model: nn.Module, split: Callable[[str], bool]) -> None:
     wanted, state = model(IDS).logits, {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kinds = [type(module) for module in model.modules()]
-    unfuse(model)
+    unfuse(model, split=split)
     fuse(model)
     assert [type(module) for module in model.modules()] == kinds
     assert model.state_dict().keys() == state.keys()
@@ -90,6 +95,29 @@ def test_one_expert_can_be_smaller_than_another() -> None:
     assert not isinstance(model.get_submodule("model.layers.0.mlp.experts"), Experts)
 
 
+def test_gate_and_up_are_apart_where_one_of_them_is_named() -> None:
+    model = KINDS["Mixtral"]().requires_grad_(False)
+    prefix = "model.layers.1.mlp.experts"
+    install(model, {f"{prefix}.0.down": 5, f"{prefix}.2.gate": 7})
+    experts = model.get_submodule(prefix)
+    assert isinstance(experts, Experts) and experts.leaves == ("gate", "up", "down")
+    assert [leaf for leaf, _ in experts.get_submodule("2").named_children()] == ["gate", "up", "down"]
+    assert model(IDS).logits.isfinite().all()
+
+
+def test_gate_and_up_that_all_stay_dense_are_joined_again() -> None:
+    model = KINDS["Mixtral"]().requires_grad_(False)
+    prefix = "model.layers.1.mlp.experts"
+    unfuse(model, split=lambda _: True)
+    install(model, {f"{prefix}.2.down": 9})
+    wanted = model(IDS).logits
+    fuse(model)
+    experts = model.get_submodule(prefix)
+    assert isinstance(experts, Experts) and experts.leaves == ("gate_up", "down")
+    assert experts.get_submodule("0.gate_up").weight.shape == (96, 32)
+    torch.testing.assert_close(model(IDS).logits, wanted)
+
+
 def test_tokens_come_to_the_experts_that_were_chosen() -> None:
     experts = Experts(KINDS["Mixtral"]().get_submodule("model.layers.0.mlp.experts"))
     chosen = torch.tensor([[3, 0], [0, 1], [3, 1]])
@@ -103,3 +131,12 @@ def test_native_names_tell_what_a_linear_is_part_of() -> None:
     assert names["model.layers.1.mlp.experts.2.gate_up.bias"] == "model.layers.1.mlp.experts.gate_up_proj_bias"
     assert names["model.layers.0.mlp.experts.3.down.weight"] == "model.layers.0.mlp.experts.down_proj"
     assert len(names) == 2 * 4 * 4
+
+
+def test_native_names_of_gate_and_up_apart() -> None:
+    model = KINDS["Mixtral"]()
+    unfuse(model, split=lambda _: True)
+    names = native_names(model)
+    assert {names[f"model.layers.1.mlp.experts.2.{leaf}.weight"] for leaf in ("gate", "up")} == {
+        "model.layers.1.mlp.experts.gate_up_proj"
+    }

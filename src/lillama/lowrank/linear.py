@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lillama.model.unfused import Experts, fuse, unfuse
+from lillama.model.unfused import GATE, UP, Experts, fuse, unfuse
 
 FORMAT_VERSION = 2  # of names and layout in the weight files; 1 knows the plain form alone, in floating point
 FORMS, BITS = ("plain", "pivot"), (None, 4, 8)
@@ -244,9 +244,13 @@ def shaped_like(
 
 
 def prepare(model: nn.Module, names: Collection[str]) -> None:
-    """Swap fused experts and Conv1Ds that hold any of the named linears for linears, in place."""
-    holders = {name for full in names for name in (full, full.rpartition(".")[0].rpartition(".")[0])}
-    unfuse(model, holders.__contains__)
+    """Swap fused experts and Conv1Ds that hold any of the named linears for linears, in place.
+
+    Gates and ups of experts are split where one of them is named.
+    """
+    experts = {full: full.rpartition(".")[0].rpartition(".")[0] for full in names}
+    apart = {holder for full, holder in experts.items() if full.rpartition(".")[2] in (GATE, UP)}
+    unfuse(model, {*experts, *experts.values()}.__contains__, apart.__contains__)
 
 
 def mark(model: nn.Module) -> None:

@@ -26,7 +26,9 @@ LEFT = {
 UNKNOWN_SHARE = 0.2  # of a block, that may lie in weights of an unknown form
 
 
-def describe(config: PretrainedConfig, targets: Sequence[str] = ("*",), ignore: Sequence[str] = ()) -> ModelSpec:
+def describe(
+    config: PretrainedConfig, targets: Sequence[str] = ("*",), ignore: Sequence[str] = (), split_gate_up: bool = False
+) -> ModelSpec:
     """Describe a model as blocks of linears, without reading any weight.
 
     Blocks are the members of the outermost `nn.ModuleList`s that hold linears; an encoder-decoder has two such stacks. Of a
@@ -37,6 +39,7 @@ def describe(config: PretrainedConfig, targets: Sequence[str] = ("*",), ignore: 
         config: of a model that transformers knows.
         targets: globs; a linear is taken if its full name or its name within the block matches one of them.
         ignore: globs of linears to leave dense, in the same two forms.
+        split_gate_up: whether gate and up of an expert count as two linears.
 
     Raises:
         ModelError: the model is quantised already, has no stack of blocks, has parts that cannot be factorised yet, or no
@@ -51,10 +54,12 @@ def describe(config: PretrainedConfig, targets: Sequence[str] = ("*",), ignore: 
         ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj', 'model.layers.0.mlp.down_proj']
     """
     refuse_quantized(config)
-    return describe_model(skeleton(config), targets, ignore)
+    return describe_model(skeleton(config), targets, ignore, split_gate_up)
 
 
-def describe_model(model: PreTrainedModel, targets: Sequence[str] = ("*",), ignore: Sequence[str] = ()) -> ModelSpec:
+def describe_model(
+    model: PreTrainedModel, targets: Sequence[str] = ("*",), ignore: Sequence[str] = (), split_gate_up: bool = False
+) -> ModelSpec:
     """Describe a skeleton or a loaded model; see `describe`."""
     named = [(f"{stack}.{name}", block) for stack in find_stacks(model) for name, block in
              model.get_submodule(stack).named_children()]  # fmt: skip
@@ -63,7 +68,7 @@ def describe_model(model: PreTrainedModel, targets: Sequence[str] = ("*",), igno
     for index, (name, block) in enumerate(named):
         form = _form(block)
         if form not in alike:
-            alike[form] = _inside(type(model).__name__, name, block)
+            alike[form] = _inside(type(model).__name__, name, block, split_gate_up)
         linears = (LinearSpec(f"{name}.{one.name}", one.out_features, one.in_features) for one in alike[form])
         chosen = (one for one in linears if matches(one.name, name, targets) and not matches(one.name, name, ignore))
         blocks.append(BlockSpec(name, index, _count(block), tuple(chosen)))
@@ -159,10 +164,10 @@ def _form(block: nn.Module) -> object:
     )
 
 
-def _inside(kind: str, name: str, block: nn.Module) -> list[LinearSpec]:
+def _inside(kind: str, name: str, block: nn.Module, split_gate_up: bool) -> list[LinearSpec]:
     """Return the linears of a block that may be factorised, by their names within it."""
     opened = copy.deepcopy(block)
-    unfuse(opened)
+    unfuse(opened, split=lambda _: split_gate_up)
     _refuse_unknown_weights(kind, name, opened)
     kept = set(_kept_whole(opened))
     return [

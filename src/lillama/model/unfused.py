@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 DOWN, UPS = "down_proj", ("gate_up_proj", "up_proj")
+GATE, UP = "gate", "up"
 BIAS = "_bias"
 
 
@@ -23,32 +24,33 @@ class TransposedLinear(nn.Linear):
 class Experts(nn.Module):
     """Routed experts with linears of their own, in the place of a module that fuses them into 3-D parameters.
 
-    Expert `e` is the child `e`, with the linears `gate_up` (or `up`) and `down`. What lies between them stays that of the
-    fused module's own class. While a linear of any expert is not dense, two empty buffers bear the names of the fused
-    parameters: a loader that does not know this class finds shapes that do not fit and fails, instead of going on with
-    random weights.
+    Expert `e` is the child `e`, with the linears `gate_up` (or `up`) and `down`; split, with `gate`, `up` and `down`. What
+    lies between them stays that of the fused module's own class. While a linear of any expert is not dense, two empty
+    buffers bear the names of the fused parameters: a loader that does not know this class finds shapes that do not fit and
+    fails, instead of going on with random weights.
 
     Args:
         fused: with parameters (experts x ...); may be on the meta device.
+        split: whether gates and ups are linears of their own, where the rows of the one come before those of the other.
     """
 
-    def __init__(self, fused: nn.Module) -> None:
+    def __init__(self, fused: nn.Module, split: bool = False) -> None:
         super().__init__()
         parameters = dict(fused.named_parameters(recurse=False))
-        up = next(name for name in UPS if name in parameters)
-        self.up_name, self.transposed = up, bool(getattr(fused, "is_transposed", True))  # Llama 4's are, and do not say
+        self.up_name = next(name for name in UPS if name in parameters)
+        self.split = split and self.up_name == UPS[0] and bool(getattr(fused, "is_concatenated", True))
+        self.transposed = bool(getattr(fused, "is_transposed", True))  # Llama 4's are, and do not say
         self.count = len(parameters[DOWN])
         for name, child in fused.named_children():
             self.add_module(name, child)
         for index in range(self.count):
             expert = nn.Module()
-            for name in (up, DOWN):
-                bias = parameters.get(name + BIAS)
-                weight = parameters[name][index]
-                expert.add_module(
-                    _short(name),
-                    _linear(weight.T if self.transposed else weight, None if bias is None else bias[index]),
-                )
+            for leaf in self.leaves:
+                native = self.native(leaf)
+                bias = parameters.get(native + BIAS)
+                weight = parameters[native][index]
+                rows = self._rows(leaf, weight.T if self.transposed else weight)
+                expert.add_module(leaf, _linear(rows, None if bias is None else self._rows(leaf, bias[index])))
             self.add_module(str(index), expert)
         shell = copy.copy(fused)
         shell.__dict__["_parameters"] = {name: nn.Parameter(p.to("meta"), False) for name, p in parameters.items()}
@@ -86,9 +88,13 @@ class Experts(nn.Module):
         return (order // top_k_index.shape[-1]).split(counts)
 
     @property
-    def leaves(self) -> tuple[str, str]:
-        """Names of an expert's linears."""
-        return _short(self.up_name), _short(DOWN)
+    def leaves(self) -> tuple[str, ...]:
+        """Names of an expert's linears, the last one that of `down`."""
+        return (GATE, UP, _short(DOWN)) if self.split else (_short(self.up_name), _short(DOWN))
+
+    def native(self, leaf: str) -> str:
+        """Return the name of the fused parameter that a linear of this name is part of."""
+        return DOWN if leaf == _short(DOWN) else self.up_name
 
     def linears(self) -> Iterable[tuple[str, nn.Module]]:
         """Yield the name within this module and the linear, expert by expert."""
@@ -101,6 +107,18 @@ class Experts(nn.Module):
         fused.__dict__["_modules"] = {name: self.get_submodule(name) for name, _ in fused.named_children()}
         fused.__dict__["_parameters"] = {name: self._stacked(name) for name in fused.__dict__["_parameters"]}
         return fused.train(self.training)
+
+    def join(self) -> None:
+        """Undo `split`, in place; all gates and ups must be dense."""
+        if not self.split:
+            return
+        for index in range(self.count):
+            expert, down = nn.Module(), self.get_submodule(f"{index}.{_short(DOWN)}")
+            weight, bias = (self._whole(index, self.up_name, kind) for kind in ("weight", "bias"))
+            expert.add_module(_short(self.up_name), _linear(cast(torch.Tensor, weight), bias))
+            expert.add_module(_short(DOWN), down)
+            self.set_submodule(str(index), expert.train(self.training))
+        self.split = False
 
     def mark(self) -> None:
         """Add the empty buffers that stop a loader which does not know this class."""
@@ -115,16 +133,30 @@ class Experts(nn.Module):
 
     def _answer(self, index: int, x: torch.Tensor) -> torch.Tensor:
         shell: Any = self._shell[0]
-        x = self.get_submodule(f"{index}.{_short(self.up_name)}")(x)
+        ups = [self.get_submodule(f"{index}.{leaf}")(x) for leaf in self.leaves[:-1]]
+        x = torch.cat(ups, dim=-1) if self.split else ups[0]
         x = _gated(shell, x) if self.up_name == UPS[0] else shell.act_fn(x)
         x = self.get_submodule(f"{index}.{_short(DOWN)}")(x)
         return shell.post_expert_norm(x) if getattr(shell, "has_post_expert_norm", False) else x
 
+    def _rows(self, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a weight or bias that a linear of this name takes."""
+        return tensor.chunk(2)[leaf == UP] if self.split and leaf in (GATE, UP) else tensor
+
+    def _whole(self, index: int, native: str, kind: str) -> torch.Tensor | None:
+        """Return an expert's part of a fused parameter, (out x in) or (out); None without bias."""
+        linears = (self.get_submodule(f"{index}.{leaf}") for leaf in self.leaves if self.native(leaf) == native)
+        parts = [getattr(linear, kind) for linear in linears]
+        return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+
     def _stacked(self, name: str) -> nn.Parameter:
-        leaf, short = ("bias", name.removesuffix(BIAS)) if name.endswith(BIAS) else ("weight", name)
-        found = [getattr(self.get_submodule(f"{index}.{_short(short)}"), leaf) for index in range(self.count)]
-        turned = [tensor.T for tensor in found] if self.transposed and leaf == "weight" else found
-        return nn.Parameter(torch.stack(turned), requires_grad=found[0].requires_grad)
+        kind = "bias" if name.endswith(BIAS) else "weight"
+        found = [self._whole(index, name.removesuffix(BIAS), kind) for index in range(self.count)]
+        tensors = [
+            tensor.T if self.transposed and kind == "weight" else tensor for tensor in found if tensor is not None
+        ]
+        grad = any(p.requires_grad for _, linear in self.linears() for p in linear.parameters())
+        return nn.Parameter(torch.stack(tensors).detach(), requires_grad=grad)
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -136,16 +168,21 @@ def is_fused(module: nn.Module) -> bool:
     return DOWN in parameters and len(matrices) == 2 and all(matrices) and parameters.keys() <= known and routed
 
 
-def unfuse(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> None:
+def unfuse(
+    model: nn.Module,
+    wanted: Callable[[str], bool] = lambda name: True,
+    split: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Swap fused experts and Conv1Ds for linears over the very same numbers, in place.
 
     Args:
         model: or any part of one; on the meta device too.
         wanted: tells by a module's name whether it is swapped.
+        split: tells by the name of a module of experts whether their gates and ups become linears of their own.
     """
     for name, module in list(model.named_modules()):
         if is_fused(module) and wanted(name):
-            model.set_submodule(name, Experts(module))
+            model.set_submodule(name, Experts(module, split(name)))
         elif type(module).__name__ == "Conv1D" and wanted(name):
             conv: Any = module
             linear = _linear(conv.weight.T, conv.bias, TransposedLinear)
@@ -153,10 +190,14 @@ def unfuse(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) 
 
 
 def fuse(model: nn.Module) -> None:
-    """Undo `unfuse`, in place, wherever all linears are dense."""
+    """Undo `unfuse`, in place, wherever all linears are dense; and a split where all gates and ups are."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Experts) and all(isinstance(linear, nn.Linear) for _, linear in module.linears()):
-            model.set_submodule(name, module.fused())
+        if isinstance(module, Experts):
+            low = {inner.rpartition(".")[2] for inner, linear in module.linears() if not isinstance(linear, nn.Linear)}
+            if not low:
+                model.set_submodule(name, module.fused())
+            elif low == {_short(DOWN)}:
+                module.join()
         elif type(module) is TransposedLinear:
             model.set_submodule(name, _conv1d(module))
 
@@ -168,7 +209,7 @@ def native_names(model: nn.Module) -> Mapping[str, str]:
         if isinstance(module, Experts):
             dot = f"{prefix}." if prefix else ""
             for name, linear in module.linears():
-                native = f"{dot}{module.up_name if _short(module.up_name) == name.rpartition('.')[2] else DOWN}"
+                native = f"{dot}{module.native(name.rpartition('.')[2])}"
                 names |= {
                     f"{dot}{name}.{leaf}": native + BIAS * (leaf == "bias") for leaf, _ in linear.named_parameters()
                 }

@@ -28,6 +28,7 @@ class StreamedModel:
         reader: of its weights.
         device: that computes.
         dtype: of weights and activations in memory.
+        split_gate_up: whether gate and up of an expert are two linears.
     """
 
     skeleton: PreTrainedModel
@@ -35,6 +36,7 @@ class StreamedModel:
     reader: CheckpointReader
     device: torch.device
     dtype: torch.dtype
+    split_gate_up: bool = False
 
     @cached_property
     def weights(self) -> Weights:
@@ -50,7 +52,7 @@ class StreamedModel:
     def template(self, index: int) -> nn.Module:
         """Return a block without weights, these as linears (see `model.unfused`)."""
         block = copy.deepcopy(self.skeleton.get_submodule(self.names[index]))
-        unfuse(block)
+        unfuse(block, split=lambda _: self.split_gate_up)
         return block
 
     def indices(self, stack: int) -> range:
@@ -66,7 +68,7 @@ class StreamedModel:
         """Read one block into memory, its weights as linears."""
         name = self.names[index]
         block = filled(self.skeleton.get_submodule(name), name, self.weights, self.device, self.dtype)
-        unfuse(block)
+        unfuse(block, split=lambda _: self.split_gate_up)
         return block
 
     def outside(self, head: bool) -> PreTrainedModel:
@@ -97,13 +99,16 @@ class StreamedModel:
         return [name for name in lists if not name.startswith(f"{text}." if text else "")]
 
 
-def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> StreamedModel:
+def open_streamed(
+    folder: Path, device: torch.device, dtype: torch.dtype | None = None, split_gate_up: bool = False
+) -> StreamedModel:
     """Open a model folder, dense or compressed, to be run block by block.
 
     Args:
         folder: of the model.
         device: that computes.
         dtype: of weights and activations in memory; None takes fp32 on the CPU and the stored type elsewhere.
+        split_gate_up: whether gate and up of an expert are two linears; a compressed model tells itself.
 
     Raises:
         ModelError: the model cannot be used.
@@ -117,4 +122,4 @@ def open_streamed(folder: Path, device: torch.device, dtype: torch.dtype | None 
     if found is not None:
         install_stored(model, found)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored_dtype(config))
-    return StreamedModel(model, stacks, CheckpointReader(folder), device, computed)
+    return StreamedModel(model, stacks, CheckpointReader(folder), device, computed, split_gate_up)
