@@ -16,7 +16,7 @@ from tiny.learning import learn
 
 WIDTH, BLOCKS, HEADS, VOCABULARY, CONTEXT = 128, 4, 4, 2048, 256
 CHARACTERS = 16_000_000  # of the training text
-SEQ_LEN, BATCH, RATE = 128, 8, 5e-3
+SEQ_LEN, BATCH = 128, 8
 
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 DECODER = {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS}
@@ -33,6 +33,7 @@ class Kind:
         model: class of the model.
         shape: values of the configuration.
         steps: of training, each of `BATCH` sequences of `SEQ_LEN` tokens.
+        rate: of learning, at its highest.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Kind:
     model: str
     shape: dict[str, Any]
     steps: int = 2500
+    rate: float = 5e-3
 
     def random(self, seed: int) -> PreTrainedModel:
         """Return a model of this kind with the weights that training starts from."""
@@ -50,13 +52,13 @@ class Kind:
 KINDS = {kind.name: kind for kind in (
     Kind("mixtral", "MixtralConfig", "MixtralForCausalLM", DECODER | {
         "intermediate_size": 192, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
-        "router_aux_loss_coef": 0.01}, steps=2000),
+        "router_aux_loss_coef": 0.01}, steps=3000, rate=2e-3),
     Kind("mamba", "MambaConfig", "MambaForCausalLM", {
         "hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "state_size": 4, "time_step_rank": 8,
         "use_mambapy": True}, steps=1200),
     Kind("gpt2", "GPT2Config", "GPT2LMHeadModel", {
         "n_embd": WIDTH, "n_layer": BLOCKS, "n_head": HEADS, "n_positions": CONTEXT,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, steps=5000, rate=1e-3),
     Kind("phi", "PhiConfig", "PhiForCausalLM", DECODER | {"intermediate_size": 4 * WIDTH}),
 )}  # fmt: skip
 
@@ -71,7 +73,7 @@ def make(kind: Kind, folder: Path, assets: Path, seed: int = 0) -> None:
     tokenizer.save_pretrained(untrained)
     ids = torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
     print(f"{kind.name}: {model.num_parameters():,} parameters, {len(ids):,} tokens", file=sys.stderr)
-    train(model, ids, kind.steps, seed)
+    train(model, ids, kind, seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -89,7 +91,7 @@ def training_text(assets: Path) -> str:
         return file.read(CHARACTERS)
 
 
-def train(model: PreTrainedModel, ids: Tensor, steps: int, seed: int) -> None:
+def train(model: PreTrainedModel, ids: Tensor, kind: Kind, seed: int) -> None:
     """Teach a model, changed in place, to predict the tokens of a text on windows drawn at random."""
     chance = torch.Generator().manual_seed(seed)
     options = (
@@ -101,4 +103,4 @@ def train(model: PreTrainedModel, ids: Tensor, steps: int, seed: int) -> None:
         batch = torch.stack([ids[start : start + SEQ_LEN] for start in starts])
         return model(input_ids=batch, labels=batch, use_cache=False, **options).loss
 
-    learn(model, loss, steps, RATE)
+    learn(model, loss, kind.steps, kind.rate)
