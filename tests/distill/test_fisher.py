@@ -112,6 +112,35 @@ def test_gradients_cross_from_the_decoder_to_the_encoder(tmp_path):
         assert moments.share == (9 / 6 if "encoder" in name else 1.0)
 
 
+@pytest.mark.parametrize("padded", ["encoder and decoder", "decoder"])
+def test_padding_of_either_stack_is_told_apart_where_both_are_equally_long(tmp_path, padded):
+    config = T5Config(vocab_size=60, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    ids = torch.randint(2, 60, (2, 4, 7), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids[0], "decoder_input_ids": ids[1]}
+    read, written = (torch.arange(7) < torch.tensor(sizes)[:, None] for sizes in ([5, 7, 2, 7], [7, 3, 6, 7]))
+    masks = {0: read, 1: written} if padded.startswith("encoder") else {1: written}
+    batch = Batch(given | ({"attention_mask": read.long()} if 0 in masks else {}), ids[1], masks)
+    model, found = open_streamed(tmp_path / "model", CPU), {}
+    names = ["layer.1.EncDecAttention.q", "layer.1.EncDecAttention.k", "layer.0.SelfAttention.k"]
+
+    def visit(index, block, moments):
+        found.update({f"{model.names[index]}.{name}": value for name, value in moments.items()})
+
+    measured(
+        model, batch, torch.arange(4), Shelf(CPU, tmp_path, 0, 1 << 30), 3, torch.Generator().manual_seed(1),
+        lambda index: names if index else names[2:], visit, silent,
+    ).remove()  # fmt: skip
+    counts = {name.removesuffix("SelfAttention.k"): moments.inputs.count for name, moments in found.items()}
+    heard, own = int(read.sum()) if 0 in masks else 28, int(written.sum())
+    assert counts == {
+        "encoder.block.0.layer.0.": heard,
+        "decoder.block.0.layer.0.": own,
+        "decoder.block.0.layer.1.EncDecAttention.q": own,
+        "decoder.block.0.layer.1.EncDecAttention.k": heard,
+    }
+
+
 def test_an_expert_counts_by_the_tokens_that_come_to_it(tmp_path):
     torch.manual_seed(0)
     config = MixtralConfig(

@@ -32,7 +32,7 @@ class BackwardRun:
     Attributes:
         call: what the block is given besides its hidden state.
         hidden: its inputs.
-        masks: true at real tokens: at the block's own, then at those of earlier stacks that it looks at.
+        masks: true at real tokens: at the block's own, then at those of each earlier stack.
         gradient: of the tokens' log-losses at its outputs.
     """
 
@@ -186,7 +186,7 @@ def moments(
             given = [leaf for leaf in leaves([run.call]) if isinstance(leaf, Tensor)] if sink is not None else []
             for leaf in given:
                 leaf.requires_grad_(leaf.is_floating_point())
-            result = run.call(block, hidden)
+            result = watch.call(run.call, block, hidden)
             wanted = [hidden, *outputs.values(), *(leaf for leaf in given if leaf.requires_grad)]
             found = iter(torch.autograd.grad(result, wanted, run.gradient, allow_unused=True))
             entered = next(found)

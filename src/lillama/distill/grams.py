@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lillama.errors import ModelError
 from lillama.lowrank.factors import Gram
 from lillama.model.unfused import Experts
-from lillama.stream.calls import BlockCall
+from lillama.stream.calls import BlockCall, leaves
 
 logger = logging.getLogger(__name__)
 
@@ -28,19 +28,26 @@ class GramWatch:
             linear that was given nothing, such as one of an expert that no token was sent to, has none.
         routed: name of a module of experts -> for each expert, the tokens that the run which has just ended sent to it.
         given_all: names of those modules whose experts are given all tokens, the others' as zeros.
+        crossing: where in memory lies what the block is given besides its hidden state, such as an encoder's outputs.
     """
 
     grams: dict[str, Gram] = field(default_factory=dict)
     routed: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     given_all: set[str] = field(default_factory=set)
+    crossing: set[int] = field(default_factory=set)
     _seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def call(self, call: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Run the block, whose linears are watched."""
+        self.crossing = {_place(leaf) for leaf in leaves([call]) if isinstance(leaf, Tensor)}
+        return call(block, hidden)
 
     def add(self, *masks: Bool[Tensor, "sequences _"] | None) -> None:
         """Add the inputs of the run that has just ended.
 
         Args:
-            masks: true at the real tokens of its sequences; of the stack's own tokens first, then of others that its blocks
-                look at.
+            masks: true at the real tokens of its sequences; of the stack's own tokens first, then of those of each earlier
+                stack, whose outputs its blocks may look at.
         """
         leaders: dict[int, str] = {}
         for name, x in self._seen.items():
@@ -54,6 +61,8 @@ class GramWatch:
     def real(self, name: str, x: Tensor, *masks: Tensor | None) -> Float[Tensor, "tokens width"]:
         """Return the vectors at the real tokens among the inputs or outputs of a linear, one in a row."""
         experts, _, index = name.rpartition(".")[0].rpartition(".")
+        if len(masks) > 1 and name in self._seen and _place(self._seen[name]) in self.crossing:
+            return real(x, *masks[1:])
         if experts not in self.routed or not index.isdecimal():
             return real(x, *masks)
         tokens, own = self.routed[experts][int(index)], next(iter(masks), None)
@@ -173,9 +182,13 @@ def collect_grams(block: nn.Module, names: Iterable[str], runs: Iterable[Run]) -
     names = list(names)
     with watched(block, with_siblings(block, names)) as watch:
         for call, hidden, mask in runs:
-            call(block, hidden)
+            watch.call(call, block, hidden)
             watch.add(mask)
     return shrunk(block, watch.grams, names)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def real(x: Tensor, *masks: Tensor | None) -> Float[Tensor, "tokens width"]:

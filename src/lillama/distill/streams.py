@@ -127,7 +127,8 @@ class Streams:
         with watched(block, with_siblings(block, linears)) as watch, recorded(block, parts) as outputs:
             for rows in row_slices(self.teacher.shape[0], self.micro_batch):
                 hidden = self.teacher.read(rows)
-                self.target.write(rows, self.calls.select(index, rows, self.teacher.device)(block, hidden))
+                call = self.calls.select(index, rows, self.teacher.device)
+                self.target.write(rows, watch.call(call, block, hidden))
                 watch.add(*(None if mask is None else mask[rows] for mask in self.masks))
                 self.parts = {name: self._part(name, outputs.get(name), len(hidden)) for name in parts}
                 for name, store in self.parts.items():

@@ -49,8 +49,8 @@ class Batch:
         return {name: tensor.to(device, types[name]) for name, tensor in self.inputs.items()}
 
     def masks_at(self, stack: int) -> tuple[Bool[Tensor, "rows _"] | None, ...]:
-        """Return the mask of a stack's own positions, or None, and then the masks of the other stacks."""
-        return self.masks.get(stack), *(mask for other, mask in self.masks.items() if other != stack)
+        """Return the mask of a stack's own positions, and then those of the earlier stacks; None where nothing is padded."""
+        return self.masks.get(stack), *(self.masks.get(earlier) for earlier in range(stack))
 
     @property
     def most_padded(self) -> int | None:
