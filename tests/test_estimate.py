@@ -199,3 +199,17 @@ def test_seconds_follow_from_the_measured_rate(plan: Plan) -> None:
     found = estimate(plan(), recipe(), 4, 2, rate=1e9)
     assert found.seconds == pytest.approx(found.flops / (EFFICIENCY * 1e9))
     assert matmul_rate(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_an_expert_costs_what_the_tokens_cost_that_come_to_it(plan: Plan) -> None:
+    """Blocks whose linears are those of an expert that sees a quarter of the tokens."""
+    whole = plan(blocks=1)
+    (block,) = whole.spec.blocks
+    quarter = replace(block, linears=tuple(replace(linear, share=0.25) for linear in block.linears))
+    routed = replace(whole, spec=replace(whole.spec, blocks=(quarter,)))
+    every, some = (estimate(one, recipe("teacher", epochs=1, gram=True), 4, 2) for one in (whole, routed))
+    other, grams = 64, 2 * (64**2 + 192**2)
+    fed = (every.flops - FACTORS) / 1000 - 8 * other  # forward of the teacher, three times the student's
+    assert fed == 2 * 6 * 64**2 + 6 * 10 * 2 * 4 * 64 + grams
+    assert (some.flops - FACTORS) / 1000 - 8 * other == fed / 4
+    assert some.memory_bytes < every.memory_bytes and some.disk_bytes == every.disk_bytes

@@ -51,7 +51,7 @@ class _Stage:
 
     memory: int
     activations: int
-    flops: int
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,24 @@ class _Work:
             for block in self.plan.spec
         }
 
+    @cached_property
+    def active(self) -> dict[int, float]:
+        """Block index -> those of the parameters in `kept` that a token meets."""
+        return {
+            block.index: block.active_params
+            - sum(linear.share * (linear.params - linear.params_at(self.plan[linear.name])) for linear in block.linears)
+            for block in self.plan.spec
+        }
+
     @property
-    def all(self) -> int:
-        """Parameters of all blocks."""
-        return self.plan.spec.block_params
+    def all(self) -> float:
+        """Parameters of all blocks that a token meets."""
+        return sum(block.active_params for block in self.plan.spec)
 
     @property
     def head(self) -> int:
         """Parameters of the head, taken as all that lies outside the blocks: exact where it shares the embeddings."""
-        return self.plan.spec.params - self.all
+        return self.plan.spec.params - self.plan.spec.block_params
 
     @property
     def tokens(self) -> int:
@@ -150,7 +159,7 @@ def estimate(
         stages.append(_comparison(work, 1 + len(recipe.ranks.mix)))
     if work.trained and recipe.recover.epochs:
         stages.append(_recovery(work))
-    flops = sum(stage.flops for stage in stages)
+    flops = round(sum(stage.flops for stage in stages))
     files = JOINT_BYTES if recipe.distill.schedule == "joint" else 0
     files = max(files, TAIL_BYTES if recipe.recover.epochs else 0) + FINISHED_BYTES
     return Estimate(
@@ -181,16 +190,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def _teaching(work: _Work) -> _Stage:
     """Return what distillation needs, block by block or in all blocks, and the blocks' initialisation."""
-    spec, tokens, config, kept = work.plan.spec, work.tokens, work.recipe.distill, work.kept
+    spec, tokens, config, active = work.plan.spec, work.tokens, work.recipe.distill, work.active
     joint = config.schedule == "joint"
     own_stream = not joint and config.stream != "teacher"
     run = spec.blocks[: work.trained[-1].index + 1]  # those above need not run
     memory = [_memory(block, work) for block in work.trained]
     fed = 2 if config.stream == "both" else 1
-    forward = sum(2 * block.params + own_stream * 2 * kept[block.index] for block in run)
-    adapted = sum(2 * block.params for block in work.trained) if config.adaptive else 0
-    ahead = max(block.params for block in spec) if config.look_ahead else 0  # forth and back, its weights are frozen
-    training = sum((3 * 2 * kept[block.index] + 4 * ahead) * fed * config.epochs for block in work.trained)
+    forward = sum(2 * block.active_params + own_stream * 2 * active[block.index] for block in run)
+    adapted = sum(2 * block.active_params for block in work.trained) if config.adaptive else 0
+    ahead = max(block.params for block in spec) if config.look_ahead else 0
+    further = (
+        4 * max(block.active_params for block in spec) if config.look_ahead else 0
+    )  # forth and back, without its weights
+    training = sum((3 * 2 * active[block.index] + further) * fed * config.epochs for block in work.trained)
     stores = (3 if own_stream else 2) + bool(config.look_ahead) + bool(config.adaptive)
     parts = max(len(_children(block)) for block in work.trained) if config.sub_blocks else 0
     probed = len(spec.blocks) * work.probed if work.recipe.init.needs_gradient else 0
@@ -216,10 +228,10 @@ def _gradients(work: _Work) -> _Stage:
 
 def _comparison(work: _Work, plans: int) -> _Stage:
     """Return what it takes to run the original and the initial students by so many plans over the held-out tokens."""
-    spec, streams = work.plan.spec, work.all + plans * sum(work.kept.values())
+    spec, streams = work.plan.spec, work.all + plans * sum(work.active.values())
     probed = 2 * work.all
     if work.moments_again:
-        probed += sum(4 * block.params + _moment_flops(block) for block in work.trained)
+        probed += sum(4 * block.active_params + _moment_flops(block) for block in work.trained)
     return _Stage(
         memory=max(max(_memory(block, work) for block in work.trained), work.head_memory()),
         activations=work.stored((len(spec.blocks) + 1) * work.probed + (1 + plans) * work.held_out),
@@ -233,8 +245,8 @@ def _recovery(work: _Work) -> _Stage:
     """Return what the recovery tail needs where graphs find no room, so that every block runs again on the way back."""
     spec, config, seq_len = work.plan.spec, work.recipe.recover, work.recipe.calibration.seq_len
     chain, trained = spec.blocks[work.trained[0].index :], {block.index for block in work.trained}
-    forward = sum(2 * work.kept[block.index] for block in chain)
-    back = sum((4 if block.index in trained else 2) * work.kept[block.index] for block in chain)
+    forward = sum(2 * work.active[block.index] for block in chain)
+    back = sum((4 if block.index in trained else 2) * work.active[block.index] for block in chain)
     learnt = config.epochs * (work.tokens - work.held_out) * (2 * forward + back + 6 * work.head)
     checked = (config.checks + 1) * work.held_out * (forward + 4 * work.head)
     return _Stage(
@@ -246,20 +258,21 @@ def _recovery(work: _Work) -> _Stage:
 
 def _memory(block: BlockSpec, work: _Work) -> int:
     """Return the bytes of teacher, student under training, Grams and one micro-batch's activations of a block."""
-    grams = sum(width**2 for width in _gram_widths(block))
+    grams = sum(width**2 for width, _ in _gram_widths(block))
     gradients = sum(map(_at_outputs, block.linears)) if work.gradients else 0
-    widths = sum(x.in_features + 2 * x.out_features + (work.plan[x.name] or 0) for x in block.linears)
-    activations = work.micro_batch * work.recipe.calibration.seq_len * widths * work.itemsize
+    widths = sum(x.share * (x.in_features + 2 * x.out_features + (work.plan[x.name] or 0)) for x in block.linears)
+    activations = round(work.micro_batch * work.recipe.calibration.seq_len * widths) * work.itemsize
     return block.params * work.itemsize + work.kept[block.index] * MASTER_BYTES + 8 * (grams + gradients) + activations
 
 
-def _initial_flops(block: BlockSpec, work: _Work) -> int:
+def _initial_flops(block: BlockSpec, work: _Work) -> float:
     """Return the operations of a block's initialisation; its inputs come with the teacher's own forward pass."""
-    flops, init = sum(map(_factor_flops, block.linears)), work.recipe.init
+    init = work.recipe.init
+    flops: float = sum(map(_factor_flops, block.linears))
     if init.needs_gram:
         flops += work.tokens * _grams_flops(_gram_widths(block))
     if init.needs_gradient and work.moments_again:
-        flops += work.probed * (4 * block.params + _moment_flops(block))
+        flops += work.probed * (4 * block.active_params + _moment_flops(block))
     return flops
 
 
@@ -268,15 +281,15 @@ def _at_outputs(linear: LinearSpec) -> int:
     return linear.out_features**2 if linear.out_features <= WIDEST else linear.out_features
 
 
-def _moment_flops(block: BlockSpec) -> int:
+def _moment_flops(block: BlockSpec) -> float:
     """Return the operations a token costs in the Grams at both sides of all linears of a block."""
-    wide = (linear.out_features for linear in block.linears if linear.out_features <= WIDEST)
+    wide = ((linear.out_features, linear.share) for linear in block.linears if linear.out_features <= WIDEST)
     return _grams_flops([*_gram_widths(block), *wide])
 
 
-def _grams_flops(widths: Iterable[int]) -> int:
-    """Return the operations a token costs in Grams: tiles on and above the diagonal, see `Gram.add`."""
-    return sum(width * (width + min(TILE, width)) for width in widths)
+def _grams_flops(widths: Iterable[tuple[int, float]]) -> float:
+    """Return the operations a token costs in Grams of widths that a share of the tokens comes to; see `Gram.add`."""
+    return sum(share * width * (width + min(TILE, width)) for width, share in widths)  # tiles on and above the diagonal
 
 
 def _factor_flops(linear: LinearSpec) -> int:
@@ -285,9 +298,13 @@ def _factor_flops(linear: LinearSpec) -> int:
     return least**2 * (44 * least + 8 * most)
 
 
-def _gram_widths(block: BlockSpec) -> list[int]:
-    """Return the width of each Gram; linears of one module that are equally wide are taken to share their inputs."""
-    return [width for _, width in {(linear.name.rpartition(".")[0], linear.in_features) for linear in block.linears}]
+def _gram_widths(block: BlockSpec) -> list[tuple[int, float]]:
+    """Return the width of each Gram, and the share of the tokens that comes to it.
+
+    Linears of one module that are equally wide are taken to share their inputs.
+    """
+    found = {(x.name.rpartition(".")[0], x.in_features): (x.in_features, x.share) for x in block.linears}
+    return list(found.values())
 
 
 def _children(block: BlockSpec) -> set[str]:

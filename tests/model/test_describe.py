@@ -122,6 +122,7 @@ def test_every_expert_counts_as_its_own_linears_and_the_router_as_none(config: M
     shapes = {linear.name.rpartition(".")[2]: linear for linear in spec.blocks[1].linears}
     assert (shapes["gate_up"].out_features, shapes["gate_up"].in_features) == (96, 32)
     assert (shapes["down"].out_features, shapes["down"].in_features) == (32, 48)
+    assert (shapes["down"].share, shapes["q_proj"].share) == (0.5, 1.0)  # two experts of four for each token
     assert spec.params == AutoModelForCausalLM.from_config(config(MixtralConfig, num_local_experts=4)).num_parameters()
 
 

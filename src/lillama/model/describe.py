@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -22,6 +23,14 @@ LEFT = {
     "*kv_a_proj*": "the first factor of a pair that is low-rank already (multi-head latent attention)",
     "*router*": "the router of a mixture of experts: small, and every choice of experts hangs on it",
 }
+
+CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+)  # experts of a token
 
 UNKNOWN_SHARE = 0.2  # of a block, that may lie in weights of an unknown form
 
@@ -68,8 +77,8 @@ def describe_model(
     for index, (name, block) in enumerate(named):
         form = _form(block)
         if form not in alike:
-            alike[form] = _inside(type(model).__name__, name, block, split_gate_up)
-        linears = (LinearSpec(f"{name}.{one.name}", one.out_features, one.in_features) for one in alike[form])
+            alike[form] = _inside(model, name, block, split_gate_up)
+        linears = (replace(one, name=f"{name}.{one.name}") for one in alike[form])
         chosen = (one for one in linears if matches(one.name, name, targets) and not matches(one.name, name, ignore))
         blocks.append(BlockSpec(name, index, _count(block), tuple(chosen)))
     if not any(block.linears for block in blocks):
@@ -164,17 +173,29 @@ def _form(block: nn.Module) -> object:
     )
 
 
-def _inside(kind: str, name: str, block: nn.Module, split_gate_up: bool) -> list[LinearSpec]:
+def _inside(model: PreTrainedModel, name: str, block: nn.Module, split_gate_up: bool) -> list[LinearSpec]:
     """Return the linears of a block that may be factorised, by their names within it."""
     opened = copy.deepcopy(block)
     unfuse(opened, split=lambda _: split_gate_up)
-    _refuse_unknown_weights(kind, name, opened)
-    kept = set(_kept_whole(opened))
+    _refuse_unknown_weights(type(model).__name__, name, opened)
+    kept, shares = set(_kept_whole(opened)), _shares(model.config, opened)
     return [
-        LinearSpec(inner, module.out_features, module.in_features)
+        LinearSpec(inner, module.out_features, module.in_features, shares.get(inner, 1.0))
         for inner, module in opened.named_modules()
         if isinstance(module, nn.Linear) and inner not in kept and not any(fnmatchcase(inner, glob) for glob in LEFT)
     ]
+
+
+def _shares(config: PretrainedConfig, opened: nn.Module) -> dict[str, float]:
+    """Return, for each linear of an expert, the share of the tokens that comes to it if all experts are alike busy."""
+    text = config.get_text_config()
+    chosen = next((found for key in CHOSEN if isinstance(found := getattr(text, key, None), int)), None)
+    return {
+        f"{prefix}.{name}" if prefix else name: 1.0 if chosen is None else min(1.0, chosen / experts.count)
+        for prefix, experts in opened.named_modules()
+        if isinstance(experts, Experts)
+        for name, _ in experts.linears()
+    }
 
 
 def _refuse_unknown_weights(kind: str, name: str, opened: nn.Module) -> None:

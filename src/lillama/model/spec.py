@@ -13,11 +13,13 @@ class LinearSpec:
         name: full name of its module in the model, for example `model.layers.0.mlp.up_proj`.
         out_features: rows of `W`.
         in_features: columns of `W`.
+        share: of the tokens that comes to it; less than 1 in an expert.
     """
 
     name: str
     out_features: int
     in_features: int
+    share: float = 1.0
 
     @property
     def params(self) -> int:
@@ -49,6 +51,11 @@ class BlockSpec:
     index: int
     params: int
     linears: tuple[LinearSpec, ...]
+
+    @property
+    def active_params(self) -> float:
+        """Parameters that a token meets: of the experts, those that it is sent to."""
+        return self.params - sum((1 - linear.share) * linear.params for linear in self.linears)
 
 
 @dataclass(frozen=True)
