@@ -66,10 +66,11 @@ def restored_copy(
         ranks: name within the block -> rank.
         state: name within the block -> parameter.
         device: of the copy.
-        dtype: of its parameters.
+        dtype: of its parameters; buffers keep their own, which may be finer (a router's correction in fp32).
     """
     student = copy.deepcopy(template)
     install(student, ranks)
-    moved = {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in state.items()}
+    parameters = {name for name, _ in student.named_parameters()}
+    moved = {name: tensor.to(device, dtype if name in parameters else None) for name, tensor in state.items()}
     student.load_state_dict(_marks(student, device) | moved, assign=True)
     return student.to(device).eval().requires_grad_(False)
