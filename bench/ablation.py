@@ -38,7 +38,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "base": ("local distillation alone: uniform, plain, whitened", BASE),
     "only-allocation": ("+ adaptive ranks", BASE | {"ranks": {"name": "adaptive"}}),
     "only-pivot": ("+ pivot storage", BASE | {"storage": {"form": "pivot"}}),
-    "only-recovery": ("+ recovery tail", BASE | {"recover": {"epochs": 2}}),
+    "only-recovery": ("+ recovery tail", BASE | {"recover": {"epochs": 8}}),
     "only-two-sided": ("+ two-sided whitening", BASE | {"init": {"name": "two-sided"}}),
     "look-ahead": ("default + look-ahead 0.5", {"distill": {"look_ahead": 0.5}}),
     "sub-blocks": ("default + loss by sub-block 0.3", {"distill": {"sub_blocks": 0.3}}),

@@ -30,6 +30,7 @@ from lillama.teach import teach_sequentially
 
 CONFIG = RecoverConfig(epochs=2, batch_size=8, lr=1e-3, lr_scale="width", lr_width=None, checks=4)
 STEPS = 8
+TOO_HIGH = 0.02  # a quarter of it is not
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_little_memory_changes_nothing(taught, monkeypatch):
     kept = []
     monkeypatch.setattr(recovery, "KeptGraphs", lambda: kept.append(1))
     recover(little, CONFIG)
-    assert not kept and list((little.run.scratch / "tail").glob("learner-*"))
+    assert not kept and list((little.run.scratch / "tail").rglob("learner-*"))
     assert_same_bits(plenty, little)
 
 
@@ -194,9 +195,19 @@ def test_a_hopeless_rate_keeps_the_start(taught, caplog):
     with caplog.at_level(logging.WARNING):
         recover(lesson, replace(CONFIG, lr=30.0, clip=None))
     assert not log(lesson)["improved"] and log(lesson)["final"] == log(lesson)["initial"]
-    assert not states(lesson) and len(caplog.records) == 1
+    assert not states(lesson) and len(caplog.records) == 2  # the second attempt is at a quarter of the rate
     assert "diverged by step 2; the blocks stay as they were" in caplog.text
     json.dumps(log(lesson), allow_nan=False)
+
+
+def test_where_the_rate_is_too_high_a_quarter_of_it_is_tried(taught, caplog):
+    lesson, wanted = taught(), taught()
+    with caplog.at_level(logging.WARNING):
+        recover(lesson, replace(CONFIG, lr=TOO_HIGH, clip=None))
+    assert "diverged by step" in caplog.text
+    recover(wanted, replace(CONFIG, lr=TOO_HIGH / 4, clip=None))
+    assert log(wanted)["improved"]
+    assert_same_bits(lesson, wanted)
 
 
 @pytest.fixture
@@ -225,7 +236,8 @@ def test_a_loss_that_is_not_finite_ends_the_tail(taught, poisoned, caplog, after
         recover(lesson, CONFIG)
     assert log(lesson)["stopped"] == "not finite" and log(lesson)["best_step"] == kept
     assert log(lesson)["improved"] == (kept > 0)
-    assert len([record for record in caplog.records if "not finite" in record.message]) == 1
+    warnings = [record for record in caplog.records if "not finite" in record.message]
+    assert len(warnings) == (1 if kept else 2)  # from the beginning it is tried again
     assert all(tensor.isfinite().all() for tensor in states(lesson).values())
     json.dumps(log(lesson), allow_nan=False)
 

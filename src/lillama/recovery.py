@@ -45,6 +45,7 @@ from lillama.teach import TRAINING_BYTES
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+SLOWER = 0.25  # of the peak rate, in a second attempt where the loss diverges in the first
 STATE_BYTES = TRAINING_BYTES + 4  # a parameter under training, and in the best state
 
 
@@ -102,7 +103,8 @@ def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNA
     """Train all compressed blocks together, and write those that are better than before on the held-out sequences.
 
     In an encoder-decoder these are the blocks of the decoder; the encoder stays as it was taught. Nothing is done if the
-    tail is switched off or finished, or no block is compressed. Blocks that stayed dense are left as they are, and so is
+    tail is switched off or finished, or no block is compressed. Where the loss diverges before it has fallen, the tail begins
+    once more at a quarter of the rate. Blocks that stayed dense are left as they are, and so is
     all outside the blocks.
     """
     place = Recovered(lesson.run.path)
@@ -114,19 +116,21 @@ def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNA
         return
     made = [Stores(lesson.shelf(), lesson.teacher.dtype, f"tail-{name}", 2) for name in ("original", "own")]
     calls, inputs, targets = _streamed(lesson, min(trained), *made)
-    boundaries = dict[int, ActivationStore]()
-    chain = _chain(lesson, trained, config, calls, inputs, boundaries)
-    tail = Tail(
-        chain=chain,
-        head=Head(lesson.teacher, lesson.teacher.outside(head=True), calls),
-        data=TailData(lesson.batch, targets, lesson.rows, lesson.job.micro_batch),
-        config=config,
-        lr=_lr(lesson, config),
-        seed=lesson.job.recipe.seed,
-        folder=place.state,
-        snapshot_seconds=snapshot_seconds,
-    )
-    log, states = tail.run(lesson.report)
+    head = Head(lesson.teacher, lesson.teacher.outside(head=True), calls)
+    data = TailData(lesson.batch, targets, lesson.rows, lesson.job.micro_batch)
+
+    def attempt(config: RecoverConfig) -> tuple[RecoverLog, dict[int, dict[str, Tensor]]]:
+        boundaries, name = dict[int, ActivationStore](), f"{config.lr:g}"
+        chain = _chain(lesson, trained, config, calls, inputs, boundaries, lesson.run.scratch / "tail" / name)
+        lr, seed = _lr(lesson, config), lesson.job.recipe.seed
+        found = Tail(chain, head, data, config, lr, seed, place.state / name, snapshot_seconds).run(lesson.report)
+        for store in boundaries.values():
+            store.remove()
+        return found
+
+    log, states = attempt(config)
+    if log.stopped and not log.improved:
+        log, states = attempt(replace(config, lr=SLOWER * config.lr))
     grown = dict[str, float]()
     for index, state in states.items():
         taught = lesson.run.load_block(index)
@@ -134,7 +138,7 @@ def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNA
         place.save_block(index, taught | state)
     _warn_of_growth(grown)
     place.finish(replace(log, grown=grown))
-    for store in (*made, calls, *boundaries.values()):
+    for store in (*made, calls):
         store.remove()
     trim_memory()
 
@@ -200,11 +204,12 @@ def _chain(
     calls: CallTable,
     inputs: ActivationStore,
     boundaries: dict[int, ActivationStore],
+    scratch: Path,
 ) -> Chain:
     """Return the blocks under training; `boundaries` is filled where graphs do not fit into memory."""
     blocks = range(min(trained), len(lesson.teacher.names))
     resident = free_memory(lesson.teacher.device) // 2 // (STATE_BYTES * max(b.params for b in trained.values()))
-    bench = Bench(_learners(lesson, config), lesson.run.scratch / "tail", resident)
+    bench = Bench(_learners(lesson, config), scratch, resident)
     if resident < len(trained) or not _graphs_fit(lesson, bench, blocks, config, calls, inputs):
         shelf, shape = lesson.shelf(), (config.batch_size, *inputs.shape[1:])
         place = shelf.place(len(blocks) * math.prod(shape) * inputs.dtype.itemsize)

@@ -40,9 +40,9 @@ class RecoverConfig:
         'rms'
     """
 
-    epochs: Annotated[int, Field(ge=0)] = 2
+    epochs: Annotated[int, Field(ge=0)] = 8
     batch_size: Annotated[int, Field(ge=1)] = 8
-    lr: Annotated[float, Field(gt=0)] = 2e-3
+    lr: Annotated[float, Field(gt=0)] = 4e-3
     lr_scale: Literal["width", "rms"] = "rms"
     lr_width: Annotated[int, Field(ge=1)] | None = 256
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
