@@ -11,7 +11,7 @@ options=(--tokens 16384 --text demo/text.txt)
 rm -rf demo/out
 mkdir -p demo/out
 
-echo "Compressing demo/model to 80 % and to 60 % of its parameters. This takes a minute or two."
+echo "Compressing demo/model to 80 % and to 60 % of its parameters. This takes a few minutes."
 echo
 for keep in 0.80 0.60; do
     echo "  lillama compress demo/model demo/out/keep-$keep --keep $keep ${options[*]}"
