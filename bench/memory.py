@@ -4,6 +4,8 @@
 
 The yardstick is what one block needs: teacher block + student block + fp32 masters and two moments + what autograd keeps of one
 micro-batch (measured). Gradients and Grams are not in it, though both are needed. Activations between blocks lie on disk.
+Compression takes more where more is free (moments, blocks and graphs of the recovery tail stay in memory), so that it is told
+of a machine that has just `ROOM` times the yardstick.
 """
 
 import json
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DEPTHS = (12, 24, 48)
 HIDDEN, FFN, HEADS, VOCABULARY, SEQ_LEN, ROWS = 1024, 4096, 8, 512, 256, 9
-KEEP, MICRO_BATCH = 0.7, 8
+KEEP, MICRO_BATCH, ROOM = 0.7, 8, 1.3
 
 
 def make_model(folder: Path, depth: int, hidden: int = HIDDEN, ffn: int = FFN, heads: int = HEADS) -> None:

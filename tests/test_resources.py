@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from lillama import resources
 from lillama.errors import ResourceError
 from lillama.resources import free_disk, free_memory, peak_memory, pick_device, shortage_explained
 
@@ -114,3 +115,24 @@ def test_what_is_free_and_what_was_used_are_bytes(tmp_path: Path) -> None:
     ballast = torch.ones(30_000_000)
     assert 10**6 < free_memory(torch.device("cpu")) < 10**15
     assert peak_memory() >= before > 10**7 and ballast.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("version", "limit", "used", "files"),
+    [
+        (2, "memory.max", "memory.current", "inactive_file"),
+        (1, "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_free_memory_is_what_the_container_may_take(tmp_path, monkeypatch, version, limit, used, files):
+    monkeypatch.setattr(resources, "GROUPS", tmp_path)
+    whole = free_memory(torch.device("cpu"))
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("3000000\n")
+    (tmp_path / used).write_text("2500000\n")
+    (tmp_path / limit).with_name("memory.stat").write_text(f"anon 7\n{files} 400000\n")
+    assert free_memory(torch.device("cpu")) == 900_000
+    (tmp_path / used).write_text("4000000\n")
+    assert free_memory(torch.device("cpu")) == 0
+    (tmp_path / limit).write_text("max\n")
+    assert free_memory(torch.device("cpu")) == pytest.approx(whole, rel=0.5)

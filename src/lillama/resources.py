@@ -18,6 +18,11 @@ from lillama.errors import ResourceError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory|_ALLOC_FAILED", re.IGNORECASE)
+GROUPS = Path("/sys/fs/cgroup")
+GROUP_LIMITS = (  # of version 2 and of version 1: the limit, what is used, files in memory
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
 REMEDY = "lower --seq-len, --activation-memory or, in compress, --micro-batch, or choose another --device"
 DISK_REMEDY = "free some, or put OUT and the run folder (--run) on another disk; the same command then goes on"
 
@@ -41,10 +46,23 @@ def pick_device(wanted: str | None) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a device; for the CPU, of the host's memory."""
+    """Return the bytes that can still be taken on a device; for the CPU, of the host's memory, or of the container's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, _room_in_group())
+
+
+def _room_in_group() -> int:
+    """Return the bytes that the limit of this process's control group leaves; files in memory that can be dropped are free."""
+    for limit, used, files in GROUP_LIMITS:
+        try:
+            most, taken = (int((GROUPS / name).read_text(encoding="utf-8")) for name in (limit, used))
+            rows = (GROUPS / limit).with_name("memory.stat").read_text(encoding="utf-8").splitlines()
+            dropped = int(dict(row.split() for row in rows).get(files, 0))
+        except (OSError, ValueError):  # no control groups here, or no limit ("max")
+            continue
+        return max(0, most - taken + dropped)
+    return sys.maxsize
 
 
 def free_disk(path: Path) -> int:
