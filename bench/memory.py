@@ -13,12 +13,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DEPTHS = (12, 24, 48)
+DEPTHS = (12, 24)
 HIDDEN, FFN, HEADS, VOCABULARY, SEQ_LEN, ROWS = 1024, 4096, 8, 512, 256, 9
 KEEP, MICRO_BATCH, ROOM = 0.7, 8, 1.3
 
@@ -49,8 +51,9 @@ def make_model(folder: Path, depth: int, hidden: int = HIDDEN, ffn: int = FFN, h
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
-def compress(folder: Path) -> dict[str, Any]:
-    """Compress in this process; return the peak above the import, and the yardstick."""
+def compress(folder: Path, room: int) -> dict[str, int]:
+    """Compress in this process, as if the machine had so many bytes; return the peak above the import."""
+    import psutil
     import torch
 
     import lillama
@@ -60,20 +63,27 @@ def compress(folder: Path) -> dict[str, Any]:
     from lillama.resources import peak_memory
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    before = peak_memory()
+    before, process = peak_memory(), psutil.Process()
     recipe = load_recipe("default", {"distill": {"epochs": 1, "batch_size": MICRO_BATCH}})
-    result = lillama.compress(
-        folder / "model", folder / "out", keep=KEEP, recipe=recipe, calibration=[str(folder / "text.txt")],
-        tokens=ROWS * SEQ_LEN, seq_len=SEQ_LEN,
-        machine=Machine("cpu", micro_batch=MICRO_BATCH, activation_memory=0, shard_bytes=100_000_000),
-    )  # fmt: skip
-    return {"peak_bytes": peak_memory() - before, "import_bytes": before, "yardstick": yardstick(folder, result.plan)}
+    with ExitStack() as patches:
+        for name in ("allocation", "recovery", "stream.store", "teach"):
+            free = patch(
+                f"lillama.{name}.free_memory", lambda device: max(0, room - process.memory_info().rss + before)
+            )
+            patches.enter_context(free)
+        lillama.compress(
+            folder / "model", folder / "out", keep=KEEP, recipe=recipe, calibration=[str(folder / "text.txt")],
+            tokens=ROWS * SEQ_LEN, seq_len=SEQ_LEN,
+            machine=Machine("cpu", micro_batch=MICRO_BATCH, activation_memory=0, shard_bytes=100_000_000),
+        )  # fmt: skip
+    return {"peak_bytes": peak_memory() - before, "import_bytes": before}
 
 
-def yardstick(folder: Path, plan: Any) -> dict[str, int]:
+def yardstick(folder: Path) -> dict[str, int]:
     """Return the bytes that one block needs, by part."""
     import torch
 
+    import lillama
     from lillama.lowrank.install import install
     from lillama.stream.batch import Batch
     from lillama.stream.running import begin
@@ -81,6 +91,7 @@ def yardstick(folder: Path, plan: Any) -> dict[str, int]:
     from lillama.stream.streamed import open_streamed
 
     model = open_streamed(folder / "model", torch.device("cpu"))
+    plan = lillama.plan(folder / "model", keep=KEEP).plan
     spec = plan.spec.blocks[0]
     ranks = {name.removeprefix(f"{spec.name}."): rank for name, rank in plan.within(spec).items()}
     shelf = Shelf(torch.device("cpu"), folder, 0, 1 << 40)
@@ -111,10 +122,18 @@ def yardstick(folder: Path, plan: Any) -> dict[str, int]:
     }
 
 
+def asked(*arguments: str) -> dict[str, Any]:
+    """Run this file in a process of its own and return what it says."""
+    command, environment = [sys.executable, __file__, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def main() -> None:
     """Run each depth in a process of its own."""
     if len(sys.argv) > 1:
-        print(json.dumps(compress(Path(sys.argv[1]))))
+        folder, *room = sys.argv[1:]
+        print(json.dumps(compress(Path(folder), int(room[0])) if room else yardstick(Path(folder))))
         return
     found = {}
     for depth in DEPTHS:
@@ -123,12 +142,10 @@ def main() -> None:
             make_model(Path(folder) / "model", depth)
             (Path(folder) / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
             weights = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
-            done = subprocess.run(
-                [sys.executable, __file__, folder], check=True, stdout=subprocess.PIPE, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-            found[depth] = json.loads(done.stdout.strip().splitlines()[-1]) | {"weight_bytes": weights}
-            found[depth]["ratio"] = found[depth]["peak_bytes"] / sum(found[depth]["yardstick"].values())
+            needed = asked(folder)
+            measured = asked(folder, str(round(ROOM * sum(needed.values()))))
+            ratio = measured["peak_bytes"] / sum(needed.values())
+            found[depth] = measured | {"yardstick": needed, "weight_bytes": weights, "ratio": ratio}
             print(depth, found[depth], flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "memory.json").write_text(json.dumps({"version": 1, "depths": found}, indent=2) + "\n")
@@ -142,7 +159,8 @@ def table(found: dict[int, dict[str, Any]]) -> str:
     text = (
         "# Peak memory of a compression\n\n"
         f"Random fp32 Llamas of hidden size {HIDDEN}, FFN {FFN}; keep {KEEP}; micro-batch {MICRO_BATCH} x {SEQ_LEN} tokens; "
-        "activations on disk. Peak resident memory above a bare import. Written by `python bench/memory.py`.\n\n"
+        f"activations on disk; told of a machine of {ROOM} times what one block needs. Peak resident memory above a bare "
+        "import. Written by `python bench/memory.py`.\n\n"
         f"One block needs {sum(parts.values()) / 1e6:,.0f} MB: "
         + ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
         + ".\n\n| blocks | weights, MB | peak above import, MB | peak / one block's need |\n|---:|---:|---:|---:|\n"

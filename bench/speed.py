@@ -29,6 +29,7 @@ FFN = {256: 704, 1024: 2816, 2048: 5632}
 ROWS = {256: 129, 1024: 33, 2048: 17}  # calibration sequences
 EPOCHS = 2  # more would only take longer
 FULL_TOKENS, FULL_EPOCHS = 131_072, 4  # the default budget, to which times are extrapolated
+RECOVERY_STEPS = 480  # at that budget: 8 epochs over 15/16 of the tokens, in batches of 8 x 256
 OBJECTIVE = {  # what the plain loop does too
     "schedule": "sequential", "stream": "student", "loss": {"name": "mse"}, "norm": 0.0, "look_ahead": 0.0, "sub_blocks": 0.0,
     "adaptive": 0.0,
@@ -40,8 +41,9 @@ NOTES = f"""
   optimiser, with the reading of the activations. Counted are matrix products alone: 6 operations for each weight of the
   factors and each token, and 6 x {SEQ_LEN} x hidden a token for causal attention.
 - initialisation: Grams, gradients, spectra, trials of ranks and factors, as a share of a block's whole time at {FULL_TOKENS:,}
-  tokens and {FULL_EPOCHS} epochs, without recovery. It is extrapolated: what was measured a token is multiplied (gradients are
-  measured on a part of the tokens); spectra, factors, files and bookkeeping count once.
+  tokens, {FULL_EPOCHS} epochs of distillation and 8 of recovery. It is extrapolated: what was measured a token or a step is
+  multiplied (gradients are measured on a part of the tokens); spectra, factors, files and bookkeeping count once. What recovery
+  needs besides its steps is left out.
 - tokens/s: trained tokens over the time of steps, of both streams and of the bookkeeping between. The plain loop runs both
   whole models on every batch and takes the activations from hooks: the deeper the model, the slower. Its losses are the
   same, step by step, to {{difference:.0e}} of their value.
@@ -55,6 +57,7 @@ class Stages:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
         self._open = ["rest"]
         self._since = time.process_time()
 
@@ -68,6 +71,7 @@ class Stages:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._note()
+            self.calls[stage] = self.calls.get(stage, 0) + 1
             self._open.append("gradients" if stage == "grams" and "gradients" in self._open else stage)
             try:
                 return function(*args, **kwargs)
@@ -82,16 +86,19 @@ class Stages:
 def staged() -> Iterator[Stages]:
     """Time the stages of `compress` by the functions that do them."""
     import lillama.allocation
+    import lillama.distill.fisher
     import lillama.teach
     from lillama.distill.grams import GramWatch
     from lillama.distill.learner import Learner
     from lillama.distill.streams import Streams
+    from lillama.distill.tail import Tail
+    from lillama.lesson import Lesson
     from lillama.stream.streamed import StreamedModel
 
     stages = Stages()
     places = {
         "grams": [(GramWatch, "add")],
-        "gradients": [(lillama.allocation, "measured"), (lillama.allocation, "moments")],
+        "gradients": [(lillama.allocation, "measured"), (lillama.distill.fisher, "moments")],
         "spectra": [(lillama.allocation, "_spectrum")],
         "trials": [(lillama.allocation, "advance")],
         "factors": [(lillama.teach, "compressed_copy"), (lillama.allocation, "compressed_copy")],
@@ -100,7 +107,8 @@ def staged() -> Iterator[Stages]:
         "steps": [(Learner, "step")],
         "checks": [(Learner, "validate"), (Learner, "state")],
         "bookkeeping": [(lillama.teach, "distill_block")],
-        "files": [(StreamedModel, "block"), (lillama.teach.Lesson, "save"), (lillama.teach.Lesson, "finished")],
+        "recovery": [(Tail, "_step")],
+        "files": [(StreamedModel, "block"), (Lesson, "save"), (Lesson, "finished")],
     }
     with ExitStack() as patches:
         for stage, owners in places.items():
@@ -170,7 +178,6 @@ def plain_loop(folder: Path, ids: Any, taught: list[dict[str, Any]]) -> dict[str
     block.register_forward_hook(lambda module, args, output: seen.update(student=output))
     config, losses = learner.config, []
     left = block.parameters()
-    left = block.parameters()
     groups = [
         {"params": [next(left) for _ in g["params"]], "scale": g["scale"]} for g in learner.optimiser.param_groups
     ]
@@ -208,37 +215,46 @@ def measure(hidden: int) -> dict[str, Any]:
         make_model(folder / "model", DEPTH, hidden, FFN[hidden], hidden // 64)
         (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * (rows * SEQ_LEN // 40))
         rates = [matmul_rate(hidden)]
-        recipe = load_recipe("default", {"scope": "blocks", "distill": OBJECTIVE | {"epochs": EPOCHS}})
+        recipe = load_recipe(
+            "default", {"scope": "blocks", "distill": OBJECTIVE | {"epochs": EPOCHS}, "recover": {"epochs": 1}}
+        )
         with captured() as taught, staged() as stages:
             result = lillama.compress(
                 folder / "model", folder / "out", keep=KEEP, recipe=recipe, calibration=[str(folder / "text.txt")],
-                tokens=rows * SEQ_LEN, seq_len=SEQ_LEN, machine=Machine("cpu"), recover=False,
+                tokens=rows * SEQ_LEN, seq_len=SEQ_LEN, machine=Machine("cpu"),
             )  # fmt: skip
         rates.append(matmul_rate(hidden))
         ids = TokenBlocks.load(result.run / "calibration").ids.long()
         plain = plain_loop(folder / "model", ids, taught)
         rates.append(matmul_rate(hidden))
     seconds = {stage: spent for stage, spent in stages.seconds.items() if stage != "rest"}
-    return figures(hidden, seconds, taught, plain, sorted(rates)[1], rows)
+    return figures(hidden, seconds, stages.calls["recovery"], taught, plain, sorted(rates)[1], rows)
 
 
-def extrapolated(seconds: dict[str, float], rows: int) -> dict[str, float]:
-    """Return the seconds of each stage at the default budget, from those of so many sequences."""
+def extrapolated(seconds: dict[str, float], recovery_steps: int, rows: int) -> dict[str, float]:
+    """Return the seconds of each stage at the default budget, from those of so many sequences and steps of recovery."""
     from lillama.distill.fisher import PROBED_TOKENS
 
     tokens = rows * SEQ_LEN
     growth = dict.fromkeys(seconds, FULL_TOKENS / tokens) | dict.fromkeys(FIXED, 1.0)
     growth["gradients"] = PROBED_TOKENS / min(tokens, PROBED_TOKENS)
     growth["steps"] *= FULL_EPOCHS / EPOCHS
+    growth["recovery"] = RECOVERY_STEPS / recovery_steps
     return {stage: spent * growth[stage] for stage, spent in seconds.items()}
 
 
 def figures(
-    hidden: int, seconds: dict[str, float], taught: list[Any], plain: dict[str, Any], rate: float, rows: int
+    hidden: int,
+    seconds: dict[str, float],
+    recovery_steps: int,
+    taught: list[Any],
+    plain: dict[str, Any],
+    rate: float,
+    rows: int,
 ) -> dict[str, Any]:
     """Return what was measured and what follows from it."""
     steps, tokens = sum(block["log"].steps for block in taught), sum(block["log"].tokens for block in taught)
-    full = extrapolated(seconds, rows)
+    full = extrapolated(seconds, recovery_steps, rows)
     achieved = step_flops(taught[-1]["end"], hidden) * tokens / seconds["steps"]
     loop = seconds["steps"] + seconds["teacher's stream"] + seconds["student's stream"] + seconds["bookkeeping"]
     curve = [row[2] for row in taught[-1]["log"].curve]

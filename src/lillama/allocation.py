@@ -14,7 +14,8 @@ from lillama.estimate import moments_fit
 from lillama.files import write_json
 from lillama.lesson import Lesson
 from lillama.lowrank.compressed import compressed_copy, restored_copy
-from lillama.lowrank.factors import Moments, exact_device, spectrum
+from lillama.lowrank.factors import spectrum
+from lillama.lowrank.gram import Moments, exact_device
 from lillama.model.spec import BlockSpec
 from lillama.progress import Progress
 from lillama.ranks.adaptive import Adaptive
@@ -154,16 +155,7 @@ def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[
         for index in model.indices(stack):
             block = spec.blocks[index]
             lesson.report(Progress("ranks", index, len(spec.blocks), block.name))
-            teacher, ranks = model.block(index), [_within(block, plan) for plan in plans]
-            state = _widest(lesson, fisher, block, teacher, ranks, now["probes"])
-            students = {
-                f"plan-{n}": restored_copy(
-                    model.template(index), given, _cut(state, teacher, given), model.device, model.dtype
-                )
-                for n, given in enumerate(ranks)
-            }
-            for name, store in now.items():
-                advance(students.get(name, teacher), index, calls[name], store, store, rate)
+            _advance(lesson, fisher, block, plans, calls, now)
             trim_memory()
         for name, store in now.items():
             ends[name].append(store)
@@ -176,6 +168,26 @@ def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[
     for made in (*new.values(), *calls.values()):
         made.remove()
     return [(kl, entropy - found[0][1]) for kl, entropy in found[1:]]
+
+
+def _advance(
+    lesson: Lesson,
+    fisher: Fisher,
+    block: BlockSpec,
+    plans: list[RankPlan],
+    calls: Mapping[str, CallTable],
+    now: Mapping[str, ActivationStore],
+) -> None:
+    """Run a block of the original, and its initial student by every plan, each on its own activations."""
+    model, ranks = lesson.teacher, {f"plan-{n}": _within(block, plan) for n, plan in enumerate(plans)}
+    teacher = model.block(block.index)
+    state = _widest(lesson, fisher, block, teacher, list(ranks.values()), now["probes"])
+    for name, store in now.items():
+        runner = teacher
+        if name in ranks:
+            cut = _cut(state, teacher, ranks[name])
+            runner = restored_copy(model.template(block.index), ranks[name], cut, model.device, model.dtype)
+        advance(runner, block.index, calls[name], store, store, lesson.job.micro_batch)
 
 
 def _within(block: BlockSpec, plan: RankPlan) -> dict[str, int]:
@@ -194,6 +206,7 @@ def _widest(
     widest = {name: max(plan.get(name, 0) for plan in ranks) for name in {name for plan in ranks for name in plan}}
     widest = {linear: widest[linear] for linear in sorted(widest)}
     found = fisher.moments(block.index, teacher, widest, probes.read) if widest else {}
+    trim_memory()
     generator = torch.Generator().manual_seed(lesson.seed(block))
     template, init = lesson.teacher.template(block.index), lesson.job.recipe.init
     return compressed_copy(template, teacher, widest, init, found, generator).state_dict()

@@ -9,7 +9,7 @@ import torch
 
 from lillama.distill.fisher import PROBED_TOKENS
 from lillama.distill.prediction import LOGIT_BYTES
-from lillama.lowrank.factors import TILE, WIDEST
+from lillama.lowrank.gram import TILE, WIDEST, held
 from lillama.model.spec import BlockSpec, LinearSpec
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
@@ -174,7 +174,7 @@ def estimate(
 def moments_fit(blocks: Iterable[BlockSpec], free: int) -> bool:
     """Tell whether the moments at all linears may stay in memory; they may take an eighth of what is free."""
     linears = (linear for block in blocks for linear in block.linears)
-    return sum(8 * (linear.in_features**2 + _at_outputs(linear)) for linear in linears) <= free // KEPT_SHARE
+    return sum(8 * (held(linear.in_features) + _at_outputs(linear)) for linear in linears) <= free // KEPT_SHARE
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -258,10 +258,11 @@ def _recovery(work: _Work) -> _Stage:
 
 def _memory(block: BlockSpec, work: _Work) -> int:
     """Return the bytes of teacher, student under training, Grams and one micro-batch's activations of a block."""
-    grams = sum(width**2 for width, _ in _gram_widths(block))
+    widths = [width for width, _ in _gram_widths(block)]
+    grams = sum(map(held, widths)) + max(widths) ** 2  # one of them whole
     gradients = sum(map(_at_outputs, block.linears)) if work.gradients else 0
-    widths = sum(x.share * (x.in_features + 2 * x.out_features + (work.plan[x.name] or 0)) for x in block.linears)
-    activations = round(work.micro_batch * work.recipe.calibration.seq_len * widths) * work.itemsize
+    numbers = sum(x.share * (x.in_features + 2 * x.out_features + (work.plan[x.name] or 0)) for x in block.linears)
+    activations = round(work.micro_batch * work.recipe.calibration.seq_len * numbers) * work.itemsize
     return block.params * work.itemsize + work.kept[block.index] * MASTER_BYTES + 8 * (grams + gradients) + activations
 
 
@@ -278,7 +279,7 @@ def _initial_flops(block: BlockSpec, work: _Work) -> float:
 
 def _at_outputs(linear: LinearSpec) -> int:
     """Return the numbers in the Gram of the gradients at a linear's outputs."""
-    return linear.out_features**2 if linear.out_features <= WIDEST else linear.out_features
+    return held(linear.out_features, WIDEST)
 
 
 def _moment_flops(block: BlockSpec) -> float:

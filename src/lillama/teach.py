@@ -15,7 +15,7 @@ from lillama.distill.streams import Earlier, Streams
 from lillama.distill.trace import DistillLog
 from lillama.lesson import Lesson
 from lillama.lowrank.compressed import compressed_copy, restored_copy
-from lillama.lowrank.factors import Gram, Moments
+from lillama.lowrank.gram import Gram, Moments
 from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.model.spec import BlockSpec
 from lillama.progress import Progress
@@ -64,6 +64,7 @@ def teach_sequentially(lesson: Lesson) -> None:
         if untaught:
             student = initial_student(lesson, block, teacher, streams, grams)
             streams.adapt(block.index, teacher, lesson.job.recipe.distill.adaptive)
+            grams.clear()
             teacher = None
             trim_memory()
             lesson.save(block, student, _taught(lesson, block, student, streams, teachers))
@@ -110,7 +111,10 @@ def initial_student(
     generator = torch.Generator().manual_seed(lesson.seed(block))
     fisher, probed = lesson.fisher, {}
     if fisher is not None:
-        probed = fisher.moments(block.index, teacher, ranks, lambda part: streams.teacher.read(fisher.rows[part]))
+        probed = fisher.moments(
+            block.index, teacher, ranks, lambda part: streams.teacher.read(fisher.rows[part]), inputs=not grams
+        )
+        trim_memory()
     found = {name: Moments(grams.get(name), probed[name].gradients if probed else None) for name in ranks}
     return compressed_copy(lesson.teacher.template(block.index), teacher, ranks, init, found, generator)
 

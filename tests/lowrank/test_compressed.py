@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lillama.lowrank.compressed import compressed_copy, restored_copy
-from lillama.lowrank.factors import Gram, Moments
+from lillama.lowrank.gram import Gram, Moments
 from lillama.lowrank.initialize import Svd, Whitened
 from lillama.lowrank.install import low_rank_linears
 
@@ -80,7 +80,9 @@ def test_a_student_is_fp32_whatever_the_teacher(template: nn.Module, teacher: Bl
 
 def test_each_linear_gets_its_own_gram(template: nn.Module, teacher: Block) -> None:
     seen = torch.tensor([1.0] * 2 + [0.0] * 10, dtype=torch.float64)
-    moments = {"up": Moments(Gram(torch.diag(seen), seen, 1))}
+    gram = Gram.zeros(12, torch.device("cpu"))
+    gram.add(torch.diag(seen))
+    moments = {"up": Moments(gram)}
     copied = compressed_copy(template, teacher, {"up": 2}, Whitened(), moments, torch.Generator())
     product = copied.get_parameter("up.left.weight") @ copied.get_parameter("up.right.weight")
     torch.testing.assert_close(product[:, :2], teacher.up.weight[:, :2], rtol=1e-4, atol=1e-4)

@@ -7,15 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lillama.lowrank.factors import (
-    TILE,
     Factors,
-    Gram,
     scaled_svd,
     spectrum,
     truncated_svd,
     two_sided_svd,
     whitened_svd,
 )
+from lillama.lowrank.gram import TILE, Gram, held
 
 SHAPES = [(7, 12), (12, 7), (9, 9)]
 RANKS = [1, 3, 6]
@@ -176,6 +175,19 @@ def test_a_gram_wider_than_a_tile_is_symmetric_and_complete() -> None:
     torch.testing.assert_close(gram.sum, x.T @ x)
     assert torch.equal(gram.sum, gram.sum.T)
     torch.testing.assert_close(gram.absolute, x.abs().sum(dim=0))
+    assert sum(tile.numel() for tile in gram.tiles) == held(x.shape[1]) < 0.75 * gram.sum.numel()
+
+
+def test_grams_add_up_and_can_be_of_fewer_vectors() -> None:
+    x = torch.randn(60, TILE + 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, second = (Gram.zeros(x.shape[1], x.device) for _ in range(2))
+    first.add(x[:20])
+    second.add(x[20:])
+    both, third = first + second, (first + second).averaged(20)
+    assert (both.count, third.count, both.width) == (60, 20, TILE + 9)
+    torch.testing.assert_close(both.sum, x.T @ x)
+    torch.testing.assert_close(third.sum, x.T @ x / 3)
+    torch.testing.assert_close(third.absolute, x.abs().sum(dim=0) / 3)
 
 
 def two_sided_error(difference: Tensor, gram_in: Tensor | None, gram_out: Tensor | None) -> float:
@@ -260,4 +272,5 @@ def test_of_very_long_vectors_only_the_squares_are_summed() -> None:
         gram.add(x[:10])
         gram.add(x[10:])
     torch.testing.assert_close(short.sum, full.sum.diagonal(), rtol=1e-6, atol=1e-5)
+    assert held(12, widest=11) == 12 and held(12, widest=12) == 144
     assert torch.equal(short.absolute, full.absolute) and short.count == full.count == 30

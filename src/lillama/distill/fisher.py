@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lillama.distill.grams import shrunk, watched, with_siblings
 from lillama.distill.prediction import Head
-from lillama.lowrank.factors import WIDEST, Gram, Moments
+from lillama.lowrank.gram import WIDEST, Gram, Moments
 from lillama.progress import Progress, Report
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves
@@ -67,7 +67,7 @@ class Fisher:
     kept: dict[int, dict[str, Moments]] = field(default_factory=dict)
 
     def moments(
-        self, index: int, block: nn.Module, names: Iterable[str], read: Callable[[slice], Tensor]
+        self, index: int, block: nn.Module, names: Iterable[str], read: Callable[[slice], Tensor], inputs: bool = True
     ) -> dict[str, Moments]:
         """Return the second moments at some linears of a block, as they are kept, or computed again to the same bits.
 
@@ -76,11 +76,12 @@ class Fisher:
             block: dense, with its weights.
             names: of the linears within the block.
             read: returns the block's inputs for some of `rows`.
+            inputs: whether those of the inputs are wanted too.
         """
         names = list(names)
         if index in self.kept:
             return {name: self.kept[index][name] for name in names}
-        return moments(block, names, self.runs(index, read), self.tokens)
+        return moments(block, names, self.runs(index, read), self.tokens, inputs=inputs)
 
     def runs(self, index: int, read: Callable[[slice], Tensor]) -> Iterator[BackwardRun]:
         """Yield a block's runs by micro-batches; `read` returns its inputs for some of `rows`."""
@@ -162,7 +163,12 @@ Sink = Callable[[slice, Tensor, list[tuple[Tensor, Tensor | None]]], None]
 
 
 def moments(
-    block: nn.Module, names: Iterable[str], runs: Iterable[BackwardRun], tokens: int, sink: Sink | None = None
+    block: nn.Module,
+    names: Iterable[str],
+    runs: Iterable[BackwardRun],
+    tokens: int,
+    sink: Sink | None = None,
+    inputs: bool = True,
 ) -> dict[str, Moments]:
     """Run a block forth and back, and accumulate the second moments at the named linears.
 
@@ -173,6 +179,7 @@ def moments(
         tokens: that the model predicts in all of them.
         sink: gets, for some rows, the gradients at the block's inputs, and all else that the block was given with its
             gradient, where it has one.
+        inputs: whether the moments of the inputs are wanted too.
     """
     names, gradients, reached, start = list(names), dict[str, Gram](), dict[str, int](), 0
     together = with_siblings(block, names)
@@ -195,13 +202,16 @@ def moments(
                 rows = watch.real(name, torch.zeros_like(output) if gradient is None else gradient, *run.masks)
                 gradients.setdefault(name, Gram.zeros(output.shape[-1], output.device, WIDEST)).add(rows)
                 reached[name] = reached.get(name, 0) + len(rows)
-            watch.add(*run.masks)
+            if inputs:
+                watch.add(*run.masks)
+            watch.forget()
             if sink is not None:
                 back = [(leaf, next(found) if leaf.requires_grad else None) for leaf in given]
                 sink(slice(start, start + len(hidden)), torch.zeros_like(hidden) if entered is None else entered, back)
             start += len(hidden)
-    inputs, gradients = shrunk(block, watch.grams, names), shrunk(block, gradients, names)
-    return {name: Moments(inputs[name], gradients[name], reached.get(name, 0) / tokens) for name in names}
+    entering = shrunk(block, watch.grams, names) if inputs else {}
+    gradients = shrunk(block, gradients, names)
+    return {name: Moments(entering.get(name), gradients[name], reached.get(name, 0) / tokens) for name in names}
 
 
 def _keep(outputs: dict[str, Tensor], name: str):

@@ -4,13 +4,15 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lillama.errors import ModelError
-from lillama.lowrank.factors import Gram
+from lillama.lowrank.gram import Gram
 from lillama.model.unfused import Experts
 from lillama.stream.calls import BlockCall, leaves
 
@@ -56,6 +58,10 @@ class GramWatch:
                 self.grams.setdefault(name, Gram.zeros(x.shape[-1], x.device)).add(self.real(name, x, *masks))
             else:
                 self.grams[name] = self.grams[leader]
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the inputs of the run that has just ended go."""
         self._seen.clear()
 
     def real(self, name: str, x: Tensor, *masks: Tensor | None) -> Float[Tensor, "tokens width"]:
@@ -157,17 +163,12 @@ def _alike(block: nn.Module, names: Iterable[str]) -> Iterator[list[str]]:
 
 def _mean(layer: list[Gram]) -> Gram:
     """Return the Gram of as many tokens as it is wide, of the mean of those given."""
-    mean = Gram(torch.zeros_like(layer[0].sum), torch.zeros_like(layer[0].absolute), len(layer[0].sum))
-    for gram in layer:
-        mean.sum += gram.sum
-        mean.absolute += gram.absolute
-    share = mean.count / sum(gram.count for gram in layer)
-    return Gram(mean.sum * share, mean.absolute * share, mean.count)
+    return reduce(add, layer).averaged(layer[0].width)
 
 
 def _drawn(own: Gram | None, mean: Gram) -> Gram:
     """Return a Gram with its layer's mean added."""
-    return mean if own is None else Gram(own.sum + mean.sum, own.absolute + mean.absolute, own.count + mean.count)
+    return mean if own is None else own + mean
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from lillama.distill.block import BlockData, NextBlock
 from lillama.distill.grams import shrunk, watched, with_siblings
 from lillama.distill.objective import recorded
 from lillama.errors import RecipeError
-from lillama.lowrank.factors import Gram
+from lillama.lowrank.gram import Gram
 from lillama.stream.batch import Batch
 from lillama.stream.calls import CallTable
 from lillama.stream.running import advance, begin, row_slices

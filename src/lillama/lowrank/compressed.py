@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lillama.lowrank.factors import Moments
+from lillama.lowrank.gram import Moments
 from lillama.lowrank.initialize import Initialiser
 from lillama.lowrank.install import install
 
@@ -35,8 +35,8 @@ def compressed_copy(
     state: dict[str, Tensor] = {}
     for name, rank in ranks.items():
         factors = init(dense.pop(f"{name}.weight").detach(), rank, moments.get(name, Moments()), generator)
-        state[f"{name}.left.weight"] = factors.left
-        state[f"{name}.right.weight"] = factors.right
+        state[f"{name}.left.weight"] = factors.left.float()
+        state[f"{name}.right.weight"] = factors.right.float()
     state |= dense
     device = next(teacher.parameters()).device
     state |= _marks(student, device)

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lillama.lowrank.gram import exact_device
+
 LEAST_DAMPING = 1e-12  # keeps the square root of a rank-deficient Gram invertible
-WIDEST = 1 << 14  # outputs; of the gradients at more than so many only the diagonal of the Gram is kept
-TILE = 256  # columns of a Gram that are computed at once
 
 
 @dataclass(frozen=True)
@@ -23,60 +23,6 @@ class Factors:
 
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "rank in"]
-
-
-@dataclass
-class Gram:
-    """Uncentred moments of vectors: `sum x x^T`, or only its diagonal, `sum |x|`, and how many went in.
-
-    Products are taken in the vectors' type (at least fp32) and summed in fp64; where the device has no fp64 (Apple's), the
-    sums lie on the CPU.
-    """
-
-    sum: Float[Tensor, "n n"] | Float[Tensor, " n"]
-    absolute: Float[Tensor, " n"]
-    count: int = 0
-
-    @classmethod
-    def zeros(cls, features: int, device: torch.device, widest: int | None = None) -> "Gram":
-        """Return the Gram of no vectors; of vectors longer than `widest` only the diagonal is kept."""
-        if widest is not None and features > widest:
-            pair = torch.zeros(2, features, dtype=torch.float64, device=exact_device(device))
-            return cls(pair[0], pair[1])
-        sums = torch.zeros(features + 1, features, dtype=torch.float64, device=exact_device(device))
-        return cls(sums[1:], sums[0])
-
-    def add(self, x: Float[Tensor, "tokens n"]) -> None:
-        """Add a batch of vectors in place.
-
-        Only the products above the diagonal are computed, in tiles; those below mirror them.
-        """
-        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        self.absolute += x.abs().sum(dim=0).to(self.absolute.device)
-        self.count += len(x)
-        if self.sum.dim() == 1:
-            self.sum += x.square().sum(dim=0).to(self.sum.device)
-            return
-        for start in range(0, x.shape[1], TILE):
-            end = start + TILE
-            tile = (x[:, start:end].T @ x[:, start:]).to(self.sum.device)
-            self.sum[start:end, start:] += tile
-            self.sum[end:, start:end] += tile[:, TILE:].T
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What was measured at one linear on the calibration text; None where nothing was.
-
-    Attributes:
-        inputs: Gram of what enters it.
-        gradients: Gram of the gradients at its outputs.
-        share: vectors that come to it, for each token that the model predicts; below 1 for one of several experts.
-    """
-
-    inputs: Gram | None = None
-    gradients: Gram | None = None
-    share: float = 1.0
 
 
 def truncated_svd(weight: Float[Tensor, "out in"], rank: int) -> Factors:
@@ -183,11 +129,6 @@ def spectrum(
         scales, q = _root(gram_out, damping)
         w = scales[:, None] * (q.T @ w)
     return _eigvalsh(_seen(w, gram, damping)).clamp(min=0).sqrt().flip(0)
-
-
-def exact_device(device: torch.device) -> torch.device:
-    """Return the device itself if it computes in fp64, else the CPU."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _exact(tensor: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from pydantic import Field, with_config
 from torch import Tensor
 
-from lillama.lowrank.factors import Factors, Gram, Moments, scaled_svd, truncated_svd, two_sided_svd, whitened_svd
+from lillama.lowrank.factors import Factors, scaled_svd, truncated_svd, two_sided_svd, whitened_svd
+from lillama.lowrank.gram import Gram, Moments
 
 LEAST_SCALE = 1e-6  # of an input that is always 0, as in ASVD's own code
 
@@ -95,10 +96,11 @@ class TwoSided:
         """Return the factors of a weight at a rank."""
         inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
         gradients = _measured(moments.gradients, "Gram matrix of the gradients at the outputs", self.name).sum
-        mixed = (1 - self.identity) * gradients
-        diagonal, own = (gram if gram.dim() == 1 else gram.diagonal() for gram in (mixed, gradients))
-        diagonal.add_(self.identity * own.mean())
-        return two_sided_svd(weight, inputs.sum, mixed, rank, self.damping)
+        diagonal = gradients if gradients.dim() == 1 else gradients.diagonal()
+        mean = diagonal.mean()
+        gradients.mul_(1 - self.identity)
+        diagonal.add_(self.identity * mean)
+        return two_sided_svd(weight, inputs.sum, gradients, rank, self.damping)
 
 
 @with_config(extra="forbid")

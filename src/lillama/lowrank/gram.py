@@ -1,0 +1,104 @@
+"""Second moments of vectors, summed up in fp64: of the inputs of a linear, and of the gradients at its outputs."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+WIDEST = 1 << 14  # outputs; of the gradients at more than so many only the diagonal of the Gram is kept
+TILE = 256  # columns of a Gram that are computed at once
+
+
+@dataclass
+class Gram:
+    """Uncentred moments of vectors: `sum x x^T`, or only its diagonal, `sum |x|`, and how many went in.
+
+    Products are taken in the vectors' type (at least fp32) and summed in fp64; where the device has no fp64 (Apple's), the
+    sums lie on the CPU. Of the symmetric sum only what lies on and above the diagonal is held.
+
+    Attributes:
+        tiles: of each `TILE` rows, the columns from the first of these rows on; or the diagonal alone.
+        absolute: `sum |x|`.
+        count: of the vectors.
+    """
+
+    tiles: list[Float[Tensor, "_ _"] | Float[Tensor, " _"]]
+    absolute: Float[Tensor, " n"]
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, features: int, device: torch.device, widest: int | None = None) -> "Gram":
+        """Return the Gram of no vectors; of vectors longer than `widest` only the diagonal is kept."""
+        shapes = [(features,)] if widest is not None and features > widest else list(_shapes(features))
+        zeros = [
+            torch.zeros(shape, dtype=torch.float64, device=exact_device(device)) for shape in ((features,), *shapes)
+        ]
+        return cls(zeros[1:], zeros[0])
+
+    @property
+    def width(self) -> int:
+        """Length of the vectors."""
+        return len(self.absolute)
+
+    @property
+    def sum(self) -> Float[Tensor, "n n"] | Float[Tensor, " n"]:
+        """The sum, or its diagonal; put together anew each time."""
+        if self.tiles[0].dim() == 1:
+            return self.tiles[0].clone()
+        whole = self.absolute.new_empty(self.width, self.width)
+        for start, tile in zip(range(0, self.width, TILE), self.tiles, strict=True):
+            whole[start : start + TILE, start:] = tile
+            whole[start + TILE :, start : start + TILE] = tile[:, TILE:].T
+        return whole
+
+    def add(self, x: Float[Tensor, "tokens n"]) -> None:
+        """Add a batch of vectors in place."""
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        self.absolute += x.abs().sum(dim=0).to(self.absolute.device)
+        self.count += len(x)
+        if self.tiles[0].dim() == 1:
+            self.tiles[0] += x.square().sum(dim=0).to(self.absolute.device)
+            return
+        for start, tile in zip(range(0, self.width, TILE), self.tiles, strict=True):
+            tile += (x[:, start : start + TILE].T @ x[:, start:]).to(tile.device)
+
+    def __add__(self, other: "Gram") -> "Gram":
+        tiles = [own + its for own, its in zip(self.tiles, other.tiles, strict=True)]
+        return Gram(tiles, self.absolute + other.absolute, self.count + other.count)
+
+    def averaged(self, count: int) -> "Gram":
+        """Return the Gram of so many vectors that are on average like these."""
+        share = count / self.count
+        return Gram([tile * share for tile in self.tiles], self.absolute * share, count)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What was measured at one linear on the calibration text; None where nothing was.
+
+    Attributes:
+        inputs: Gram of what enters it.
+        gradients: Gram of the gradients at its outputs.
+        share: vectors that come to it, for each token that the model predicts; below 1 for one of several experts.
+    """
+
+    inputs: Gram | None = None
+    gradients: Gram | None = None
+    share: float = 1.0
+
+
+def held(features: int, widest: int | None = None) -> int:
+    """Return how many numbers a Gram of vectors of a length holds."""
+    if widest is not None and features > widest:
+        return features
+    return sum(rows * columns for rows, columns in _shapes(features))
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Return the device itself if it computes in fp64, else the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _shapes(features: int) -> list[tuple[int, int]]:
+    return [(min(TILE, features - start), features - start) for start in range(0, features, TILE)]
