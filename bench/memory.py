@@ -1,11 +1,12 @@
-"""Peak resident memory of `lillama compress` above a bare import, on made-up Llamas of equal blocks but unequal depth.
+"""Peak memory of `lillama compress` above that of a tiny model, on made-up Llamas of equal blocks but unequal depth.
 
     python bench/memory.py            # writes bench/results/memory.{json,md}
 
 The yardstick is what one block needs: teacher block + student block + fp32 masters and two moments + what autograd keeps of one
 micro-batch (measured). Gradients and Grams are not in it, though both are needed. Activations between blocks lie on disk.
 Compression takes more where more is free (moments, blocks and graphs of the recovery tail stay in memory), so that it is told
-of a machine that has just `ROOM` times the yardstick.
+of a machine that has just `ROOM` times the yardstick. Anonymous memory is counted, sampled every few milliseconds: pages of
+mapped files (activations on disk, checkpoints) are resident too, but the system takes them back when it needs them.
 """
 
 import json
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DEPTHS = (12, 24)
+DEPTHS = (4, 8)
 HIDDEN, FFN, HEADS, VOCABULARY, SEQ_LEN, ROWS = 1024, 4096, 8, 512, 256, 9
 KEEP, MICRO_BATCH, ROOM = 0.7, 8, 1.3
 
@@ -52,31 +54,61 @@ def make_model(folder: Path, depth: int, hidden: int = HIDDEN, ffn: int = FFN, h
 
 
 def compress(folder: Path, room: int) -> dict[str, int]:
-    """Compress in this process, as if the machine had so many bytes; return the peak above the import."""
-    import psutil
+    """Compress in this process, as if the machine had so many bytes; return the peak above what a tiny model leaves."""
     import torch
 
     import lillama
     import lillama.compression
     from lillama.prepare import Machine
     from lillama.recipe import load_recipe
-    from lillama.resources import peak_memory
+    from lillama.resources import trim_memory
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    before, process = peak_memory(), psutil.Process()
     recipe = load_recipe("default", {"distill": {"epochs": 1, "batch_size": MICRO_BATCH}})
-    with ExitStack() as patches:
-        for name in ("allocation", "recovery", "stream.store", "teach"):
-            free = patch(
-                f"lillama.{name}.free_memory", lambda device: max(0, room - process.memory_info().rss + before)
-            )
-            patches.enter_context(free)
+
+    def run(name: str) -> None:
         lillama.compress(
-            folder / "model", folder / "out", keep=KEEP, recipe=recipe, calibration=[str(folder / "text.txt")],
+            folder / name, folder / f"{name}-out", keep=KEEP, recipe=recipe, calibration=[str(folder / "text.txt")],
             tokens=ROWS * SEQ_LEN, seq_len=SEQ_LEN,
             machine=Machine("cpu", micro_batch=MICRO_BATCH, activation_memory=0, shard_bytes=100_000_000),
         )  # fmt: skip
-    return {"peak_bytes": peak_memory() - before, "import_bytes": before}
+
+    run("tiny")  # all code is loaded then
+    trim_memory()
+    before, peak = anonymous(), Peak()
+    with ExitStack() as patches, peak:
+        for name in ("allocation", "recovery", "stream.store", "teach"):
+            free = patch(f"lillama.{name}.free_memory", lambda device: max(0, room - anonymous() + before))
+            patches.enter_context(free)
+        run("model")
+    return {"peak_bytes": peak.bytes - before, "before_bytes": before}
+
+
+def anonymous() -> int:
+    """Return the bytes of this process that lie in no file."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+class Peak(threading.Thread):
+    """Samples `anonymous` while the context lasts; its largest value is `bytes`."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bytes, self._over = 0, threading.Event()
+
+    def run(self) -> None:
+        """Sample until the context ends."""
+        while not self._over.wait(0.003):
+            self.bytes = max(self.bytes, anonymous())
+
+    def __enter__(self) -> "Peak":
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self.join()
 
 
 def yardstick(folder: Path) -> dict[str, int]:
@@ -140,8 +172,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "model").mkdir()
             make_model(Path(folder) / "model", depth)
+            (Path(folder) / "tiny").mkdir()
+            make_model(Path(folder) / "tiny", 2, 64, 128, 2)
             (Path(folder) / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
-            weights = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+            weights = sum(file.stat().st_size for file in (Path(folder) / "model").rglob("*.safetensors"))
             needed = asked(folder)
             measured = asked(folder, str(round(ROOM * sum(needed.values()))))
             ratio = measured["peak_bytes"] / sum(needed.values())
@@ -159,11 +193,11 @@ def table(found: dict[int, dict[str, Any]]) -> str:
     text = (
         "# Peak memory of a compression\n\n"
         f"Random fp32 Llamas of hidden size {HIDDEN}, FFN {FFN}; keep {KEEP}; micro-batch {MICRO_BATCH} x {SEQ_LEN} tokens; "
-        f"activations on disk; told of a machine of {ROOM} times what one block needs. Peak resident memory above a bare "
-        "import. Written by `python bench/memory.py`.\n\n"
+        f"activations on disk; told of a machine of {ROOM} times what one block needs. Peak anonymous memory above what "
+        "a tiny model leaves. Written by `python bench/memory.py`.\n\n"
         f"One block needs {sum(parts.values()) / 1e6:,.0f} MB: "
         + ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
-        + ".\n\n| blocks | weights, MB | peak above import, MB | peak / one block's need |\n|---:|---:|---:|---:|\n"
+        + ".\n\n| blocks | weights, MB | peak, MB | peak / one block's need |\n|---:|---:|---:|---:|\n"
     )
     for depth, row in found.items():
         text += (
