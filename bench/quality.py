@@ -276,9 +276,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         )
         panel.grid(alpha=0.3, which="both")
         panel.invert_xaxis()
-    panels[0][-1].legend(fontsize=8)
+    handles = {
+        label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.legend(
+        list(handles.values()), list(handles), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5
+    )
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, float]:
