@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,40 +192,42 @@ def goal_table(goals: list[Checked]) -> str:
 
 def language_table(rows: list[dict[str, Any]]) -> str:
     """Return what language models keep as Markdown."""
-    text = (
-        "\n| model | parameters (in blocks) | recipe | blocks kept | perplexity | next-token accuracy | share retained | "
-        "excess loss | same as the original | CPU s |\n|---|---:|---|---:|---:|---:|---:|---:|---:|---:|\n"
-    )
-    for row in rows:
-        name = f"| {row['model']} | {_params(row)} | {RECIPES[row['recipe']][0]} | {row['keep']:.0%} | "
-        if "reason" in row:
-            text += f"{name}not supported: {row['reason']} | | | | | |\n"
-            continue
+
+    def cells(row: dict[str, Any]) -> list[str]:
         score = row["score"]
         perplexity, accuracy = score["perplexity"], score["accuracy"]
-        text += (
-            f"{name}{perplexity['dense']:,.1f} → {perplexity['model']:,.1f} | "
-            f"{accuracy['dense']:.2%} → {accuracy['model']:.2%} | {interval(score['retained'], '.1%')} | "
-            f"{interval(score['excess'], '.4f')} | {score['same']['value']:.1%} | {row['cpu_seconds']:,.0f} |\n"
-        )
-    return text if rows else ""
+        return [
+            f"{perplexity['dense']:,.1f} → {perplexity['model']:,.1f}", f"{accuracy['dense']:.2%} → {accuracy['model']:.2%}",
+            interval(score["retained"], ".1%"), interval(score["excess"], ".4f"), f"{score['same']['value']:.1%}",
+        ]  # fmt: skip
+
+    measures = ["perplexity", "next-token accuracy", "share retained", "excess loss", "same as the original"]
+    return _table(rows, measures, cells)
 
 
 def speech_table(rows: list[dict[str, Any]]) -> str:
     """Return what speech models keep as Markdown."""
-    text = (
-        "\n| model | parameters (in blocks) | recipe | blocks kept | word error rate | points more | excess loss | CPU s |\n"
-        "|---|---:|---|---:|---:|---:|---:|---:|\n"
-    )
-    for row in rows:
-        name = f"| {row['model']} | {_params(row)} | {RECIPES[row['recipe']][0]} | {row['keep']:.0%} | "
-        if "reason" in row:
-            text += f"{name}not supported: {row['reason']} | | | |\n"
-            continue
+
+    def cells(row: dict[str, Any]) -> list[str]:
         rate = row["score"]["word_error_rate"]
-        text += f"{name}{rate['dense']:.1%} → {rate['model']:.1%} | {interval(row['score']['points'], '+.2f')} | "
-        text += f"{interval(row['score']['excess'], '.4f')} | {row['cpu_seconds']:,.0f} |\n"
-    return text if rows else ""
+        points, excess = interval(row["score"]["points"], "+.2f"), interval(row["score"]["excess"], ".4f")
+        return [f"{rate['dense']:.1%} → {rate['model']:.1%}", points, excess]
+
+    return _table(rows, ["word error rate", "points more", "excess loss"], cells)
+
+
+def _table(rows: list[dict[str, Any]], measures: list[str], cells: Callable[[dict[str, Any]], list[str]]) -> str:
+    if not rows:
+        return ""
+    head = ["model", "parameters (in blocks)", "recipe", "blocks kept", *measures, "CPU s"]
+    text = f"\n| {' | '.join(head)} |\n|---|---:|---|---:|{'---:|' * (len(measures) + 1)}\n"
+    for row in rows:
+        found = [f"not supported: {row['reason']}", *[""] * len(measures)]
+        if "reason" not in row:
+            found = [*cells(row), f"{row['cpu_seconds']:,.0f}"]
+        name = [row["model"], _params(row), RECIPES[row["recipe"]][0], f"{row['keep']:.0%}"]
+        text += f"| {' | '.join([*name, *found])} |\n"
+    return text
 
 
 def _params(row: dict[str, Any]) -> str:
