@@ -117,7 +117,7 @@ def _spectrum(weight: Tensor, found: Moments) -> Tensor:
     """
     inputs, gradients = found.inputs, found.gradients
     assert inputs is not None and gradients is not None
-    values = spectrum(weight.detach(), inputs.sum, gradients.sum)
+    values = spectrum(weight.detach(), inputs, gradients)
     return (values / math.sqrt(max(1, inputs.count) * max(1, gradients.count)) * math.sqrt(found.share)).cpu()
 
 

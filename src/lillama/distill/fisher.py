@@ -7,12 +7,14 @@ at its outputs, from which a block's part can be computed again at any time.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lillama.distill.grams import shrunk, watched, with_siblings
+from lillama.distill.grams import GramWatch, shrunk, watched, with_siblings
 from lillama.distill.prediction import Head
 from lillama.lowrank.gram import WIDEST, Gram, Moments
 from lillama.progress import Progress, Report
@@ -21,6 +23,8 @@ from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves
 from lillama.stream.running import advance, begin, entered, row_leaves, row_slices
 from lillama.stream.store import ActivationStore, Shelf, Stores
 from lillama.stream.streamed import StreamedModel
+
+Masks = tuple[Bool[Tensor, "sequences _"] | None, ...]
 
 PROBED_TOKENS = 16_384  # on which gradients are measured
 
@@ -38,7 +42,7 @@ class BackwardRun:
 
     call: BlockCall
     hidden: Float[Tensor, "sequences length width"]
-    masks: tuple[Bool[Tensor, "sequences _"] | None, ...]
+    masks: Masks
     gradient: Float[Tensor, "sequences length width"]
 
 
@@ -181,44 +185,73 @@ def moments(
             gradient, where it has one.
         inputs: whether the moments of the inputs are wanted too.
     """
-    names, gradients, reached, start = list(names), dict[str, Gram](), dict[str, int](), 0
+    names, start = list(names), 0
     together = with_siblings(block, names)
     with ExitStack() as hooks, watched(block, together) as watch, torch.enable_grad():
-        outputs = dict[str, Tensor]()
+        reached = _Gradients(watch)
         for name in together:
-            hooks.enter_context(block.get_submodule(name).register_forward_hook(_keep(outputs, name)))
+            hooks.enter_context(block.get_submodule(name).register_forward_hook(reached.remember(name)))
         for run in runs:
-            outputs.clear()
             hidden = run.hidden.detach().requires_grad_()
             given = [leaf for leaf in leaves([run.call]) if isinstance(leaf, Tensor)] if sink is not None else []
             for leaf in given:
-                leaf.requires_grad_(leaf.is_floating_point())
-            result = watch.call(run.call, block, hidden)
-            wanted = [hidden, *outputs.values(), *(leaf for leaf in given if leaf.requires_grad)]
-            found = iter(torch.autograd.grad(result, wanted, run.gradient, allow_unused=True))
-            entered = next(found)
-            for name, output in outputs.items():
-                gradient = next(found)
-                rows = watch.real(name, torch.zeros_like(output) if gradient is None else gradient, *run.masks)
-                gradients.setdefault(name, Gram.zeros(output.shape[-1], output.device, WIDEST)).add(rows)
-                reached[name] = reached.get(name, 0) + len(rows)
+                leaf.requires_grad_(leaf.is_floating_point()).grad = None
+            reached.masks = run.masks
+            watch.call(run.call, block, hidden).backward(run.gradient)
+            reached.end()
             if inputs:
                 watch.add(*run.masks)
             watch.forget()
             if sink is not None:
-                back = [(leaf, next(found) if leaf.requires_grad else None) for leaf in given]
-                sink(slice(start, start + len(hidden)), torch.zeros_like(hidden) if entered is None else entered, back)
+                entered = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+                sink(slice(start, start + len(hidden)), entered, [(leaf, leaf.grad) for leaf in given])
             start += len(hidden)
     entering = shrunk(block, watch.grams, names) if inputs else {}
-    gradients = shrunk(block, gradients, names)
-    return {name: Moments(entering.get(name), gradients[name], reached.get(name, 0) / tokens) for name in names}
+    gradients = shrunk(block, reached.grams, names)
+    share = {name: gram.count / tokens for name, gram in reached.grams.items()}
+    return {name: Moments(entering.get(name), gradients[name], share.get(name, 0)) for name in names}
 
 
-def _keep(outputs: dict[str, Tensor], name: str):
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs[name] = output if output.requires_grad else output.requires_grad_()  # one that hangs on no input
+@dataclass
+class _Gradients:
+    """Accumulates the Grams of the gradients at linears' outputs, each as soon as the pass back comes there.
 
-    return hook
+    Attributes:
+        watch: knows which tokens come to a linear.
+        grams: name -> Gram.
+        masks: true at the real tokens of the present run, as `BackwardRun` has them.
+    """
+
+    watch: GramWatch
+    grams: dict[str, Gram] = field(default_factory=dict)
+    masks: Masks = ()
+    _awaited: dict[str, tuple[RemovableHandle, Tensor]] = field(default_factory=dict)
+
+    def remember(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        """Return a forward hook for the linear of this name; of a run's calls the last one counts."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in self._awaited:
+                self._awaited[name][0].remove()
+            hanging = output if output.requires_grad else output.requires_grad_()  # one that hangs on no input
+            self._awaited[name] = hanging.register_hook(partial(self._add, name)), _zeros(output)
+
+        return hook
+
+    def end(self) -> None:
+        """Count zeros where the pass back has not come; call it after each run."""
+        for name in list(self._awaited):
+            self._add(name, self._awaited[name][1])
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        del self._awaited[name]
+        gram = self.grams.setdefault(name, Gram.zeros(gradient.shape[-1], gradient.device, WIDEST))
+        gram.add(self.watch.real(name, gradient, *self.masks))
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Return zeros that take no memory."""
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
 def _into(store: ActivationStore) -> Sink:

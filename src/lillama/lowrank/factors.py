@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lillama.lowrank.gram import exact_device
+from lillama.lowrank.gram import Gram, exact_device
 
 LEAST_DAMPING = 1e-12  # keeps the square root of a rank-deficient Gram invertible
 
@@ -51,7 +51,7 @@ def scaled_svd(weight: Float[Tensor, "out in"], scales: Float[Tensor, " in"], ra
 
 
 def whitened_svd(
-    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], rank: int, damping: float = 1e-6
+    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | Gram, rank: int, damping: float = 1e-6
 ) -> Factors:
     """Return the factors that minimise `||(W - left @ right) X||_F`, where `gram = X X^T` (SVD-LLM, arXiv 2403.07378).
 
@@ -62,15 +62,17 @@ def whitened_svd(
 
 def two_sided_svd(
     weight: Float[Tensor, "out in"],
-    gram_in: Float[Tensor, "in in"] | Float[Tensor, " in"] | None,
-    gram_out: Float[Tensor, "out out"] | Float[Tensor, " out"] | None,
+    gram_in: Float[Tensor, "in in"] | Float[Tensor, " in"] | Gram | None,
+    gram_out: Float[Tensor, "out out"] | Float[Tensor, " out"] | Gram | None,
     rank: int,
     damping: float = 1e-6,
+    damping_out: float | None = None,
 ) -> Factors:
     """Return the factors that minimise `||A (W - left @ right) B||_F`, where `A^T A = gram_out` and `B B^T = gram_in`.
 
     For `out <= in` the best product is `A^-1 U U^T A W`, `U` the leading eigenvectors of `A W gram_in W^T A^T`; else the same
-    is done to the transpose, so that only matrices of the smaller side are decomposed. Nothing is factorised by Cholesky:
+    is done to the transpose, so that only matrices of the smaller side are decomposed; of the larger side's Gram only
+    products are taken. Nothing is factorised by Cholesky:
     rank-deficient Grams are fine. Each pair of a column of `left` and a row of `right` is scaled to equal norms, as
     `sqrt(S)` on both sides does without whitening.
 
@@ -81,19 +83,23 @@ def two_sided_svd(
         gram_out: of the gradients at the outputs; likewise.
         rank: from 1 to min(out, in).
         damping: this share of a Gram's mean eigenvalue is added to its diagonal, and at least 1e-12 of it.
+        damping_out: the same for `gram_out`; None takes `damping`.
     """
+    damping_out = damping if damping_out is None else damping_out
     if weight.shape[0] > weight.shape[1]:
-        turned = two_sided_svd(weight.T, gram_out, gram_in, rank, damping)
+        turned = two_sided_svd(weight.T, gram_out, gram_in, rank, damping_out, damping)
         return Factors(turned.right.T, turned.left.T)
     w = _exact(weight)
     if gram_out is None:
         left = _leading(_seen(w, gram_in, damping), rank)
         return _balanced(left, left.T @ w)
+    gram_out = _sum(gram_out)
     if gram_out.dim() == 1:
-        scales, white = _scales(gram_out, damping), w
-        u = _leading(_seen(scales[:, None] * white, gram_in, damping), rank)
-        return _balanced(u / scales[:, None], u.T @ (scales[:, None] * white))
-    scales, q = _root(gram_out, damping)
+        scales = (gram_out + _floor(gram_out, damping_out)).sqrt()
+        white = scales[:, None] * w
+        u = _leading(_seen(white, gram_in, damping), rank)
+        return _balanced(u / scales[:, None], u.T @ white)
+    scales, q = _root(gram_out, damping_out)
     white = scales[:, None] * (q.T @ w)
     u = _leading(_seen(white, gram_in, damping), rank)
     return _balanced(q @ (u / scales[:, None]), u.T @ white)
@@ -101,8 +107,8 @@ def two_sided_svd(
 
 def spectrum(
     weight: Float[Tensor, "out in"],
-    gram: Float[Tensor, "in in"] | Float[Tensor, " in"] | None,
-    gram_out: Float[Tensor, "out out"] | Float[Tensor, " out"] | None = None,
+    gram: Float[Tensor, "in in"] | Float[Tensor, " in"] | Gram | None,
+    gram_out: Float[Tensor, "out out"] | Float[Tensor, " out"] | Gram | None = None,
     damping: float = 1e-6,
 ) -> Float[Tensor, " least"]:
     """Return the singular values of `A W B` of `two_sided_svd`, the largest first; there are min(out, in).
@@ -123,8 +129,9 @@ def spectrum(
     if weight.shape[0] > weight.shape[1]:
         return spectrum(weight.T, gram_out, gram, damping)
     w = _exact(weight)
+    gram_out = None if gram_out is None else _sum(gram_out)
     if gram_out is not None and gram_out.dim() == 1:
-        w = _scales(gram_out, damping)[:, None] * w
+        w = (gram_out + _floor(gram_out, damping)).sqrt()[:, None] * w
     elif gram_out is not None:
         scales, q = _root(gram_out, damping)
         w = scales[:, None] * (q.T @ w)
@@ -135,35 +142,35 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.detach().to(exact_device(tensor.device), torch.float64)
 
 
-def _floor(gram: Float[Tensor, "n n"] | Float[Tensor, " n"], damping: float) -> float:
+def _sum(gram: Tensor | Gram) -> Float[Tensor, "n n"] | Float[Tensor, " n"]:
+    return gram.sum if isinstance(gram, Gram) else _exact(gram)
+
+
+def _floor(gram: Tensor | Gram, damping: float) -> float:
     """Return what damping adds to the diagonal of a Gram; 1 if the Gram is zero."""
-    mean_eigenvalue = (gram.sum() if gram.dim() == 1 else gram.trace()).item() / len(gram)
-    return max(damping, LEAST_DAMPING) * mean_eigenvalue if mean_eigenvalue > 0 else 1.0
+    if isinstance(gram, Gram):
+        mean = gram.mean_eigenvalue
+    else:
+        mean = (gram.sum() if gram.dim() == 1 else gram.trace()).item() / len(gram)
+    return max(damping, LEAST_DAMPING) * mean if mean > 0 else 1.0
 
 
-def _seen(
-    w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | Float[Tensor, " in"] | None, damping: float
-) -> Float[Tensor, "out out"]:
+def _seen(w: Float[Tensor, "out in"], gram: Tensor | Gram | None, damping: float) -> Float[Tensor, "out out"]:
     """Return `W G W^T` with the damped Gram `G`, which is not copied."""
     if gram is None:
         return w @ w.T
-    g = _exact(gram)
-    if g.dim() == 1:
-        return (w * (g + _floor(g, damping))) @ w.T
-    return (w @ g).add_(w, alpha=_floor(g, damping)) @ w.T
+    if isinstance(gram, Gram):
+        product = gram.product(w)
+    else:
+        g = _exact(gram)
+        product = w * g if g.dim() == 1 else w @ g
+    return product.add_(w, alpha=_floor(gram, damping)) @ w.T
 
 
 def _root(gram: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
     """Return `s` and `Q` such that the damped Gram is `Q diag(s^2) Q^T`."""
-    g = _exact(gram)
-    eigenvalues, q = _eigh(g)
-    return (eigenvalues.clamp(min=0) + _floor(g, damping)).sqrt(), q
-
-
-def _scales(diagonal: Float[Tensor, " n"], damping: float) -> Float[Tensor, " n"]:
-    """Return the square roots of a damped diagonal Gram."""
-    d = _exact(diagonal)
-    return (d + _floor(d, damping)).sqrt()
+    eigenvalues, q = _eigh(gram)
+    return (eigenvalues.clamp(min=0) + _floor(gram, damping)).sqrt(), q
 
 
 def _svd(matrix: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor, Tensor]:

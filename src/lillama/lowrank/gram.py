@@ -44,20 +44,39 @@ class Gram:
     @property
     def sum(self) -> Float[Tensor, "n n"] | Float[Tensor, " n"]:
         """The sum, or its diagonal; put together anew each time."""
-        if self.tiles[0].dim() == 1:
+        if self.diagonal:
             return self.tiles[0].clone()
         whole = self.absolute.new_empty(self.width, self.width)
-        for start, tile in zip(range(0, self.width, TILE), self.tiles, strict=True):
-            whole[start : start + TILE, start:] = tile
-            whole[start + TILE :, start : start + TILE] = tile[:, TILE:].T
+        for start in range(0, self.width, TILE):
+            whole[:, start : start + TILE] = self._columns(start)
         return whole
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether only the diagonal of the sum is known."""
+        return self.tiles[0].dim() == 1
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Mean of the sum's eigenvalues."""
+        own = self.tiles if self.diagonal else [tile.diagonal() for tile in self.tiles]
+        return torch.stack([part.sum() for part in own]).sum().item() / self.width
+
+    def product(self, w: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """Return `w @ sum` for a matrix in fp64; the sum is not put together."""
+        if self.diagonal:
+            return w * self.tiles[0]
+        result = torch.empty_like(w)
+        for start in range(0, self.width, TILE):
+            result[:, start : start + TILE] = w @ self._columns(start)
+        return result
 
     def add(self, x: Float[Tensor, "tokens n"]) -> None:
         """Add a batch of vectors in place."""
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         self.absolute += x.abs().sum(dim=0).to(self.absolute.device)
         self.count += len(x)
-        if self.tiles[0].dim() == 1:
+        if self.diagonal:
             self.tiles[0] += x.square().sum(dim=0).to(self.absolute.device)
             return
         for start, tile in zip(range(0, self.width, TILE), self.tiles, strict=True):
@@ -71,6 +90,12 @@ class Gram:
         """Return the Gram of so many vectors that are on average like these."""
         share = count / self.count
         return Gram([tile * share for tile in self.tiles], self.absolute * share, count)
+
+    def _columns(self, start: int) -> Float[Tensor, "n _"]:
+        """Return the columns of the sum that belong to the rows of one tile."""
+        before = zip(range(0, start, TILE), self.tiles, strict=False)
+        above = [tile[:, start - first : start - first + TILE] for first, tile in before]
+        return torch.cat([*above, self.tiles[start // TILE].T])
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Whitened:
     ) -> Factors:
         """Return the factors of a weight at a rank."""
         inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
-        return whitened_svd(weight, inputs.sum, rank, self.damping)
+        return whitened_svd(weight, inputs, rank, self.damping)
 
 
 @with_config(extra="forbid")
@@ -95,12 +95,11 @@ class TwoSided:
     ) -> Factors:
         """Return the factors of a weight at a rank."""
         inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
-        gradients = _measured(moments.gradients, "Gram matrix of the gradients at the outputs", self.name).sum
-        diagonal = gradients if gradients.dim() == 1 else gradients.diagonal()
-        mean = diagonal.mean()
-        gradients.mul_(1 - self.identity)
-        diagonal.add_(self.identity * mean)
-        return two_sided_svd(weight, inputs.sum, gradients, rank, self.damping)
+        gradients = _measured(moments.gradients, "Gram matrix of the gradients at the outputs", self.name)
+        if self.identity == 1:
+            return whitened_svd(weight, inputs, rank, self.damping)
+        mixed = (self.identity + self.damping) / (1 - self.identity)  # of a Gram only the scale is lost
+        return two_sided_svd(weight, inputs, gradients, rank, self.damping, mixed)
 
 
 @with_config(extra="forbid")
