@@ -201,6 +201,22 @@ def test_out_of_memory_is_told_before_work_begins(tiny, call, tmp_path, monkeypa
     assert not (tmp_path / "out.run").exists()
 
 
+@pytest.mark.parametrize(("times", "saved"), [(1.9, True), (2.1, False)])
+def test_memory_is_saved_where_there_is_less_than_twice_what_is_needed(
+    tiny, quick, tmp_path, monkeypatch, times, saved
+):
+    called, seen = [], []
+
+    def free(device):
+        return round(times * seen[0].needs.memory_bytes)
+
+    monkeypatch.setattr(making, "checked_room", lambda job, *rest: seen.append(job))
+    monkeypatch.setattr(making, "free_memory", free)
+    monkeypatch.setattr(making, "save_memory", lambda: called.append(True))
+    compress(tiny, tmp_path / "out", recipe=quick())
+    assert bool(called) == saved
+
+
 @pytest.mark.parametrize(
     ("error", "match"),
     [

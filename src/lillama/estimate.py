@@ -23,6 +23,9 @@ FINISHED_BYTES = 4  # a parameter in the file of a finished block
 JOINT_BYTES, TAIL_BYTES = 36, 48
 MASTER_BYTES = 20  # a parameter under training in fp32: itself, gradient, two moments, best state
 KEPT_SHARE = 8  # of the free memory, moments of all blocks may take one part in so many; else they are computed again
+DECOMPOSED = (
+    4  # matrices in fp64 of a linear's smaller side: what is decomposed, its eigenvectors, and working space for two
+)
 LOGITS = 5  # (tokens x vocabulary) matrices in memory together
 
 
@@ -257,13 +260,14 @@ def _recovery(work: _Work) -> _Stage:
 
 
 def _memory(block: BlockSpec, work: _Work) -> int:
-    """Return the bytes of teacher, student under training, Grams and one micro-batch's activations of a block."""
-    widths = [width for width, _ in _gram_widths(block)]
-    grams = sum(map(held, widths)) + max(widths) ** 2  # one of them whole
+    """Return the bytes that measuring and initialising a block take, or its training, whichever is more."""
+    grams = sum(held(width) for width, _ in _gram_widths(block))
     gradients = sum(map(_at_outputs, block.linears)) if work.gradients else 0
+    decomposed = DECOMPOSED * max(min(linear.in_features, linear.out_features) for linear in block.linears) ** 2
     numbers = sum(x.share * (x.in_features + 2 * x.out_features + (work.plan[x.name] or 0)) for x in block.linears)
     activations = round(work.micro_batch * work.recipe.calibration.seq_len * numbers) * work.itemsize
-    return block.params * work.itemsize + work.kept[block.index] * MASTER_BYTES + 8 * (grams + gradients) + activations
+    measured = block.params * work.itemsize + 8 * (grams + gradients + decomposed)
+    return max(measured, work.kept[block.index] * MASTER_BYTES) + activations
 
 
 def _initial_flops(block: BlockSpec, work: _Work) -> float:

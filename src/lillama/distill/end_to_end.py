@@ -116,30 +116,39 @@ class Chain:
         """Return the last block's outputs and remember nothing."""
         hidden = [self.inputs.read(part.ids) for part in parts]
         for index in self.blocks:
-            block = self._block(index)
-            hidden = [block(self._call(index, part), x) for part, x in zip(parts, hidden, strict=True)]
+            hidden = self._through(index, parts, hidden)
         return hidden
 
     def forward(self, parts: Sequence[Part]) -> list[Tensor]:
         """Return the last block's outputs, detached, and remember the pass."""
         hidden = [self.inputs.read(part.ids) for part in parts]
         for index in self.blocks:
-            block = self._block(index)
-            for place, part in enumerate(parts):
-                run = partial(block, self._call(index, part))
-                hidden[place] = self.tape.forward(index, part, run, hidden[place])
+            self._forward(index, parts, hidden)
         return hidden
 
     def backward(self, parts: Sequence[Part], gradients: list[Tensor]) -> Iterator[int]:
         """Let the gradients of the last outputs run back; yield a trained block as soon as its own is complete."""
         for index in reversed(self.blocks):
-            block = self._block(index)
-            for place, part in enumerate(parts):
-                run = partial(block, self._call(index, part))
-                gradients[place] = self.tape.backward(index, part, run, gradients[place])
-            del block
+            self._backward(index, parts, gradients)
             if index in self.trained:
                 yield index
+
+    # Each block is let go before the next one is read: hence a function call for every block.
+
+    def _through(self, index: int, parts: Sequence[Part], hidden: list[Tensor]) -> list[Tensor]:
+        block = self._block(index)
+        return [block(self._call(index, part), x) for part, x in zip(parts, hidden, strict=True)]
+
+    def _forward(self, index: int, parts: Sequence[Part], hidden: list[Tensor]) -> None:
+        block = self._block(index)
+        for place, part in enumerate(parts):
+            hidden[place] = self.tape.forward(index, part, partial(block, self._call(index, part)), hidden[place])
+
+    def _backward(self, index: int, parts: Sequence[Part], gradients: list[Tensor]) -> None:
+        block = self._block(index)
+        for place, part in enumerate(parts):
+            run = partial(block, self._call(index, part))
+            gradients[place] = self.tape.backward(index, part, run, gradients[place])
 
     def _block(self, index: int) -> Callable[[BlockCall, Tensor], Tensor]:
         if index in self.trained:

@@ -27,6 +27,7 @@ from lillama.errors import TrainingError
 from lillama.files import atomic_folder, write_json
 from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.progress import Progress, Report
+from lillama.resources import trim_memory
 from lillama.stream.calls import BlockCall, CallTable
 from lillama.stream.store import ActivationStore
 
@@ -94,6 +95,8 @@ class Bench:
         learner = self._live.pop(index)
         save_tensors(self._file("learner", index), learner.snapshot())
         self._parked[index] = learner.step_count, learner.lr
+        del learner
+        trim_memory()
 
     def _file(self, kind: str, index: int) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -194,6 +197,7 @@ class JointTraining:
                 if index < self.last and self.config.stream != "teacher":
                     through = self.bench[index].forward
                     student = [through(call, own) for call, own in zip(own_calls, student, strict=True)]
+                    del through  # the learner finds its way to a file before the next one is read
                     parted = True
             elif parted:
                 with torch.no_grad():

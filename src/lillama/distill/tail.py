@@ -137,9 +137,7 @@ class Tail:
             sums += found.sums
             gradients.append(found.gradient)
         for index in self.chain.backward(parts, gradients):
-            learner = self.chain.bench[index]
-            _divide_gradients(learner, tokens)
-            learner.update()
+            _update(self.chain.bench[index], tokens)
         trace.tokens += tokens
         trace.losses.append(sums / torch.tensor([tokens, predicted], device=sums.device))
 
@@ -178,10 +176,12 @@ class Tail:
         return RecoverTrace.from_json(self.config.lm, state["trace"], best), state["seconds"]
 
 
-def _divide_gradients(learner: Learner, tokens: int) -> None:
+def _update(learner: Learner, tokens: int) -> None:
+    """Take an optimiser step on the gradients of a sum over tokens."""
     for parameter in learner.student.parameters():
         if parameter.grad is not None:
             parameter.grad.div_(tokens)
+    learner.update()
 
 
 def _tell(trace: RecoverTrace) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lillama.lowrank.gram import Moments
 from lillama.lowrank.initialize import Initialiser
 from lillama.lowrank.install import install
+from lillama.resources import trim_memory
 
 
 def compressed_copy(
@@ -37,6 +38,8 @@ def compressed_copy(
         factors = init(dense.pop(f"{name}.weight").detach(), rank, moments.get(name, Moments()), generator)
         state[f"{name}.left.weight"] = factors.left.float()
         state[f"{name}.right.weight"] = factors.right.float()
+        del factors
+        trim_memory()
     state |= dense
     device = next(teacher.parameters()).device
     state |= _marks(student, device)
