@@ -23,9 +23,7 @@ FINISHED_BYTES = 4  # a parameter in the file of a finished block
 JOINT_BYTES, TAIL_BYTES = 36, 48
 MASTER_BYTES = 20  # a parameter under training in fp32: itself, gradient, two moments, best state
 KEPT_SHARE = 8  # of the free memory, moments of all blocks may take one part in so many; else they are computed again
-DECOMPOSED = (
-    4  # matrices in fp64 of a linear's smaller side: what is decomposed, its eigenvectors, and working space for two
-)
+DECOMPOSED = 4  # fp64 matrices of a linear's smaller side: one to decompose, its eigenvectors, working space for two
 LOGITS = 5  # (tokens x vocabulary) matrices in memory together
 
 

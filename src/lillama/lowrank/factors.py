@@ -72,9 +72,8 @@ def two_sided_svd(
 
     For `out <= in` the best product is `A^-1 U U^T A W`, `U` the leading eigenvectors of `A W gram_in W^T A^T`; else the same
     is done to the transpose, so that only matrices of the smaller side are decomposed; of the larger side's Gram only
-    products are taken. Nothing is factorised by Cholesky:
-    rank-deficient Grams are fine. Each pair of a column of `left` and a row of `right` is scaled to equal norms, as
-    `sqrt(S)` on both sides does without whitening.
+    products are taken. Nothing is factorised by Cholesky: rank-deficient Grams are fine. Each pair of a column of `left` and
+    a row of `right` is scaled to equal norms, as `sqrt(S)` on both sides does without whitening.
 
     Args:
         weight: `W`, of any floating-point type.
