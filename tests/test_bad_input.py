@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lillama import cli, making, prepare
+from lillama import cli, lesson, making, prepare
 from lillama.cli import main
 from lillama.compression import compress
 
@@ -205,13 +205,9 @@ def test_out_of_memory_is_told_before_work_begins(tiny, call, tmp_path, monkeypa
 def test_memory_is_saved_where_there_is_less_than_twice_what_is_needed(
     tiny, quick, tmp_path, monkeypatch, times, saved
 ):
-    called, seen = [], []
-
-    def free(device):
-        return round(times * seen[0].needs.memory_bytes)
-
-    monkeypatch.setattr(making, "checked_room", lambda job, *rest: seen.append(job))
-    monkeypatch.setattr(making, "free_memory", free)
+    called, jobs = [], []
+    monkeypatch.setattr(making, "checked_room", lambda job, *rest: jobs.append(job))
+    monkeypatch.setattr(lesson, "free_memory", lambda device: round(times * jobs[0].needs.memory_bytes))
     monkeypatch.setattr(making, "save_memory", lambda: called.append(True))
     compress(tiny, tmp_path / "out", recipe=quick())
     assert bool(called) == saved

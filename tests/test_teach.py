@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import threading
 from collections import Counter
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from lillama import lesson, teach
 from lillama.compression import compress
+from lillama.errors import ModelError
 from lillama.model.checkpoint import load_tensors
 from lillama.prepare import Machine
 from lillama.stream.streamed import StreamedModel
@@ -61,6 +64,45 @@ def test_every_block_of_the_teacher_is_read_once(tiny, short, tmp_path, monkeypa
     reads.clear()
     compress(tiny, tmp_path / "ahead", recipe=short(look_ahead=0.5))
     assert reads == plain and set(reads) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("ample", [True, False])
+def test_the_next_block_is_read_while_one_is_taught_where_memory_is_ample(tiny, short, tmp_path, monkeypatch, ample):
+    ahead, block, train = {index: threading.Event() for index in range(3)}, StreamedModel.block, teach.distill_block
+
+    def read(self, index):
+        found = block(self, index)
+        if threading.current_thread() is not threading.main_thread():
+            ahead[index].set()
+        return found
+
+    def taught(learner, name, data, *rest):
+        if ample and data.index < 2:
+            assert ahead[data.index + 1].wait(30)
+        return train(learner, name, data, *rest)
+
+    plain = compress(tiny, tmp_path / "plain", recipe=short())
+    monkeypatch.setattr(StreamedModel, "block", read)
+    monkeypatch.setattr(teach, "distill_block", taught)
+    monkeypatch.setattr(lesson, "free_memory", lambda device: 10**12 if ample else 0)
+    found = compress(tiny, tmp_path / "out", recipe=short())
+    assert [ahead[index].is_set() for index in range(3)] == [False, ample, ample]
+    without_times = [{k: v for k, v in blocks(r).items() if "json" not in k} for r in (found, plain)]
+    assert without_times[0] == without_times[1]
+
+
+def test_trouble_with_a_block_that_is_read_ahead_is_told_in_its_turn(tiny, short, tmp_path, monkeypatch):
+    block = StreamedModel.block
+
+    def read(self, index):
+        if threading.current_thread() is not threading.main_thread() and index == 2:
+            raise ModelError("gone")
+        return block(self, index)
+
+    monkeypatch.setattr(StreamedModel, "block", read)
+    with pytest.raises(ModelError, match="gone"):
+        compress(tiny, tmp_path / "out", recipe=short())
+    assert (tmp_path / "out.run" / "blocks" / "0001.safetensors").is_file()
 
 
 def test_the_last_block_has_no_next_one(tiny, short, tmp_path):

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from lillama.calibration.pack import TokenBlocks
@@ -14,12 +15,15 @@ from lillama.lowrank.compressed import restored_copy
 from lillama.model.spec import BlockSpec
 from lillama.prepare import Job
 from lillama.progress import Progress, Report
+from lillama.resources import free_memory
 from lillama.run import RunDir
 from lillama.stream.batch import Batch, batch_of
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import StreamedModel
 
 logger = logging.getLogger(__name__)
+
+AMPLE = 2  # times what is needed
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,12 @@ class Lesson:
     def rows(self) -> Rows:
         """Training and held-out sequences."""
         return Rows.split(len(self.batch), self.job.recipe.distill.held_out, self.job.recipe.seed)
+
+    @property
+    def ample(self) -> bool:
+        """Whether at least twice the memory that is needed is free; where it is not, memory is saved at the cost of time."""
+        free = min(free_memory(device) for device in {self.job.device, torch.device("cpu")})
+        return free >= AMPLE * self.job.needs.memory_bytes
 
     def ranks(self, block: BlockSpec) -> dict[str, int]:
         """Return name within the block -> rank."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 from torch import Tensor
 from yaml import YAMLError
@@ -34,7 +33,7 @@ from lillama.progress import Report
 from lillama.recipe import Recipe
 from lillama.recovery import Recovered, recover
 from lillama.report.still import PLOT, kept_plot
-from lillama.resources import free_memory, peak_memory, save_memory
+from lillama.resources import peak_memory, save_memory
 from lillama.result import FILE, Result, Stored, TextPair, environment
 from lillama.run import RunDir, opened
 from lillama.stream.store import Shelf
@@ -43,7 +42,6 @@ from lillama.teach import teach_jointly, teach_sequentially
 
 logger = logging.getLogger(__name__)
 
-SHORT = 2  # memory is short if there is less than so many times what is needed
 TEACH = {"sequential": teach_sequentially, "joint": teach_jointly}
 
 
@@ -86,10 +84,11 @@ def made(order: Order) -> Result:
     job = prepared(order.model, order.recipe, order.recipe_name, order.rank_plan, order.machine)
     windows = _windows(job, contents)
     checked_room(job, order.out, order.run, _size(order.run))
-    if SHORT * job.needs.memory_bytes > free_memory(torch.device("cpu")):
-        save_memory()
     with opened(order.run, job.identity(), order.restart) as run:
-        lesson = decided(lesson_of(job, run, order))
+        lesson = lesson_of(job, run, order)
+        if not lesson.ample:
+            save_memory()
+        lesson = decided(lesson)
         if lesson.unfinished:
             TEACH[order.recipe.distill.schedule](lesson)
         run.remove_joint()

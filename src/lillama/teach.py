@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -30,53 +31,76 @@ TRAINING_BYTES = 16  # a parameter under training: itself, gradient, two moments
 
 
 class Teachers:
-    """The teacher's blocks, each read once: the one at work, and the next one if it is looked through before its turn.
+    """The teacher's blocks, each read once: the one at work, and the next one, which is read while its forerunner is taught.
 
     Args:
         model: the teacher.
+        ample: whether there is memory for one block more.
     """
 
-    def __init__(self, model: StreamedModel) -> None:
-        self.model = model
-        self._next: dict[int, nn.Module] = {}
+    def __init__(self, model: StreamedModel, ample: bool) -> None:
+        self.model, self.ample = model, ample
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._next: dict[int, Future[nn.Module]] = {}
+
+    def __enter__(self) -> "Teachers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
 
     def take(self, index: int) -> nn.Module:
         """Return a block, and keep it no longer."""
-        return self._next.pop(index) if index in self._next else self.model.block(index)
+        return self._next.pop(index).result() if index in self._next else self.model.block(index)
+
+    def expect(self, index: int) -> None:
+        """Begin to read a block, if it exists and there is memory for it."""
+        if self.ample and index < len(self.model.names):
+            self._read(index)
 
     def after(self, index: int) -> nn.Module | None:
         """Return the block behind one, and keep it for its turn; None behind the last of a stack."""
         if index + 1 == self.model.indices(self.model.stack_of(index)).stop:
             return None
-        self._next[index + 1] = self.model.block(index + 1)
-        return self._next[index + 1]
+        return self._read(index + 1).result()
+
+    def _read(self, index: int) -> "Future[nn.Module]":
+        if index not in self._next:
+            self._next[index] = self._reader.submit(self.model.block, index)
+        return self._next[index]
 
 
 def teach_sequentially(lesson: Lesson) -> None:
     """Finish one block after the other; both streams of activations move along."""
-    teachers, total = Teachers(lesson.teacher), len(lesson.blocks)
-    for block, streams in _along(lesson):
-        lesson.report(Progress("blocks", block.index, total, block.name))
-        teacher, ranks = teachers.take(block.index), lesson.ranks(block)
-        untaught = bool(ranks) and not lesson.run.has_block(block.index)
-        grams = _target(lesson, block, teacher, streams, untaught)
-        student = None
-        if untaught:
-            student = initial_student(lesson, block, teacher, streams, grams)
-            streams.adapt(block.index, teacher, lesson.job.recipe.distill.adaptive)
-            grams.clear()
-            teacher = None
+    with Teachers(lesson.teacher, lesson.ample) as teachers:
+        for block, streams in _along(lesson):
+            lesson.report(Progress("blocks", block.index, len(lesson.blocks), block.name))
+            _teach(lesson, block, streams, teachers)
             trim_memory()
-            lesson.save(block, student, _taught(lesson, block, student, streams, teachers))
-            student = None
-        if ranks:
-            student = lesson.finished(block)
-        elif streams.parted:
-            student = teacher
-        streams.move_on(block.index, student)
-        del student
+    lesson.report(Progress("blocks", len(lesson.blocks), len(lesson.blocks)))
+
+
+def _teach(lesson: Lesson, block: BlockSpec, streams: Streams, teachers: Teachers) -> None:
+    """Finish a block, and move both streams behind it."""
+    teacher, ranks = teachers.take(block.index), lesson.ranks(block)
+    untaught = bool(ranks) and not lesson.run.has_block(block.index)
+    grams = _target(lesson, block, teacher, streams, untaught)
+    student = None
+    if untaught:
+        student = initial_student(lesson, block, teacher, streams, grams)
+        streams.adapt(block.index, teacher, lesson.job.recipe.distill.adaptive)
+        grams.clear()
+        teacher = None
         trim_memory()
-    lesson.report(Progress("blocks", total, total))
+        if block is not lesson.blocks[-1]:
+            teachers.expect(block.index + 1)
+        lesson.save(block, student, _taught(lesson, block, student, streams, teachers))
+        student = None
+    if ranks:
+        student = lesson.finished(block)
+    elif streams.parted:
+        student = teacher
+    streams.move_on(block.index, student)
 
 
 def _along(lesson: Lesson) -> Iterator[tuple[BlockSpec, Streams]]:
