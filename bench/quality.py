@@ -252,7 +252,7 @@ def _written(name: str, entries: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw excess loss against stored size, one panel for each model."""
+    """Draw excess loss against stored size, one panel for each model; what lost nothing has no place on the logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -264,6 +264,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for index, (row, (label, _, _)) in enumerate(RECIPES.items()):
             means = {keep: [mean_excess(e) for e in rows if _key(e) == (name, row, keep)] for keep in KEEPS}
             points = [(keep, statistics.fmean(values)) for keep, values in means.items() if values]
+            points = [(keep, mean) for keep, mean in points if mean > 0]
             if points:
                 bold = (
                     {"linewidth": 2.4, "color": "black"}
