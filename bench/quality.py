@@ -252,7 +252,7 @@ def _written(name: str, entries: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw excess loss against stored size, one panel for each model; what lost nothing has no place on the logarithmic axis."""
+    """Draw excess loss against stored size, one panel for each model; what lost nothing has no place on the log axis."""
     import matplotlib
 
     matplotlib.use("Agg")
