@@ -36,7 +36,7 @@ docs: $(VENV)/.ready-docs  ## write the recipe table and build the documentation
 bench-quality: $(VENV)/.ready  ## loss and generated text of every recipe at six sizes, into bench/results/ (hours)
 	$(ONE_THREAD) $(BIN)/python bench/quality.py
 
-bench-ablation: $(VENV)/.ready  ## each part of the default recipe off and on, into bench/results/ (an hour)
+bench-ablation: $(VENV)/.ready  ## each part of the default recipe off and on, into bench/results/ (hours)
 	$(ONE_THREAD) $(BIN)/python bench/ablation.py
 
 bench-speed: $(VENV)/.ready  ## how near compressing comes to the machine's limit, into bench/results/
