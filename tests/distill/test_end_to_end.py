@@ -1,6 +1,7 @@
 """Gradients that run back block by block equal those of plain autograd through all blocks at once."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -80,3 +81,23 @@ def test_the_size_of_a_graph():
     linear, hidden = nn.Linear(10, 30, bias=False), torch.randn(7, 10)
     assert graph_bytes(linear, hidden) == 4 * (10 * 30 + 7 * 10)
     assert graph_bytes(lambda x: linear(x).tanh(), hidden) == 4 * (10 * 30 + 7 * 10 + 7 * 30)
+
+
+def test_a_learner_is_let_go_before_the_next_one_is_made(chain):
+    """Its moments are most of the memory of a tail whose blocks find no room."""
+    made, alive = chain(recomputed=True, resident=1), weakref.WeakSet()
+    make = made.bench.make
+
+    def counted(index: int) -> Learner:
+        assert not alive
+        learner = make(index)
+        alive.add(learner)
+        return learner
+
+    made.bench.make = counted
+    parts = Part.of(BATCH, 2)
+    outputs = made.forward(parts)
+    made.outputs(parts)
+    for index in made.backward(parts, [torch.ones_like(output) for output in outputs]):
+        made.bench[index].update()
+    assert len(alive) == 1

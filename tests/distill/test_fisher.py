@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 
-from lillama.distill.fisher import measured
+from lillama.distill.fisher import BackwardRun, measured, moments
 from lillama.progress import silent
 from lillama.stream.batch import Batch
+from lillama.stream.calls import BlockCall
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import open_streamed
 
@@ -73,6 +75,26 @@ def test_moments_are_those_of_autograd(tiny, tmp_path, padded, disk):
     assert not list(tmp_path.glob("fisher-?.activations"))
 
 
+def test_of_two_calls_the_last_one_counts_and_what_nothing_hangs_on_has_no_gradient():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.idle = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, hidden):
+            self.idle(hidden)
+            return 3 * self.twice(self.twice(hidden))
+
+    torch.manual_seed(0)
+    block, hidden, gradient = Odd().requires_grad_(False), torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    runs = [BackwardRun(BlockCall(), hidden[i : i + 1], (None,), gradient[i : i + 1]) for i in range(2)]
+    found = moments(block, ["twice", "idle"], runs, tokens=10)
+    flat, entered = 3 * gradient.flatten(0, 1).double(), block.twice(hidden).flatten(0, 1).double()
+    torch.testing.assert_close(found["twice"].gradients.sum, flat.T @ flat, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["twice"].inputs.sum, entered.T @ entered, rtol=1e-5, atol=1e-5)
+    assert not found["idle"].gradients.sum.any() and found["idle"].gradients.count == 10 and found["idle"].share == 1
+
+
 def test_gradients_cross_from_the_decoder_to_the_encoder(tmp_path):
     """At the encoder's linears they are those of autograd through the whole model, cross-attention and all."""
     torch.manual_seed(0)
@@ -106,9 +128,9 @@ def test_gradients_cross_from_the_decoder_to_the_encoder(tmp_path):
             labels.append(torch.multinomial(tokens.softmax(-1), 1, generator=generator)[:, 0])
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.cat(labels), reduction="sum").backward()
     assert len(found) == 4
-    for name, moments in found.items():
+    for name, value in found.items():
         gradient = kept[name].grad.flatten(0, 1).double()
-        torch.testing.assert_close(moments.gradients.sum, gradient.T @ gradient, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(value.gradients.sum, gradient.T @ gradient, rtol=1e-3, atol=1e-6)
         assert moments.share == (9 / 6 if "encoder" in name else 1.0)
 
 

@@ -265,6 +265,26 @@ def test_a_diagonal_gram_is_the_full_one_that_is_zero_beside_it() -> None:
         torch.testing.assert_close(spectrum(weight, gram, scales), spectrum(weight, gram, torch.diag(scales)))
 
 
+@pytest.mark.parametrize("shape", [(20, 2 * TILE + 7), (2 * TILE + 7, 20), (TILE + 3, TILE + 3)])
+@pytest.mark.parametrize("widest", [None, 30])
+def test_a_gram_serves_as_its_sum_does(shape: tuple[int, int], widest: int | None) -> None:
+    """Whole, or its diagonal where it is wider than 30, at either side of the weight."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grams = torch.randn(shape, generator=generator, dtype=torch.float64), []
+    for features in (shape[1], shape[0]):
+        grams.append(Gram.zeros(features, torch.device("cpu"), widest))
+        grams[-1].add(torch.randn(900, features, generator=generator) * torch.linspace(0.2, 2, features))
+        total = grams[-1].sum
+        trace, whole = (total.sum(), total.diag()) if total.dim() == 1 else (total.trace(), total)
+        assert grams[-1].mean_eigenvalue == pytest.approx(trace.item() / features)
+        side = weight if features == shape[1] else weight.T
+        torch.testing.assert_close(grams[-1].product(side), side @ whole)
+    by_gram = two_sided_svd(weight, *grams, 5, damping=1e-3, damping_out=0.1)
+    by_sum = two_sided_svd(weight, *(gram.sum for gram in grams), 5, damping=1e-3, damping_out=0.1)
+    torch.testing.assert_close(product(by_gram), product(by_sum))
+    torch.testing.assert_close(spectrum(weight, *grams), spectrum(weight, *(gram.sum for gram in grams)))
+
+
 def test_of_very_long_vectors_only_the_squares_are_summed() -> None:
     x = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
     full, short = Gram.zeros(12, torch.device("cpu"), widest=12), Gram.zeros(12, torch.device("cpu"), widest=11)

@@ -60,6 +60,20 @@ def test_two_sided_goes_from_both_grams_to_whitened(moments: Moments, generator:
     assert (products[0.5] - products[1.0]).norm() < 0.9 * distance and distance > 0.1
 
 
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+def test_two_sided_mixes_the_identity_into_the_gradients_gram(
+    shape: tuple[int, int], generator: torch.Generator
+) -> None:
+    weight = torch.randn(shape, generator=generator)
+    inputs, gradients = (
+        gram_of(torch.randn(80, n, generator=generator) * torch.linspace(2, 0.1, n)) for n in shape[::-1]
+    )
+    mixed = 0.7 * gradients.sum + 0.3 * gradients.mean_eigenvalue * torch.eye(shape[0], dtype=torch.float64)
+    wanted = two_sided_svd(weight, inputs.sum, mixed, 5)
+    found = TwoSided(identity=0.3)(weight, 5, Moments(inputs, gradients), generator)
+    torch.testing.assert_close(found.left @ found.right, wanted.left @ wanted.right, rtol=1e-4, atol=1e-5)
+
+
 def test_scaled_is_plain_svd_of_the_weight_times_the_mean_magnitudes(generator: torch.Generator) -> None:
     weight, x = torch.randn(16, 24, generator=generator), torch.randn(80, 24, generator=generator)
     x *= torch.logspace(0, 3, 24)
