@@ -131,7 +131,7 @@ def test_gradients_cross_from_the_decoder_to_the_encoder(tmp_path):
     for name, value in found.items():
         gradient = kept[name].grad.flatten(0, 1).double()
         torch.testing.assert_close(value.gradients.sum, gradient.T @ gradient, rtol=1e-3, atol=1e-6)
-        assert moments.share == (9 / 6 if "encoder" in name else 1.0)
+        assert value.share == (9 / 6 if "encoder" in name else 1.0)
 
 
 @pytest.mark.parametrize("padded", ["encoder and decoder", "decoder"])
