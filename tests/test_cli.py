@@ -103,7 +103,7 @@ def test_every_option_reaches_the_library(monkeypatch, tmp_path):
     words = """org/model out --keep 0.5 --recipe paper --calibration a.txt b.txt --tokens 7 --seq-len 8 --scope blocks
         --targets mlp.* self_attn.* --ignore *.0.* --seed 4 --plan p.json --text x.txt y.txt --run r --restart
         --device cpu --micro-batch 3 --activation-memory 4GB --shard-size 1MiB --bytes 1MB --max-loss 0.1 --bits 8
-        --no-recover"""
+        --no-recover --compile"""
     with pytest.raises(SystemExit):
         main(["compress", *words.split()])
     report = given.pop("report")
@@ -112,7 +112,7 @@ def test_every_option_reaches_the_library(monkeypatch, tmp_path):
         "model": "org/model", "out": Path("out"), "keep": 0.5, "recipe": "paper", "calibration": ["a.txt", "b.txt"],
         "tokens": 7, "seq_len": 8, "scope": "blocks", "targets": ["mlp.*", "self_attn.*"], "ignore": ["*.0.*"], "seed": 4,
         "rank_plan": Path("p.json"), "texts": [Path("x.txt"), Path("y.txt")], "run": Path("r"), "restart": True,
-        "machine": Machine("cpu", 3, 4 * 10**9, 2**20), "nbytes": 10**6, "max_loss": 0.1, "bits": 8, "recover": False,
+        "machine": Machine("cpu", 3, 4 * 10**9, 2**20, True), "nbytes": 10**6, "max_loss": 0.1, "bits": 8, "recover": False,
     }  # fmt: skip
 
 

@@ -72,6 +72,10 @@ class Lesson:
         free = min(free_memory(device) for device in {self.job.device, torch.device("cpu")})
         return free >= AMPLE * self.job.needs.memory_bytes
 
+    def compiled(self, batch_size: int) -> int:
+        """Return the sequences of the micro-batches for which steps are compiled; 0 for none."""
+        return min(batch_size, self.job.micro_batch) if self.job.machine.compile else 0
+
     def ranks(self, block: BlockSpec) -> dict[str, int]:
         """Return name within the block -> rank."""
         return {name.removeprefix(f"{block.name}."): rank for name, rank in self.job.plan.within(block).items()}

@@ -39,6 +39,7 @@ class Machine:
         activation_memory: bytes of activations between blocks that may lie in memory, more goes to disk; None takes a
             quarter of what is free.
         shard_bytes: largest size of a weight file of the result.
+        compile: whether `torch.compile` fuses the steps of each block, after a warm-up.
 
     Examples:
         >>> Machine(device="cpu", micro_batch=4).rows(seq_len=256, device=torch.device("cpu"))
@@ -51,6 +52,7 @@ class Machine:
     micro_batch: int | None = None
     activation_memory: int | None = None
     shard_bytes: int = 5_000_000_000
+    compile: bool = False
 
     def rows(self, seq_len: int, device: torch.device) -> int:
         """Return the sequences that are computed at once."""

@@ -209,7 +209,8 @@ def _chain(
     """Return the blocks under training; `boundaries` is filled where graphs do not fit into memory."""
     blocks = range(min(trained), len(lesson.teacher.names))
     resident = free_memory(lesson.teacher.device) // 2 // (STATE_BYTES * max(b.params for b in trained.values()))
-    bench = Bench(_learners(lesson, config), scratch, resident)
+    compiled = lesson.compiled(config.batch_size) if resident >= len(trained) else 0
+    bench = Bench(_learners(lesson, config, compiled), scratch, resident)
     if resident < len(trained) or not _graphs_fit(lesson, bench, blocks, config, calls, inputs):
         shelf, shape = lesson.shelf(), (config.batch_size, *inputs.shape[1:])
         place = shelf.place(len(blocks) * math.prod(shape) * inputs.dtype.itemsize)
@@ -223,12 +224,12 @@ def _graphs_fit(
 ) -> bool:
     """Tell whether the graphs of all blocks for one batch take at most a quarter of the free memory."""
     rows = torch.arange(min(config.batch_size, lesson.job.micro_batch, inputs.shape[0]))
-    run = partial(bench[blocks[0]].run, calls.select(blocks[0], rows, inputs.device))
+    run = partial(bench[blocks[0]].uncompiled, calls.select(blocks[0], rows, inputs.device))
     needed = graph_bytes(run, inputs.read(rows)) * len(blocks) * math.ceil(config.batch_size / len(rows))
     return needed <= free_memory(inputs.device) // 4
 
 
-def _learners(lesson: Lesson, config: RecoverConfig) -> Callable[[int], Learner]:
+def _learners(lesson: Lesson, config: RecoverConfig, compiled: int) -> Callable[[int], Learner]:
     """Return what makes the learner of a block as distillation left it."""
     training, lr = config.training, _lr(lesson, config)
     steps, specs = step_total(lesson.rows, training), {block.index: block for block in lesson.blocks}
@@ -237,7 +238,8 @@ def _learners(lesson: Lesson, config: RecoverConfig) -> Callable[[int], Learner]
         template, state = lesson.teacher.template(index), lesson.run.load_block(index)
         ranks, device = lesson.ranks(specs[index]), lesson.teacher.device
         student = restored_copy(template, ranks, state, device, torch.float32)
-        return Learner(student, training, lr, steps, Units(), routers(student) if config.trains == "routers" else None)
+        names = routers(student) if config.trains == "routers" else None
+        return Learner(student, training, lr, steps, Units(), names, compiled)
 
     return learner
 

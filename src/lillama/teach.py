@@ -1,5 +1,6 @@
 """The two schedules of local distillation over a whole model: block by block, or all blocks on every batch."""
 
+import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -76,6 +77,8 @@ def teach_sequentially(lesson: Lesson) -> None:
         for block, streams in _along(lesson):
             lesson.report(Progress("blocks", block.index, len(lesson.blocks), block.name))
             _teach(lesson, block, streams, teachers)
+            if lesson.job.machine.compile:
+                gc.collect()  # what torch.compile makes of a block holds on to it, and to itself
             trim_memory()
     lesson.report(Progress("blocks", len(lesson.blocks), len(lesson.blocks)))
 
@@ -150,7 +153,8 @@ def _taught(lesson: Lesson, block: BlockSpec, student: nn.Module, streams: Strea
         streams.look_ahead(block.index + 1, following)
     data = streams.data(block.index, config.stream, following)
     lr, units = config.peak_lr(lesson.job.plan.spec.hidden_size), data.units(config.loss, rows.held_out)
-    learner = Learner(student, config, lr, step_total(rows, config), units)
+    compiled = lesson.compiled(config.batch_size)
+    learner = Learner(student, config, lr, step_total(rows, config), units, compiled=compiled)
     return distill_block(learner, block.name, data, rows, lesson.seed(block), lesson.report)
 
 
@@ -168,17 +172,18 @@ def teach_jointly(lesson: Lesson, snapshot_seconds: float = SNAPSHOT_SECONDS) ->
 def _teach_stack(lesson: Lesson, stack: int, trained: Mapping[int, BlockSpec], snapshot_seconds: float) -> None:
     config, rows, before = lesson.job.recipe.distill, lesson.rows, _before(lesson, stack)
     initial, units = _initial_students(lesson, trained, stack, before)
-    lr = config.peak_lr(lesson.job.plan.spec.hidden_size)
+    lr, resident = config.peak_lr(lesson.job.plan.spec.hidden_size), _resident(lesson, trained)
+    compiled = lesson.compiled(config.batch_size) if resident >= len(trained) else 0
 
     def learner(index: int) -> Learner:
-        return Learner(initial(index), config, lr, step_total(rows, config), units[index])
+        return Learner(initial(index), config, lr, step_total(rows, config), units[index], compiled=compiled)
 
     streams = _streams(lesson, stack, before, config.stream != "teacher" and stack > 0)
     training = JointTraining(
         names={index: block.name for index, block in trained.items()},
         last=max(trained),
         teacher=_teacher_blocks(lesson),
-        bench=Bench(learner, lesson.run.scratch, _resident(lesson, trained)),
+        bench=Bench(learner, lesson.run.scratch, resident),
         data=JointData(
             streams.calls, streams.teacher, streams.mask, lesson.job.micro_batch, streams.own_calls, streams.student
         ),

@@ -37,6 +37,7 @@ def compress(
     micro_batch: int | None = None,
     activation_memory: str | None = None,
     shard_size: str = "5GB",
+    compile: Annotated[bool, Flag] = False,
     log_dir: Path | None = None,
     wandb: Annotated[bool, Flag] = False,
     json: Annotated[bool, Flag] = False,
@@ -94,6 +95,8 @@ def compress(
         Memory for activations between blocks, for example 4GB; what is more goes to disk [default: a quarter of what is free].
     shard_size
         Largest size of a weight file of the result.
+    compile
+        Fuse the steps of each block by torch.compile: somewhat faster after a warm-up of some seconds a block.
     log_dir
         Folder for TensorBoard's event files: the loss of each block, and of recovery.
     wandb
@@ -105,7 +108,7 @@ def compress(
     from lillama.compression import compress as work
     from lillama.prepare import Machine
 
-    machine = Machine(device, micro_batch, size(activation_memory), size(shard_size) or 0)
+    machine = Machine(device, micro_batch, size(activation_memory), size(shard_size) or 0, compile)
     with ExitStack() as stack:
         report = stack.enter_context(cli_output.progress(json))
         if log_dir is not None:

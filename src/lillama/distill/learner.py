@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lillama.distill.compiled import Compiled, Forward, forward_of
 from lillama.distill.config import DistillConfig
 from lillama.distill.objective import MicroBatch, Units, recorded, token_losses
 from lillama.stream.calls import BlockCall
@@ -27,6 +28,8 @@ class Learner:
         steps: optimiser steps in all.
         units: losses are divided by these.
         trained: names of the parameters that learn; None lets all of them.
+        compiled: sequences of the micro-batches for which `torch.compile` makes code; 0 for none. Others, and all that is
+            computed without gradients, run as they are: each size would need a warm-up of its own.
     """
 
     def __init__(
@@ -37,12 +40,15 @@ class Learner:
         steps: int,
         units: Units,
         trained: Collection[str] | None = None,
+        compiled: int = 0,
     ) -> None:
         self.student = student.float().eval()
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(trained is None or name in trained)
         self.config, self.lr, self.steps, self.units = config, lr, steps, units
         self.step_count = 0
+        self._forward = forward_of(self.student)
+        self.compiled, self._compiled = compiled, Compiled(self._forward) if compiled else self._forward
         self.optimiser = torch.optim.AdamW(
             rate_groups(self.student, config), lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -79,7 +85,7 @@ class Learner:
     def halved(self) -> "Learner":
         """Return a learner of the same student at half the rate, with a fresh optimiser."""
         trained = [name for name, parameter in self.student.named_parameters() if parameter.requires_grad]
-        again = Learner(self.student, self.config, self.lr / 2, self.steps, self.units, trained)
+        again = Learner(self.student, self.config, self.lr / 2, self.steps, self.units, trained, self.compiled)
         for new, old in zip(again.optimiser.param_groups, self.optimiser.param_groups, strict=True):
             new["scale"] = old["scale"]
         return again
@@ -138,7 +144,8 @@ class Learner:
     def _loss(self, micro: MicroBatch, stream: str) -> Tensor:
         """Return the sum of the loss over the real tokens of one stream."""
         with recorded(self.student, micro.parts) as parts:
-            output = self.run(micro.call_of(stream), micro.inputs[stream])
+            run = self.uncompiled if micro.parts else self.run  # hooks that come and go would be compiled each time
+            output = run(micro.call_of(stream), micro.inputs[stream])
         losses = token_losses(self.config, self.units, micro, stream, output, parts)
         return (losses if micro.mask is None else losses.masked_fill(~micro.mask, 0)).sum()
 
@@ -148,14 +155,18 @@ class Learner:
 
     def run(self, call: BlockCall, hidden: Tensor) -> Tensor:
         """Run the student in the type of `hidden`, as the finished model will; gradients flow into the masters."""
-        if hidden.dtype == torch.float32:
-            return call(self.student, hidden)
-        working = {name: parameter.to(hidden.dtype) for name, parameter in self.student.named_parameters()}
+        repeated = len(hidden) == self.compiled and torch.is_grad_enabled()
+        return self._run(self._compiled if repeated else self._forward, call, hidden)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(self.student, working, args, kwargs)
+    def uncompiled(self, call: BlockCall, hidden: Tensor) -> Tensor:
+        """Do as `run`, without the help of `torch.compile`."""
+        return self._run(self._forward, call, hidden)
 
-        return call(forward, hidden)
+    def _run(self, forward: Forward, call: BlockCall, hidden: Tensor) -> Tensor:
+        working = None
+        if hidden.dtype != torch.float32:
+            working = {name: parameter.to(hidden.dtype) for name, parameter in self.student.named_parameters()}
+        return call(lambda *args, **kwargs: forward(working, args, kwargs), hidden)
 
 
 def rate_groups(student: nn.Module, config: DistillConfig) -> list[dict[str, Any]]:

@@ -1,0 +1,107 @@
+"""torch.compile changes the speed of a step, and the rounding, but nothing else."""
+
+import gc
+import shutil
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.exc import Unsupported
+
+from lillama.distill import compiled
+from lillama.distill.learner import Learner
+from lillama.distill.objective import Units
+from lillama.stream.calls import BlockCall
+
+ROWS = torch.arange(8)
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+OWN = (
+    "`torch.jit.script` is",
+    "`torch.jit.script_method` is",
+    "The .grad attribute of a Tensor",
+)  # torch's own business
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in OWN]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Count what runs compiled, which itself is left out."""
+    sizes = []
+
+    def fake(function, **options):
+        assert options["dynamic"] is False
+        return lambda working, args, kwargs: sizes.append(len(args[0])) or function(working, args, kwargs)
+
+    monkeypatch.setattr(torch, "compile", fake)
+    return sizes
+
+
+def learner(toy, rows: int, **changes) -> Learner:
+    config = toy.config(stream="student", **changes)
+    return Learner(toy.student(), config, config.lr, 10, Units(parts={"up": 1.0, "down": 1.0}), compiled=rows)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_step_is_the_same_step(toy, dtype):
+    plain, fast = learner(toy, 0), learner(toy, 5)
+    batch = toy.batch(toy.data(stream="student", micro_batch=5, dtype=dtype), ROWS)
+    for _ in range(3):
+        found = [one.step(batch, 48)["student"] for one in (plain, fast)]
+        torch.testing.assert_close(*found, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0)
+    assert fast._compiled._fast is not None
+    held_out = [one.validate(batch)["student"] for one in (plain, fast)]
+    assert held_out[1] == pytest.approx(held_out[0], rel=1e-4 if dtype == torch.float32 else 1e-2)
+
+
+@needs_compiler
+def test_many_blocks_of_different_ranks_are_compiled_and_let_go(toy):
+    students = []
+    for rank in range(1, 12):  # more than the variants of one function that torch.compile makes
+        one = Learner(toy.student(rank), toy.config(), 1e-3, 10, Units(), compiled=5)
+        one.run(BlockCall(), torch.randn(5, 6, 12)).sum().backward()
+        assert one._compiled._fast is not None
+        students.append(weakref.ref(one.student))
+    del one
+    gc.collect()
+    assert not any(student() for student in students)
+
+
+def test_only_whole_micro_batches_with_gradients_are_compiled(toy, calls):
+    one = learner(toy, 5)
+    data = toy.data(stream="student", micro_batch=5)
+    one.step(toy.batch(data, ROWS), 48)
+    assert calls == [5]
+    one.validate(toy.batch(data, ROWS))
+    one.forward(BlockCall(), torch.randn(5, 6, 12))
+    one.uncompiled(BlockCall(), torch.randn(5, 6, 12))
+    assert calls == [5]
+    one.halved().step(toy.batch(data, ROWS), 48)
+    assert calls == [5, 5]
+
+
+def test_outputs_of_children_are_watched_without_it(toy, calls):
+    one, data = learner(toy, 5, sub_blocks=0.5), toy.data(stream="student", micro_batch=5)
+    parts = {name: toy.store(name, torch.randn(24, 6, size)) for name, size in (("up", 20), ("down", 12))}
+    one.step(toy.batch(replace(data, parts=parts), ROWS), 48)
+    assert not calls
+
+
+def test_what_cannot_be_compiled_is_taught_all_the_same_and_said_once(toy, monkeypatch, caplog):
+    def broken(function, **options):
+        def run(*args):
+            raise Unsupported("no such thing\nmore of it")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    compiled._tell.cache_clear()
+    losses = []
+    for rows in (0, 5, 5):
+        batch = toy.batch(toy.data(stream="student", micro_batch=5), ROWS)
+        losses.append(learner(toy, rows).step(batch, 48)["student"].item())
+    assert losses[0] == losses[1] == losses[2]
+    assert [record.message for record in caplog.records] == [
+        "torch.compile does not work here, and blocks are taught without it: Unsupported: no such thing"
+    ]
