@@ -42,6 +42,7 @@ bench-ablation: $(VENV)/.ready  ## each part of the default recipe off and on, i
 bench-speed: $(VENV)/.ready  ## how near compressing comes to the machine's limit, into bench/results/
 	$(ONE_THREAD) $(BIN)/python bench/speed.py
 	$(ONE_THREAD) $(BIN)/python bench/compiled.py
+	$(ONE_THREAD) $(BIN)/python bench/decompositions.py
 
 bench-inference: $(VENV)/.ready  ## compressed against dense in use, into bench/results/
 	$(ONE_THREAD) $(BIN)/python bench/inference.py

@@ -38,8 +38,9 @@ def learner_of(hidden: int, block: int, compiled: int) -> Any:
     torch.manual_seed(block)
     heads, keep = hidden // 64, 0.6 + 0.01 * block
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=FFN[hidden], num_attention_heads=heads, num_key_value_heads=heads
-    )
+        hidden_size=hidden, intermediate_size=FFN[hidden], num_attention_heads=heads, num_key_value_heads=heads,
+        attn_implementation="sdpa",
+    )  # fmt: skip
     student = LlamaDecoderLayer(config, 0)
     weights = {name: one.weight for name, one in student.named_modules() if isinstance(one, torch.nn.Linear)}
     install(student, {name: round(keep * weight.numel() / sum(weight.shape)) for name, weight in weights.items()})

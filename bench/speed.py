@@ -99,7 +99,7 @@ def staged() -> Iterator[Stages]:
     places = {
         "grams": [(GramWatch, "add")],
         "gradients": [(lillama.allocation, "measured"), (lillama.distill.fisher, "moments")],
-        "spectra": [(lillama.allocation, "_spectrum")],
+        "spectra": [(lillama.allocation, "_spectra")],
         "trials": [(lillama.allocation, "advance")],
         "factors": [(lillama.teach, "compressed_copy"), (lillama.allocation, "compressed_copy")],
         "teacher's stream": [(Streams, "teach")],

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from lillama.lesson import Lesson
 from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.factors import spectrum
 from lillama.lowrank.gram import Moments, exact_device
+from lillama.lowrank.stacks import stacks
 from lillama.model.spec import BlockSpec
 from lillama.progress import Progress
 from lillama.ranks.adaptive import Adaptive
@@ -95,8 +96,11 @@ def _fisher(lesson: Lesson) -> Fisher:
         return [linear.name.removeprefix(f"{block.name}.") for linear in block.linears] if wanted else []
 
     def visit(index: int, block: nn.Module, measured: Mapping[str, Moments]) -> None:
-        for name, found_moments in measured.items():
-            found[f"{blocks[index].name}.{name}"] = _spectrum(block.get_parameter(f"{name}.weight"), found_moments)
+        weights = {name: block.get_parameter(f"{name}.weight").detach() for name in measured}
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        for names in stacks(shapes, exact_device(lesson.job.device)):
+            values = _spectra([weights[name] for name in names], [measured[name] for name in names])
+            found.update({f"{blocks[index].name}.{name}": own for name, own in zip(names, values, strict=True)})
         if wanted and fits:
             kept[index] = dict(measured)
         trim_memory()
@@ -110,15 +114,23 @@ def _fisher(lesson: Lesson) -> Fisher:
     return replace(fisher, kept=kept)
 
 
-def _spectrum(weight: Tensor, found: Moments) -> Tensor:
-    """Return the singular values of the weight between the mean second moments at both of its sides.
+def _spectra(weights: Sequence[Tensor], measured: Sequence[Moments]) -> list[Tensor]:
+    """Return the singular values of weights of one shape, each between the mean second moments at both of its sides.
 
     A change of the weight raises the loss of a predicted token by what it does to each vector that comes to it.
     """
-    inputs, gradients = found.inputs, found.gradients
-    assert inputs is not None and gradients is not None
-    values = spectrum(weight.detach(), inputs, gradients)
-    return (values / math.sqrt(max(1, inputs.count) * max(1, gradients.count)) * math.sqrt(found.share)).cpu()
+    if len(weights) == 1:
+        found = [spectrum(weights[0], measured[0].inputs, measured[0].gradients)]
+    else:
+        both = Moments.stack(measured)
+        found = list(spectrum(torch.stack(list(weights)), both.inputs, both.gradients))
+    return [(values * _scale(own)).cpu() for values, own in zip(found, measured, strict=True)]
+
+
+def _scale(found: Moments) -> float:
+    """Return what turns singular values between sums into those between means, for each token that the model predicts."""
+    assert found.inputs is not None and found.gradients is not None
+    return math.sqrt(found.share) / math.sqrt(max(1, found.inputs.count) * max(1, found.gradients.count))
 
 
 def _chosen(lesson: Lesson, fisher: Fisher) -> RankPlan:

@@ -1,14 +1,15 @@
 """A block's student: a copy of the teacher whose linears are factorised."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lillama.lowrank.gram import Moments
+from lillama.lowrank.gram import Moments, exact_device
 from lillama.lowrank.initialize import Initialiser
 from lillama.lowrank.install import install
+from lillama.lowrank.stacks import stacks
 from lillama.resources import trim_memory
 
 
@@ -34,18 +35,39 @@ def compressed_copy(
     install(student, ranks)
     dense = dict(teacher.named_parameters())
     state: dict[str, Tensor] = {}
-    for name, rank in ranks.items():
-        factors = init(dense.pop(f"{name}.weight").detach(), rank, moments.get(name, Moments()), generator)
-        state[f"{name}.left.weight"] = factors.left.float()
-        state[f"{name}.right.weight"] = factors.right.float()
-        del factors
+    weights = {name: dense.pop(f"{name}.weight").detach() for name in ranks}
+    device = next(teacher.parameters()).device
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for names in stacks(shapes, exact_device(device)) if init.stacks else [[name] for name in ranks]:
+        known = [moments.get(name, Moments()) for name in names]
+        state |= _factors(
+            init, [weights[name] for name in names], {name: ranks[name] for name in names}, known, generator
+        )
         trim_memory()
     state |= dense
-    device = next(teacher.parameters()).device
     state |= _marks(student, device)
     state = {name: tensor.detach().to(device, torch.float32, copy=True).contiguous() for name, tensor in state.items()}
     student.load_state_dict(state | _buffers(teacher), strict=False, assign=True)
     return student.to(device).requires_grad_(False)
+
+
+def _factors(
+    init: Initialiser,
+    weights: Sequence[Tensor],
+    ranks: Mapping[str, int],
+    moments: Sequence[Moments],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Return the factors, in fp32, of some linears of one shape."""
+    if len(weights) == 1:
+        ((name, rank),) = ranks.items()
+        factors = init(weights[0], rank, moments[0], generator)
+        return {f"{name}.left.weight": factors.left.float(), f"{name}.right.weight": factors.right.float()}
+    factors = init(torch.stack(list(weights)), max(ranks.values()), Moments.stack(moments), generator)
+    state: dict[str, Tensor] = {}
+    for (name, rank), left, right in zip(ranks.items(), factors.left.float(), factors.right.float(), strict=True):
+        state[f"{name}.left.weight"], state[f"{name}.right.weight"] = left[:, :rank].clone(), right[:rank].clone()
+    return state
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:

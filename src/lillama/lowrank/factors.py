@@ -1,4 +1,7 @@
-"""Best low-rank approximations of a weight: pure functions on tensors, computed in fp64."""
+"""Best low-rank approximations of a weight: pure functions on tensors, computed in fp64.
+
+Several weights of one shape may be stacked (`...`), with what is known of them stacked alike.
+"""
 
 from dataclasses import dataclass
 from typing import cast
@@ -8,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lillama.lowrank.gram import Gram, exact_device
+from lillama.lowrank.leading import eigh, leading
 
 LEAST_DAMPING = 1e-12  # keeps the square root of a rank-deficient Gram invertible
 
@@ -21,11 +25,11 @@ class Factors:
         right: r x in.
     """
 
-    left: Float[Tensor, "out rank"]
-    right: Float[Tensor, "rank in"]
+    left: Float[Tensor, "... out rank"]
+    right: Float[Tensor, "... rank in"]
 
 
-def truncated_svd(weight: Float[Tensor, "out in"], rank: int) -> Factors:
+def truncated_svd(weight: Float[Tensor, "... out in"], rank: int) -> Factors:
     """Return the factors that minimise `||W - left @ right||_F` (Eckart-Young), `sqrt(S)` on both sides.
 
     Args:
@@ -33,8 +37,8 @@ def truncated_svd(weight: Float[Tensor, "out in"], rank: int) -> Factors:
         rank: from 1 to min(out, in).
     """
     u, s, vh = _svd(_exact(weight))
-    root = s[:rank].sqrt()
-    return Factors(u[:, :rank] * root, root[:, None] * vh[:rank])
+    root = s[..., :rank].sqrt()
+    return Factors(u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :])
 
 
 def scaled_svd(weight: Float[Tensor, "out in"], scales: Float[Tensor, " in"], rank: int) -> Factors:
@@ -51,7 +55,7 @@ def scaled_svd(weight: Float[Tensor, "out in"], scales: Float[Tensor, " in"], ra
 
 
 def whitened_svd(
-    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | Gram, rank: int, damping: float = 1e-6
+    weight: Float[Tensor, "... out in"], gram: Float[Tensor, "... in in"] | Gram, rank: int, damping: float = 1e-6
 ) -> Factors:
     """Return the factors that minimise `||(W - left @ right) X||_F`, where `gram = X X^T` (SVD-LLM, arXiv 2403.07378).
 
@@ -61,9 +65,9 @@ def whitened_svd(
 
 
 def two_sided_svd(
-    weight: Float[Tensor, "out in"],
-    gram_in: Float[Tensor, "in in"] | Float[Tensor, " in"] | Gram | None,
-    gram_out: Float[Tensor, "out out"] | Float[Tensor, " out"] | Gram | None,
+    weight: Float[Tensor, "... out in"],
+    gram_in: Float[Tensor, "... in in"] | Float[Tensor, "... in"] | Gram | None,
+    gram_out: Float[Tensor, "... out out"] | Float[Tensor, "... out"] | Gram | None,
     rank: int,
     damping: float = 1e-6,
     damping_out: float | None = None,
@@ -85,31 +89,31 @@ def two_sided_svd(
         damping_out: the same for `gram_out`; None takes `damping`.
     """
     damping_out = damping if damping_out is None else damping_out
-    if weight.shape[0] > weight.shape[1]:
-        turned = two_sided_svd(weight.T, gram_out, gram_in, rank, damping_out, damping)
-        return Factors(turned.right.T, turned.left.T)
+    if weight.shape[-2] > weight.shape[-1]:
+        turned = two_sided_svd(weight.mT, gram_out, gram_in, rank, damping_out, damping)
+        return Factors(turned.right.mT, turned.left.mT)
     w = _exact(weight)
     if gram_out is None:
-        left = _leading(_seen(w, gram_in, damping), rank)
-        return _balanced(left, left.T @ w)
+        left = leading(_seen(w, gram_in, damping), rank)
+        return _balanced(left, left.mT @ w)
     gram_out = _sum(gram_out)
-    if gram_out.dim() == 1:
-        scales = (gram_out + _floor(gram_out, damping_out)).sqrt()
-        white = scales[:, None] * w
-        u = _leading(_seen(white, gram_in, damping), rank)
-        return _balanced(u / scales[:, None], u.T @ white)
+    if gram_out.dim() < w.dim():
+        scales = (gram_out + _floor(gram_out, damping_out, diagonal=True)).sqrt()[..., None]
+        white = scales * w
+        u = leading(_seen(white, gram_in, damping), rank)
+        return _balanced(u / scales, u.mT @ white)
     scales, q = _root(gram_out, damping_out)
-    white = scales[:, None] * (q.T @ w)
-    u = _leading(_seen(white, gram_in, damping), rank)
-    return _balanced(q @ (u / scales[:, None]), u.T @ white)
+    white = scales * (q.mT @ w)
+    u = leading(_seen(white, gram_in, damping), rank)
+    return _balanced(q @ (u / scales), u.mT @ white)
 
 
 def spectrum(
-    weight: Float[Tensor, "out in"],
-    gram: Float[Tensor, "in in"] | Float[Tensor, " in"] | Gram | None,
-    gram_out: Float[Tensor, "out out"] | Float[Tensor, " out"] | Gram | None = None,
+    weight: Float[Tensor, "... out in"],
+    gram: Float[Tensor, "... in in"] | Float[Tensor, "... in"] | Gram | None,
+    gram_out: Float[Tensor, "... out out"] | Float[Tensor, "... out"] | Gram | None = None,
     damping: float = 1e-6,
-) -> Float[Tensor, " least"]:
+) -> Float[Tensor, "... least"]:
     """Return the singular values of `A W B` of `two_sided_svd`, the largest first; there are min(out, in).
 
     The squares of those after the r-th sum up to the squared error of the outputs on all calibration inputs (weighted by the
@@ -125,76 +129,66 @@ def spectrum(
         >>> spectrum(torch.diag(torch.tensor([3.0, 1.0])), gram=None)
         tensor([3., 1.], dtype=torch.float64)
     """
-    if weight.shape[0] > weight.shape[1]:
-        return spectrum(weight.T, gram_out, gram, damping)
+    if weight.shape[-2] > weight.shape[-1]:
+        return spectrum(weight.mT, gram_out, gram, damping)
     w = _exact(weight)
     gram_out = None if gram_out is None else _sum(gram_out)
-    if gram_out is not None and gram_out.dim() == 1:
-        w = (gram_out + _floor(gram_out, damping)).sqrt()[:, None] * w
+    if gram_out is not None and gram_out.dim() < w.dim():
+        w = (gram_out + _floor(gram_out, damping, diagonal=True)).sqrt()[..., None] * w
     elif gram_out is not None:
         scales, q = _root(gram_out, damping)
-        w = scales[:, None] * (q.T @ w)
-    return _eigvalsh(_seen(w, gram, damping)).clamp(min=0).sqrt().flip(0)
+        w = scales * (q.mT @ w)
+    return _eigvalsh(_seen(w, gram, damping)).clamp(min=0).sqrt().flip(-1)
 
 
 def _exact(tensor: Tensor) -> Tensor:
     return tensor.detach().to(exact_device(tensor.device), torch.float64)
 
 
-def _sum(gram: Tensor | Gram) -> Float[Tensor, "n n"] | Float[Tensor, " n"]:
+def _sum(gram: Tensor | Gram) -> Float[Tensor, "... n n"] | Float[Tensor, "... n"]:
     return gram.sum if isinstance(gram, Gram) else _exact(gram)
 
 
-def _floor(gram: Tensor | Gram, damping: float) -> float:
+def _floor(gram: Tensor | Gram, damping: float, diagonal: bool = False) -> Float[Tensor, "... 1"]:
     """Return what damping adds to the diagonal of a Gram; 1 if the Gram is zero."""
     if isinstance(gram, Gram):
         mean = gram.mean_eigenvalue
     else:
-        mean = (gram.sum() if gram.dim() == 1 else gram.trace()).item() / len(gram)
-    return max(damping, LEAST_DAMPING) * mean if mean > 0 else 1.0
+        mean = (gram if diagonal else gram.diagonal(dim1=-2, dim2=-1)).mean(dim=-1)
+    return torch.where(mean > 0, max(damping, LEAST_DAMPING) * mean, 1.0)[..., None]
 
 
-def _seen(w: Float[Tensor, "out in"], gram: Tensor | Gram | None, damping: float) -> Float[Tensor, "out out"]:
+def _seen(w: Float[Tensor, "... out in"], gram: Tensor | Gram | None, damping: float) -> Float[Tensor, "... out out"]:
     """Return `W G W^T` with the damped Gram `G`, which is not copied."""
     if gram is None:
-        return w @ w.T
+        return w @ w.mT
     if isinstance(gram, Gram):
-        product = gram.product(w)
+        product, floor = gram.product(w), _floor(gram, damping)
     else:
         g = _exact(gram)
-        product = w * g if g.dim() == 1 else w @ g
-    return product.add_(w, alpha=_floor(gram, damping)) @ w.T
+        diagonal = g.dim() < w.dim()
+        product, floor = w * g[..., None, :] if diagonal else w @ g, _floor(g, damping, diagonal)
+    return product.addcmul_(w, floor[..., None]) @ w.mT
 
 
-def _root(gram: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+def _root(gram: Float[Tensor, "... n n"], damping: float) -> tuple[Float[Tensor, "... n 1"], Float[Tensor, "... n n"]]:
     """Return `s` and `Q` such that the damped Gram is `Q diag(s^2) Q^T`."""
-    eigenvalues, q = _eigh(gram)
-    return (eigenvalues.clamp(min=0) + _floor(gram, damping)).sqrt(), q
+    eigenvalues, q = eigh(gram)
+    return (eigenvalues.clamp(min=0) + _floor(gram, damping)).sqrt()[..., None], q
 
 
-def _svd(matrix: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor, Tensor]:
+def _svd(matrix: Float[Tensor, "... out in"]) -> tuple[Tensor, Tensor, Tensor]:
     result = torch.linalg.svd(matrix, full_matrices=False)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return cast(tuple[Tensor, Tensor, Tensor], result)
 
 
-def _eigh(matrix: Float[Tensor, "n n"]) -> tuple[Tensor, Tensor]:
-    result = torch.linalg.eigh(matrix)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    return cast(tuple[Tensor, Tensor], result)
-
-
-def _eigvalsh(matrix: Float[Tensor, "n n"]) -> Tensor:
+def _eigvalsh(matrix: Float[Tensor, "... n n"]) -> Tensor:
     result = torch.linalg.eigvalsh(matrix)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return cast(Tensor, result)
 
 
-def _leading(matrix: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n rank"]:
-    """Return the eigenvectors of the largest eigenvalues, the largest first."""
-    _, vectors = _eigh(matrix)
-    return vectors[:, -rank:].flip(1)
-
-
-def _balanced(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]) -> Factors:
+def _balanced(left: Float[Tensor, "... out rank"], right: Float[Tensor, "... rank in"]) -> Factors:
     tiny = torch.finfo(left.dtype).tiny
-    left_norms, right_norms = left.square().sum(dim=0).sqrt(), right.square().sum(dim=1).sqrt()
+    left_norms, right_norms = left.square().sum(dim=-2).sqrt(), right.square().sum(dim=-1).sqrt()
     ratio = (right_norms.clamp(min=tiny) / left_norms.clamp(min=tiny)).sqrt()
-    return Factors(left * ratio, right / ratio[:, None])
+    return Factors(left * ratio[..., None, :], right / ratio[..., None])

@@ -1,5 +1,6 @@
 """Second moments of vectors, summed up in fp64: of the inputs of a linear, and of the gradients at its outputs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ class Gram:
     """Uncentred moments of vectors: `sum x x^T`, or only its diagonal, `sum |x|`, and how many went in.
 
     Products are taken in the vectors' type (at least fp32) and summed in fp64; where the device has no fp64 (Apple's), the
-    sums lie on the CPU. Of the symmetric sum only what lies on and above the diagonal is held.
+    sums lie on the CPU. Of the symmetric sum only what lies on and above the diagonal is held. Several Grams of one kind may
+    be stacked (`...`), to be computed with at once.
 
     Attributes:
         tiles: of each `TILE` rows, the columns from the first of these rows on; or the diagonal alone.
@@ -23,8 +25,8 @@ class Gram:
         count: of the vectors.
     """
 
-    tiles: list[Float[Tensor, "_ _"] | Float[Tensor, " _"]]
-    absolute: Float[Tensor, " n"]
+    tiles: list[Float[Tensor, "... _ _"] | Float[Tensor, "... _"]]
+    absolute: Float[Tensor, "... n"]
     count: int = 0
 
     @classmethod
@@ -36,39 +38,45 @@ class Gram:
         ]
         return cls(zeros[1:], zeros[0])
 
+    @classmethod
+    def stack(cls, grams: Sequence["Gram"]) -> "Gram":
+        """Return copies of Grams of equally long vectors, stacked; `count` is of all of them."""
+        tiles = [torch.stack(tiles) for tiles in zip(*(gram.tiles for gram in grams), strict=True)]
+        return cls(tiles, torch.stack([gram.absolute for gram in grams]), sum(gram.count for gram in grams))
+
     @property
     def width(self) -> int:
         """Length of the vectors."""
-        return len(self.absolute)
+        return self.absolute.shape[-1]
 
     @property
-    def sum(self) -> Float[Tensor, "n n"] | Float[Tensor, " n"]:
+    def sum(self) -> Float[Tensor, "... n n"] | Float[Tensor, "... n"]:
         """The sum, or its diagonal; put together anew each time."""
         if self.diagonal:
             return self.tiles[0].clone()
-        whole = self.absolute.new_empty(self.width, self.width)
+        whole = self.absolute.new_empty(*self.absolute.shape, self.width)
         for start in range(0, self.width, TILE):
-            whole[:, start : start + TILE] = self._columns(start)
+            whole[..., start : start + TILE] = self._columns(start)
         return whole
 
     @property
     def diagonal(self) -> bool:
         """Whether only the diagonal of the sum is known."""
-        return self.tiles[0].dim() == 1
+        return self.tiles[0].dim() == self.absolute.dim()
 
     @property
-    def mean_eigenvalue(self) -> float:
+    def mean_eigenvalue(self) -> Float[Tensor, "..."]:
         """Mean of the sum's eigenvalues."""
-        own = self.tiles if self.diagonal else [tile.diagonal() for tile in self.tiles]
-        return torch.stack([part.sum() for part in own]).sum().item() / self.width
+        own = self.tiles if self.diagonal else [tile.diagonal(dim1=-2, dim2=-1) for tile in self.tiles]
+        return torch.stack([part.sum(dim=-1) for part in own]).sum(dim=0) / self.width
 
-    def product(self, w: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    def product(self, w: Float[Tensor, "... m n"]) -> Float[Tensor, "... m n"]:
         """Return `w @ sum` for a matrix in fp64; the sum is not put together."""
         if self.diagonal:
-            return w * self.tiles[0]
+            return w * self.tiles[0][..., None, :]
         result = torch.empty_like(w)
         for start in range(0, self.width, TILE):
-            result[:, start : start + TILE] = w @ self._columns(start)
+            result[..., start : start + TILE] = w @ self._columns(start)
         return result
 
     def add(self, x: Float[Tensor, "tokens n"]) -> None:
@@ -91,11 +99,11 @@ class Gram:
         share = count / self.count
         return Gram([tile * share for tile in self.tiles], self.absolute * share, count)
 
-    def _columns(self, start: int) -> Float[Tensor, "n _"]:
+    def _columns(self, start: int) -> Float[Tensor, "... n _"]:
         """Return the columns of the sum that belong to the rows of one tile."""
         before = zip(range(0, start, TILE), self.tiles, strict=False)
-        above = [tile[:, start - first : start - first + TILE] for first, tile in before]
-        return torch.cat([*above, self.tiles[start // TILE].T])
+        above = [tile[..., start - first : start - first + TILE] for first, tile in before]
+        return torch.cat([*above, self.tiles[start // TILE].mT], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,13 @@ class Moments:
     inputs: Gram | None = None
     gradients: Gram | None = None
     share: float = 1.0
+
+    @classmethod
+    def stack(cls, moments: Sequence["Moments"]) -> "Moments":
+        """Return copies of the moments of linears of one shape, stacked."""
+        inputs = [found.inputs for found in moments if found.inputs is not None]
+        gradients = [found.gradients for found in moments if found.gradients is not None]
+        return cls(Gram.stack(inputs) if inputs else None, Gram.stack(gradients) if gradients else None)
 
 
 def held(features: int, widest: int | None = None) -> int:

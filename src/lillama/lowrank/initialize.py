@@ -11,6 +11,9 @@ from torch import Tensor
 from lillama.lowrank.factors import Factors, scaled_svd, truncated_svd, two_sided_svd, whitened_svd
 from lillama.lowrank.gram import Gram, Moments
 
+# Each initialiser says whether it needs the Gram of the inputs and that of the gradients at the outputs, and whether it takes
+# several weights of one shape at once, stacked, of whose factors the beginnings are the factors at smaller ranks.
+
 LEAST_SCALE = 1e-6  # of an input that is always 0, as in ASVD's own code
 
 
@@ -22,9 +25,10 @@ class Svd:
     name: Literal["svd"] = "svd"
     needs_gram: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
+    stacks: ClassVar[bool] = True
 
     def __call__(
-        self, weight: Float[Tensor, "out in"], rank: int, moments: Moments, generator: torch.Generator
+        self, weight: Float[Tensor, "... out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
         return truncated_svd(weight, rank)
@@ -43,9 +47,10 @@ class Scaled:
     alpha: Annotated[float, Field(ge=0)] = 0.5
     needs_gram: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
 
     def __call__(
-        self, weight: Float[Tensor, "out in"], rank: int, moments: Moments, generator: torch.Generator
+        self, weight: Float[Tensor, "... out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
         inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
@@ -65,9 +70,10 @@ class Whitened:
     damping: Annotated[float, Field(ge=0)] = 1e-6
     needs_gram: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
+    stacks: ClassVar[bool] = True
 
     def __call__(
-        self, weight: Float[Tensor, "out in"], rank: int, moments: Moments, generator: torch.Generator
+        self, weight: Float[Tensor, "... out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
         inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
@@ -89,9 +95,10 @@ class TwoSided:
     identity: Annotated[float, Field(ge=0, le=1)] = 0.1
     needs_gram: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     def __call__(
-        self, weight: Float[Tensor, "out in"], rank: int, moments: Moments, generator: torch.Generator
+        self, weight: Float[Tensor, "... out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
         inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
@@ -110,9 +117,10 @@ class Random:
     name: Literal["random"] = "random"
     needs_gram: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
 
     def __call__(
-        self, weight: Float[Tensor, "out in"], rank: int, moments: Moments, generator: torch.Generator
+        self, weight: Float[Tensor, "... out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
         scale = (weight.float().pow(2).mean().item() / rank) ** 0.25
