@@ -4,13 +4,17 @@ import json
 import shutil
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from lillama import lesson, teach
 from lillama.compression import compress
+from lillama.distill.compiled import Compiled
+from lillama.distill.recover import RecoverConfig
 from lillama.errors import ModelError
 from lillama.model.checkpoint import load_tensors
 from lillama.prepare import Machine
@@ -54,6 +58,24 @@ def test_activations_on_disk_give_the_same_bits(tiny, short, tmp_path, stream):
     assert found["memory"] == found["disk"]
     finals = [[json.loads(text)["final"] for name, text in files.items() if "json" in name] for files in found.values()]
     assert finals[2] == pytest.approx(finals[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "joint"])
+def test_every_learner_is_compiled_where_that_is_asked_for(tiny, short, tmp_path, schedule, monkeypatch):
+    made, passed, init = list[nn.Module](), Counter[nn.Module](), Compiled.__init__
+
+    def counted(self, block):
+        init(self, block)
+        made.append(block)
+        self._fast = lambda hidden, **given: passed.update([block]) or block(hidden, **given)  # in the compiler's place
+
+    monkeypatch.setattr(Compiled, "__init__", counted)
+    recipe = replace(short(schedule=schedule), recover=RecoverConfig(epochs=1))
+    plain = blocks(compress(tiny, tmp_path / "plain", recipe=recipe))
+    assert not made
+    found = blocks(compress(tiny, tmp_path / "fast", recipe=recipe, machine=Machine(compile=True)))
+    assert found == plain
+    assert len(made) == 6 and set(passed) == set(made)  # three blocks, taught and recovered
 
 
 def test_every_block_of_the_teacher_is_read_once(tiny, short, tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """torch.compile changes the speed of a step, and the rounding, but nothing else."""
 
 import gc
+import re
 import shutil
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.exc import Unsupported
 
 from lillama.distill import compiled
@@ -31,7 +33,7 @@ def calls(monkeypatch):
 
     def fake(function, **options):
         assert options["dynamic"] is False
-        return lambda working, args, kwargs: sizes.append(len(args[0])) or function(working, args, kwargs)
+        return lambda hidden: sizes.append(len(hidden)) or function(hidden)
 
     monkeypatch.setattr(torch, "compile", fake)
     return sizes
@@ -50,7 +52,7 @@ def test_a_compiled_step_is_the_same_step(toy, dtype):
     for _ in range(3):
         found = [one.step(batch, 48)["student"] for one in (plain, fast)]
         torch.testing.assert_close(*found, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0)
-    assert fast._compiled._fast is not None
+    assert fast._fast._fast is not None
     held_out = [one.validate(batch)["student"] for one in (plain, fast)]
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-4 if dtype == torch.float32 else 1e-2)
 
@@ -61,7 +63,7 @@ def test_many_blocks_of_different_ranks_are_compiled_and_let_go(toy):
     for rank in range(1, 12):  # more than the variants of one function that torch.compile makes
         one = Learner(toy.student(rank), toy.config(), 1e-3, 10, Units(), compiled=5)
         one.run(BlockCall(), torch.randn(5, 6, 12)).sum().backward()
-        assert one._compiled._fast is not None
+        assert one._fast._fast is not None
         students.append(weakref.ref(one.student))
     del one
     gc.collect()
@@ -88,7 +90,14 @@ def test_outputs_of_children_are_watched_without_it(toy, calls):
     assert not calls
 
 
-def test_what_cannot_be_compiled_is_taught_all_the_same_and_said_once(toy, monkeypatch, caplog):
+@pytest.fixture
+def told(caplog):
+    """What is said of blocks that are not compiled."""
+    compiled._tell.cache_clear()
+    return lambda: [record.message for record in caplog.records if record.name == compiled.__name__]
+
+
+def test_what_cannot_be_compiled_is_taught_all_the_same_and_said_once(toy, monkeypatch, told):
     def broken(function, **options):
         def run(*args):
             raise Unsupported("no such thing\nmore of it")
@@ -96,12 +105,59 @@ def test_what_cannot_be_compiled_is_taught_all_the_same_and_said_once(toy, monke
         return run
 
     monkeypatch.setattr(torch, "compile", broken)
-    compiled._tell.cache_clear()
     losses = []
     for rows in (0, 5, 5):
         batch = toy.batch(toy.data(stream="student", micro_batch=5), ROWS)
         losses.append(learner(toy, rows).step(batch, 48)["student"].item())
     assert losses[0] == losses[1] == losses[2]
-    assert [record.message for record in caplog.records] == [
-        "torch.compile does not work here, and blocks are taught without it: Unsupported: no such thing"
-    ]
+    assert told() == ["torch.compile is of no help here, and blocks are taught without it: Unsupported: no such thing"]
+
+
+class Routed(nn.Module):
+    """Gives some tokens to a linear, as a mixture of experts does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, hidden):
+        chosen = hidden[hidden[..., 0] > 0]
+        return hidden + chosen.sum() if len(chosen) > 3 else self.linear(hidden)
+
+
+class Unrolled(nn.Module):
+    """Goes through a sequence step by step, as some state-space models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, hidden):
+        for _ in range(compiled.MOST_OPERATIONS):
+            hidden = torch.tanh(hidden)
+        return self.linear(hidden)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Routed, "data-dependent|Unsupported|GuardOn"), (Unrolled, "20[0-9] operations")]
+)
+def test_blocks_that_would_be_compiled_again_and_again_or_for_very_long_are_not(toy, kind, reason, told):
+    student, x = kind(), torch.randn(5, 6, 12)
+    one = Learner(student, toy.config(), 1e-3, 10, Units(), compiled=5)
+    for _ in range(2):
+        assert torch.equal(one.run(BlockCall(), x), student(x))
+    assert one._fast._fast is None
+    assert len(told()) == 1 and re.search(reason, told()[0])
+
+
+def test_memory_that_runs_out_is_not_taken_for_the_compilers_fault(toy, monkeypatch, told):
+    def full(function, **options):
+        def run(*args):
+            raise torch.OutOfMemoryError
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        learner(toy, 5).run(BlockCall(), torch.randn(5, 6, 12))
+    assert not told()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lillama.distill.compiled import Compiled, Forward, forward_of
+from lillama.distill.compiled import Compiled
 from lillama.distill.config import DistillConfig
 from lillama.distill.objective import MicroBatch, Units, recorded, token_losses
 from lillama.stream.calls import BlockCall
@@ -47,8 +47,7 @@ class Learner:
             parameter.requires_grad_(trained is None or name in trained)
         self.config, self.lr, self.steps, self.units = config, lr, steps, units
         self.step_count = 0
-        self._forward = forward_of(self.student)
-        self.compiled, self._compiled = compiled, Compiled(self._forward) if compiled else self._forward
+        self.compiled, self._fast = compiled, Compiled(self.student) if compiled else self.student
         self.optimiser = torch.optim.AdamW(
             rate_groups(self.student, config), lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -156,17 +155,22 @@ class Learner:
     def run(self, call: BlockCall, hidden: Tensor) -> Tensor:
         """Run the student in the type of `hidden`, as the finished model will; gradients flow into the masters."""
         repeated = len(hidden) == self.compiled and torch.is_grad_enabled()
-        return self._run(self._compiled if repeated else self._forward, call, hidden)
+        return _run(self._fast if repeated else self.student, call, hidden)
 
     def uncompiled(self, call: BlockCall, hidden: Tensor) -> Tensor:
         """Do as `run`, without the help of `torch.compile`."""
-        return self._run(self._forward, call, hidden)
+        return _run(self.student, call, hidden)
 
-    def _run(self, forward: Forward, call: BlockCall, hidden: Tensor) -> Tensor:
-        working = None
-        if hidden.dtype != torch.float32:
-            working = {name: parameter.to(hidden.dtype) for name, parameter in self.student.named_parameters()}
-        return call(lambda *args, **kwargs: forward(working, args, kwargs), hidden)
+
+def _run(student: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
+    if hidden.dtype == torch.float32:
+        return call(student, hidden)
+    working = {name: parameter.to(hidden.dtype) for name, parameter in student.named_parameters()}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(student, working, args, kwargs)
+
+    return call(forward, hidden)
 
 
 def rate_groups(student: nn.Module, config: DistillConfig) -> list[dict[str, Any]]:
