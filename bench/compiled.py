@@ -4,7 +4,8 @@
     python bench/compiled.py 1024       # one hidden size, printed only
 
 Blocks of made-up Llamas, 60 % of their parameters kept, each with ranks of its own, learn on random activations. Plain and
-compiled steps take turns. Caches of `torch.compile` begin empty.
+compiled steps take turns. Caches of `torch.compile` begin empty, unless
+one size is asked for.
 """
 
 import json

@@ -1,5 +1,6 @@
 """A job with its calibration tokens and its run folder: what all stages of the work share."""
 
+import gc
 import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from lillama.lowrank.compressed import restored_copy
 from lillama.model.spec import BlockSpec
 from lillama.prepare import Job
 from lillama.progress import Progress, Report
-from lillama.resources import free_memory
+from lillama.resources import free_memory, trim_memory
 from lillama.run import RunDir
 from lillama.stream.batch import Batch, batch_of
 from lillama.stream.store import Shelf
@@ -71,6 +72,12 @@ class Lesson:
         """Whether at least twice the memory that is needed is free; where it is not, memory is saved at the cost of time."""
         free = min(free_memory(device) for device in {self.job.device, torch.device("cpu")})
         return free >= AMPLE * self.job.needs.memory_bytes
+
+    def let_go(self) -> None:
+        """Give freed memory back to the system, that of compiled blocks too, which are held in circles."""
+        if self.job.machine.compile:
+            gc.collect()
+        trim_memory()
 
     def compiled(self, batch_size: int) -> int:
         """Return the sequences of the micro-batches for which steps are compiled; 0 for none."""

@@ -126,6 +126,8 @@ def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNA
         found = Tail(chain, head, data, config, lr, seed, place.state / name, snapshot_seconds).run(lesson.report)
         for store in boundaries.values():
             store.remove()
+        del chain
+        lesson.let_go()
         return found
 
     log, states = attempt(config)

@@ -1,6 +1,5 @@
 """The two schedules of local distillation over a whole model: block by block, or all blocks on every batch."""
 
-import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -77,9 +76,7 @@ def teach_sequentially(lesson: Lesson) -> None:
         for block, streams in _along(lesson):
             lesson.report(Progress("blocks", block.index, len(lesson.blocks), block.name))
             _teach(lesson, block, streams, teachers)
-            if lesson.job.machine.compile:
-                gc.collect()  # what torch.compile makes of a block holds on to it, and to itself
-            trim_memory()
+            lesson.let_go()
     lesson.report(Progress("blocks", len(lesson.blocks), len(lesson.blocks)))
 
 
@@ -167,6 +164,7 @@ def teach_jointly(lesson: Lesson, snapshot_seconds: float = SNAPSHOT_SECONDS) ->
         trained = {b.index: b for b in lesson.blocks if lesson.ranks(b) and b.index in lesson.teacher.indices(stack)}
         if any(not lesson.run.has_block(index) for index in trained):
             _teach_stack(lesson, stack, trained, snapshot_seconds)
+            lesson.let_go()
 
 
 def _teach_stack(lesson: Lesson, stack: int, trained: Mapping[int, BlockSpec], snapshot_seconds: float) -> None:

@@ -54,6 +54,31 @@ def test_of_a_matrix_of_small_rank_all_is_captured(true_rank: int, generator: to
     torch.testing.assert_close(captured, singular[:RANK].square().sum(), rtol=1e-5, atol=1e-12)
 
 
+CROWDED = {
+    "a crowd below": torch.cat([torch.linspace(1, 0.9, 80), torch.full((432,), 0.3)]),
+    "a slope": 1 - 0.1 * torch.arange(512) / 512,
+}
+
+
+@pytest.mark.parametrize("kind", CROWDED)
+def test_where_eigenvalues_crowd_it_is_good_or_not_taken(kind: str, generator: torch.Generator) -> None:
+    eigenvalues = CROWDED[kind].double()
+    matrix = matrix_of(eigenvalues.sqrt(), generator)
+    found = krylov(matrix, RANK)
+    if found is not None:
+        excess = eigenvalues[:RANK].sum() - (found * (matrix @ found)).sum()
+        assert excess < 1e-5 * eigenvalues[RANK:].sum()
+
+
+def test_of_a_stack_each_is_found_alone(generator: torch.Generator, monkeypatch) -> None:
+    monkeypatch.setattr(module, "SMALLEST", SIDE)
+    both = torch.stack(
+        [matrix_of(FALLING[fall](torch.arange(1, SIDE + 1).double()), generator) for fall in ("1/i", "geometric")]
+    )
+    for matrix, found in zip(both, leading(both, RANK), strict=True):
+        assert torch.equal(found, krylov(matrix, RANK))
+
+
 def test_it_is_used_where_the_rank_is_far_below_the_side(generator: torch.Generator, monkeypatch) -> None:
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(module, "SMALLEST", SIDE)

@@ -83,6 +83,12 @@ def test_a_block_whose_weights_are_stacked_gets_the_same_factors(init, monkeypat
     assert all(parameter.is_contiguous() for parameter in together.parameters())
 
 
+def test_a_stack_with_a_gram_missing_has_none() -> None:
+    moments = [moments_of(4, 6, seed=2), Moments(moments_of(4, 6, seed=4).inputs, None)]
+    both = Moments.stack(moments)
+    assert both.inputs is not None and both.gradients is None
+
+
 def test_a_stack_takes_no_more_room_than_it_may() -> None:
     side = 2048
     groups = stacks({str(n): (side, side) for n in range(9)}, torch.device("cuda"))

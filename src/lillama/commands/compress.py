@@ -96,7 +96,8 @@ def compress(
     shard_size
         Largest size of a weight file of the result.
     compile
-        Fuse the steps of each block by torch.compile: somewhat faster after a warm-up of some seconds a block.
+        Fuse the steps of each block by torch.compile: somewhat faster after a warm-up of some seconds a block, the same result
+        up to rounding.
     log_dir
         Folder for TensorBoard's event files: the loss of each block, and of recovery.
     wandb

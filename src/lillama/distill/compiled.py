@@ -1,22 +1,19 @@
 """torch.compile for the steps of a block: fewer passes over its activations, after a warm-up of some seconds."""
 
-import inspect
 import logging
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lillama.stream.calls import first
+
 logger = logging.getLogger(__name__)
 
-# Ranks differ from block to block, and so does the code that is made for them: each must count alone against the number of
-# variants after which torch.compile gives up. Older versions of torch cannot tell them apart.
-ALONE: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-)
 MOST_OPERATIONS = 200  # in a block that is compiled; one of low-rank linears has about 100 in a Llama, 140 in a Gemma 2
 
 
@@ -27,45 +24,52 @@ class Compiled(nn.Module):
     every call and would be compiled as often. Nor are loops of many steps unrolled.
 
     Args:
-        block: that runs.
+        block: that runs, with gradients.
     """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return block(*args, **kwargs)
-
-        self._fast: Callable[..., Any] | None = torch.compile(run, dynamic=False, fullgraph=True, **ALONE)  # pyright: ignore[reportUnknownMemberType, reportCallIssue]
-        self._counted = False
+        self.fast: Callable[..., Any] | None = None
+        self._tried = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
-        if not self._counted:
-            self._count(args, kwargs)
-        if self._fast is not None:
-            try:
-                return self._fast(*args, **kwargs)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # of several kinds; one that is not of the compiler comes again below
-                self._give_up(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-        return self.block(*args, **kwargs)
+        if not self._tried:
+            self._tried, self.fast = True, self._compiled(args, kwargs)
+        return self.block(*args, **kwargs) if self.fast is None else self.fast(*args, **kwargs)
 
-    def _count(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Give up on a block of too many operations; finding out takes one pass through it."""
-        self._counted = True
+    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        """Return the compiled block, after a pass forth and back for which nothing is kept; None if that fails."""
         with torch.no_grad(), _Counter() as counter:
             self.block(*args, **kwargs)
         if counter.count > MOST_OPERATIONS:
-            self._give_up(
-                f"a block of {counter.count} operations, which would take very long; at most {MOST_OPERATIONS}"
-            )
+            _tell(f"a block of {counter.count} operations, which would take very long; at most {MOST_OPERATIONS}")
+            return None
+        try:
+            fast: Callable[..., Any] = torch.compile(_own_code(self.block), dynamic=False, fullgraph=True)  # pyright: ignore[reportUnknownMemberType]
+            output = first(fast(*args, **kwargs))
+            parameters = [parameter for parameter in self.block.parameters() if parameter.requires_grad]
+            torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of many kinds; one that is not of the compiler comes again without it
+            _tell(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            return None
+        return fast
 
-    def _give_up(self, reason: str) -> None:
-        self._fast = None
-        _tell(reason)
+
+def _own_code(block: nn.Module) -> Callable[..., Any]:
+    """Return a function that runs a block, with a code object of its own.
+
+    Ranks differ from block to block, and so does what torch.compile makes of them; for each code object it gives up after
+    some variants.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return block(*args, **kwargs)
+
+    return FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
 
 
 class _Counter(TorchDispatchMode):

@@ -87,6 +87,7 @@ class Learner:
         again = Learner(self.student, self.config, self.lr / 2, self.steps, self.units, trained, self.compiled)
         for new, old in zip(again.optimiser.param_groups, self.optimiser.param_groups, strict=True):
             new["scale"] = old["scale"]
+        again._fast = self._fast  # the student is the same
         return again
 
     @torch.no_grad()

@@ -123,9 +123,13 @@ class Moments:
     @classmethod
     def stack(cls, moments: Sequence["Moments"]) -> "Moments":
         """Return copies of the moments of linears of one shape, stacked."""
-        inputs = [found.inputs for found in moments if found.inputs is not None]
-        gradients = [found.gradients for found in moments if found.gradients is not None]
-        return cls(Gram.stack(inputs) if inputs else None, Gram.stack(gradients) if gradients else None)
+        return cls(_stack([found.inputs for found in moments]), _stack([found.gradients for found in moments]))
+
+
+def _stack(grams: Sequence[Gram | None]) -> Gram | None:
+    """Return Grams stacked; None where one of them is missing."""
+    known = [gram for gram in grams if gram is not None]
+    return Gram.stack(known) if len(known) == len(grams) else None
 
 
 def held(features: int, widest: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Which linears of a block are decomposed at once: on an accelerator many small matrices take hardly longer than one."""
+"""Which linears of a block are decomposed at once: on an accelerator many small matrices may take hardly longer than one."""
 
 from collections.abc import Mapping
 
