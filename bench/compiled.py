@@ -4,23 +4,16 @@
     python bench/compiled.py 1024       # one hidden size, printed only
 
 Blocks of made-up Llamas, 60 % of their parameters kept, each with ranks of its own, learn on random activations. Plain and
-compiled steps take turns. Caches of `torch.compile` begin empty, unless
-one size is asked for.
+compiled steps take turns. Caches of `torch.compile` begin empty, unless one size is asked for.
 """
 
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+from by_size import by_size
 from speed import FFN, FULL_EPOCHS, FULL_TOKENS, RECOVERY_STEPS, SEQ_LEN
 
-RESULTS = Path(__file__).resolve().parent / "results"
 BATCH, BLOCKS = 8, 4
 STEPS = {256: 40, 1024: 12, 2048: 6}
 
@@ -126,25 +119,5 @@ def table(found: list[dict[str, Any]]) -> str:
     )
 
 
-def main() -> None:
-    """Measure each hidden size in a process of its own, or the one that is named in this one."""
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(int(sys.argv[1]))))
-        return
-    found = []
-    for hidden in STEPS:
-        with tempfile.TemporaryDirectory() as empty:
-            done = subprocess.run(
-                [sys.executable, __file__, str(hidden)], check=True, stdout=subprocess.PIPE, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": empty},
-            )  # fmt: skip
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-        print(found[-1], flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "compiled.json").write_text(json.dumps({"version": 1, "sizes": found}, indent=2) + "\n")
-    (RESULTS / "compiled.md").write_text(table(found))
-    print(table(found))
-
-
 if __name__ == "__main__":
-    main()
+    by_size(__file__, STEPS, measure, table)

@@ -8,10 +8,6 @@ that other work on the machine counts little; every ratio is taken within one pr
 """
 
 import copy
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +16,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from by_size import by_size
 from memory import make_model
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
 DEPTH, SEQ_LEN, KEEP = 2, 256, 0.6
 FFN = {256: 704, 1024: 2816, 2048: 5632}
 ROWS = {256: 129, 1024: 33, 2048: 17}  # calibration sequences
@@ -273,25 +268,6 @@ def figures(
     }
 
 
-def main() -> None:
-    """Measure each hidden size in a process of its own, or the one that is named in this one."""
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(int(sys.argv[1]))))
-        return
-    found = []
-    for hidden in FFN:
-        done = subprocess.run(
-            [sys.executable, __file__, str(hidden)], check=True, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-        print(found[-1], flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "speed.json").write_text(json.dumps({"version": 1, "sizes": found}, indent=2) + "\n")
-    (RESULTS / "speed.md").write_text(table(found))
-    print(table(found))
-
-
 def table(found: list[dict[str, Any]]) -> str:
     """Return the results as Markdown."""
     text = (
@@ -317,4 +293,4 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    by_size(__file__, FFN, measure, table)

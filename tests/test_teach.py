@@ -70,12 +70,15 @@ def test_every_learner_is_compiled_where_that_is_asked_for(tiny, short, tmp_path
         self._compiled = lambda args, kwargs: lambda *a, **k: passed.update([block]) or block(*a, **k)
 
     monkeypatch.setattr(Compiled, "__init__", counted)
+    let_go: list[int] = []
+    monkeypatch.setattr(lesson.gc, "collect", lambda: let_go.append(len(made)))
     recipe = replace(short(schedule=schedule), recover=RecoverConfig(epochs=1))
     plain = blocks(compress(tiny, tmp_path / "plain", recipe=recipe))
-    assert not made
+    assert not made and not let_go
     found = blocks(compress(tiny, tmp_path / "fast", recipe=recipe, machine=Machine(compile=True)))
     assert found == plain
     assert len(made) == 6 and set(passed) == set(made)  # three blocks, taught and recovered
+    assert let_go == ([1, 2, 3, 6] if schedule == "sequential" else [3, 6])  # so many were made by then
 
 
 def test_every_block_of_the_teacher_is_read_once(tiny, short, tmp_path, monkeypatch):

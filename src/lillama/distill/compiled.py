@@ -40,22 +40,30 @@ class Compiled(nn.Module):
         return self.block(*args, **kwargs) if self.fast is None else self.fast(*args, **kwargs)
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-        """Return the compiled block, after a pass forth and back for which nothing is kept; None if that fails."""
+        """Return the compiled block; None if that fails."""
+        try:
+            return self._trial(args, kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            RuntimeError,
+            OSError,
+        ) as error:  # the compiler's own, and of its files; any other comes again without it
+            reason, _, _ = str(error).strip().partition("\n")
+            _tell(f"{type(error).__name__}: {reason}")
+            return None
+
+    def _trial(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        """Return the compiled block after a pass forth and back, for which nothing is kept; None if it would take too long."""
         with torch.no_grad(), _Counter() as counter:
             self.block(*args, **kwargs)
         if counter.count > MOST_OPERATIONS:
             _tell(f"a block of {counter.count} operations, which would take very long; at most {MOST_OPERATIONS}")
             return None
-        try:
-            fast: Callable[..., Any] = torch.compile(_own_code(self.block), dynamic=False, fullgraph=True)  # pyright: ignore[reportUnknownMemberType]
-            output = first(fast(*args, **kwargs))
-            parameters = [parameter for parameter in self.block.parameters() if parameter.requires_grad]
-            torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - of many kinds; one that is not of the compiler comes again without it
-            _tell(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-            return None
+        fast: Callable[..., Any] = torch.compile(_own_code(self.block), dynamic=False, fullgraph=True)  # pyright: ignore[reportUnknownMemberType]
+        output = first(fast(*args, **kwargs))
+        parameters = [parameter for parameter in self.block.parameters() if parameter.requires_grad]
+        torch.autograd.grad(output.sum(), parameters, allow_unused=True)
         return fast
 
 
