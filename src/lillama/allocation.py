@@ -86,23 +86,26 @@ def _planned(lesson: Lesson, plan: RankPlan) -> Lesson:
 
 
 def _fisher(lesson: Lesson) -> Fisher:
-    """Measure gradients, and the spectra if they are not there yet."""
+    """Measure gradients, and the spectra if they are not there yet; moments are kept where memory allows."""
     wanted, found = not lesson.run.spectra.is_file(), dict[str, Tensor]()
     blocks, kept = lesson.job.plan.spec.blocks, dict[int, dict[str, Moments]]()
     fits = moments_fit(blocks, free_memory(exact_device(lesson.job.device)))
 
     def names(index: int) -> list[str]:
         block = blocks[index]
-        return [linear.name.removeprefix(f"{block.name}.") for linear in block.linears] if wanted else []
+        needed = wanted or (fits and not lesson.run.has_block(index))
+        return [linear.name.removeprefix(f"{block.name}.") for linear in block.linears] if needed else []
 
     def visit(index: int, block: nn.Module, measured: Mapping[str, Moments]) -> None:
+        if fits and measured:
+            kept[index] = dict(measured)
+        if not wanted:
+            return
         weights = {name: block.get_parameter(f"{name}.weight").detach() for name in measured}
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         for names in stacks(shapes, exact_device(lesson.job.device)):
             values = _spectra([weights[name] for name in names], [measured[name] for name in names])
             found.update({f"{blocks[index].name}.{name}": own for name, own in zip(names, values, strict=True)})
-        if wanted and fits:
-            kept[index] = dict(measured)
         trim_memory()
 
     rows = lesson.rows.train[: max(1, PROBED_TOKENS // lesson.job.recipe.calibration.seq_len)]
@@ -156,14 +159,14 @@ def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[
     """Return divergence and rise of the loss, in nats a held-out token, of each plan with its initial factors."""
     model, spec, rate = lesson.teacher, lesson.job.plan.spec, lesson.job.micro_batch
     held_out, shelf = lesson.batch[lesson.rows.held_out], lesson.shelf()
-    wanted = {"probes": fisher.batch, "original": held_out} | {f"plan-{n}": held_out for n in range(len(plans))}
+    wanted = ["original", *(f"plan-{n}" for n in range(len(plans)))]
     new = {name: Stores(shelf, model.dtype, f"ranks-{name}", len(wanted) + 1) for name in wanted}
     ends = {name: list[ActivationStore]() for name in wanted}  # of the stacks that are done with
     calls: dict[str, CallTable] = {}
     for stack in range(len(model.stacks)):
         now: dict[str, ActivationStore] = {}
-        for name, batch in wanted.items():
-            calls[name], now[name] = begin(model, batch, new[name], rate, stack, dict(enumerate(ends[name])))
+        for name in wanted:
+            calls[name], now[name] = begin(model, held_out, new[name], rate, stack, dict(enumerate(ends[name])))
         for index in model.indices(stack):
             block = spec.blocks[index]
             lesson.report(Progress("ranks", index, len(spec.blocks), block.name))
@@ -175,8 +178,7 @@ def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[
                 calls[name].remove()
     lesson.report(Progress("ranks", len(spec.blocks), len(spec.blocks)))
     head, original = Head(model, model.outside(head=True), calls["original"]), ends["original"][-1]
-    names = ["original", *(f"plan-{n}" for n in range(len(plans)))]
-    found = [head.means(held_out, ends[name][-1], original, rate) for name in names]
+    found = [head.means(held_out, ends[name][-1], original, rate) for name in wanted]
     for made in (*new.values(), *calls.values()):
         made.remove()
     return [(kl, entropy - found[0][1]) for kl, entropy in found[1:]]
@@ -193,7 +195,7 @@ def _advance(
     """Run a block of the original, and its initial student by every plan, each on its own activations."""
     model, ranks = lesson.teacher, {f"plan-{n}": _within(block, plan) for n, plan in enumerate(plans)}
     teacher = model.block(block.index)
-    state = _widest(lesson, fisher, block, teacher, list(ranks.values()), now["probes"])
+    state = _widest(lesson, fisher, block, teacher, list(ranks.values()))
     for name, store in now.items():
         runner = teacher
         if name in ranks:
@@ -207,17 +209,12 @@ def _within(block: BlockSpec, plan: RankPlan) -> dict[str, int]:
 
 
 def _widest(
-    lesson: Lesson,
-    fisher: Fisher,
-    block: BlockSpec,
-    teacher: nn.Module,
-    ranks: list[dict[str, int]],
-    probes: ActivationStore,
+    lesson: Lesson, fisher: Fisher, block: BlockSpec, teacher: nn.Module, ranks: list[dict[str, int]]
 ) -> dict[str, Tensor]:
     """Return a block's student state at the largest rank that any plan gives to each linear."""
     widest = {name: max(plan.get(name, 0) for plan in ranks) for name in {name for plan in ranks for name in plan}}
     widest = {linear: widest[linear] for linear in sorted(widest)}
-    found = fisher.moments(block.index, teacher, widest, probes.read) if widest else {}
+    found = fisher.moments(block.index, teacher, widest) if widest else {}
     trim_memory()
     generator = torch.Generator().manual_seed(lesson.seed(block))
     template, init = lesson.teacher.template(block.index), lesson.job.recipe.init

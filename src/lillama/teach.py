@@ -87,7 +87,7 @@ def _teach(lesson: Lesson, block: BlockSpec, streams: Streams, teachers: Teacher
     grams = _target(lesson, block, teacher, streams, untaught)
     student = None
     if untaught:
-        student = initial_student(lesson, block, teacher, streams, grams)
+        student = initial_student(lesson, block, teacher, grams)
         streams.adapt(block.index, teacher, lesson.job.recipe.distill.adaptive)
         grams.clear()
         teacher = None
@@ -127,17 +127,13 @@ def _target(lesson: Lesson, block: BlockSpec, teacher: nn.Module, streams: Strea
     return streams.teach(block.index, teacher, parts, ranks if untaught and recipe.init.needs_gram else ())
 
 
-def initial_student(
-    lesson: Lesson, block: BlockSpec, teacher: nn.Module, streams: Streams, grams: Mapping[str, Gram]
-) -> nn.Module:
+def initial_student(lesson: Lesson, block: BlockSpec, teacher: nn.Module, grams: Mapping[str, Gram]) -> nn.Module:
     """Return a block's student before training."""
     ranks, init = lesson.ranks(block), lesson.job.recipe.init
     generator = torch.Generator().manual_seed(lesson.seed(block))
     fisher, probed = lesson.fisher, {}
     if fisher is not None:
-        probed = fisher.moments(
-            block.index, teacher, ranks, lambda part: streams.teacher.read(fisher.rows[part]), inputs=not grams
-        )
+        probed = fisher.moments(block.index, teacher, ranks, inputs=not grams)
         trim_memory()
     found = {name: Moments(grams.get(name), probed[name].gradients if probed else None) for name in ranks}
     return compressed_copy(lesson.teacher.template(block.index), teacher, ranks, init, found, generator)
@@ -232,7 +228,7 @@ def _initial_students(
         teacher = lesson.teacher.block(block.index)
         grams = _target(lesson, block, teacher, streams, block.index in trained)
         if block.index in trained:
-            student = initial_student(lesson, block, teacher, streams, grams)
+            student = initial_student(lesson, block, teacher, grams)
             save_tensors(folder / f"initial-{block.index:04}.safetensors", student.state_dict())
             units[block.index] = streams.data(block.index, "teacher").units(config.loss, rows.held_out)
         streams.move_on(block.index, None)

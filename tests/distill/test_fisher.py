@@ -75,6 +75,28 @@ def test_moments_are_those_of_autograd(tiny, tmp_path, padded, disk):
     assert not list(tmp_path.glob("fisher-?.activations"))
 
 
+@pytest.mark.parametrize("disk", [False, True])
+def test_moments_computed_again_are_the_same_bits(tiny, tmp_path, disk):
+    """In whatever order blocks are asked for, though their sequences are some of many, in another order."""
+    torch.manual_seed(0)
+    ids, first = torch.randint(3, 200, (7, 12)), {}
+    batch, shelf = Batch.of_tokens(ids, None), Shelf(CPU, tmp_path, 0, 0 if disk else 1 << 30)
+    model, rows = open_streamed(tiny, CPU), torch.tensor([3, 1, 6, 0, 4])
+    fisher = measured(
+        model, batch, rows, shelf, 2, torch.Generator().manual_seed(1), lambda index: LINEARS,
+        lambda index, block, moments: first.update({index: moments}), silent,
+    )  # fmt: skip
+    for index in (1, 2, 0, 2):
+        again = fisher.moments(index, model.block(index), LINEARS[1:])
+        assert set(again) == set(LINEARS[1:])
+        for name, found in again.items():
+            for one, other in zip((found.inputs, found.gradients), (first[index][name].inputs, first[index][name].gradients),
+                                  strict=True):  # fmt: skip
+                assert all(torch.equal(*tiles) for tiles in zip(one.tiles, other.tiles, strict=True))
+    fisher.remove()
+    assert not list(tmp_path.glob("probes-*"))
+
+
 def test_of_two_calls_the_last_one_counts_and_what_nothing_hangs_on_has_no_gradient():
     class Odd(nn.Module):
         def __init__(self):

@@ -63,10 +63,9 @@ class Recomputed:
     inputs: Mapping[int, ActivationStore]
 
     def forward(self, index: int, part: Part, run: Run, hidden: Tensor) -> Tensor:
-        """Run a block without a graph."""
+        """Run a block; its graph, with which it is computed as `KeptGraphs` does, is forgotten."""
         self.inputs[index].write(part.place, hidden)
-        with torch.no_grad():
-            return run(hidden)
+        return _with_graph(run, hidden)[1].detach()
 
     def backward(self, index: int, part: Part, run: Run, gradient: Tensor) -> Tensor:
         """Run the block again, with a graph, and back."""

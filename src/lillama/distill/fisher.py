@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lillama.distill.grams import GramWatch, shrunk, watched, with_siblings
 from lillama.distill.prediction import Head
+from lillama.distill.probes import Probes
 from lillama.lowrank.gram import WIDEST, Gram, Moments
 from lillama.progress import Progress, Report
 from lillama.stream.batch import Batch
@@ -58,6 +59,7 @@ class Fisher:
         stacks: for each block, its stack.
         tokens: that the model predicts.
         micro_batch: sequences that are computed at once.
+        probes: the sequences' activations before a block, for moments that are computed again.
         kept: moments of some blocks' linears, which need not be computed again.
     """
 
@@ -68,24 +70,24 @@ class Fisher:
     stacks: list[int]
     tokens: int
     micro_batch: int
+    probes: Probes
     kept: dict[int, dict[str, Moments]] = field(default_factory=dict)
 
-    def moments(
-        self, index: int, block: nn.Module, names: Iterable[str], read: Callable[[slice], Tensor], inputs: bool = True
-    ) -> dict[str, Moments]:
+    def moments(self, index: int, block: nn.Module, names: Iterable[str], inputs: bool = True) -> dict[str, Moments]:
         """Return the second moments at some linears of a block, as they are kept, or computed again to the same bits.
 
         Args:
             index: of the block.
             block: dense, with its weights.
             names: of the linears within the block.
-            read: returns the block's inputs for some of `rows`.
             inputs: whether those of the inputs are wanted too.
         """
         names = list(names)
         if index in self.kept:
             return {name: self.kept[index][name] for name in names}
-        return moments(block, names, self.runs(index, read), self.tokens, inputs=inputs)
+        found = moments(block, names, self.runs(index, self.probes.before(index).read), self.tokens, inputs=inputs)
+        self.probes.advance(block)  # while it is at hand
+        return found
 
     def runs(self, index: int, read: Callable[[slice], Tensor]) -> Iterator[BackwardRun]:
         """Yield a block's runs by micro-batches; `read` returns its inputs for some of `rows`."""
@@ -96,7 +98,7 @@ class Fisher:
 
     def remove(self) -> None:
         """Give the stores back."""
-        for store in (*self.gradients, *{id(table): table for table in self.calls}.values()):
+        for store in (*self.gradients, *{id(table): table for table in self.calls}.values(), self.probes):
             store.remove()
 
 
@@ -147,7 +149,8 @@ def measured(
     del head
     owner = [stack for stack in stacks for _ in model.indices(stack)]
     gradients = [store for outputs in stores for store in outputs[1:]]
-    fisher = Fisher(rows, batch, gradients, [tables[stack] for stack in owner], owner, tokens, micro_batch)
+    probes = Probes(model, batch, shelf, micro_batch)
+    fisher = Fisher(rows, batch, gradients, [tables[stack] for stack in owner], owner, tokens, micro_batch, probes)
     for stack in reversed(stacks):
         crossing = _Crossing(tables[stack], replace(new, name=f"fisher-crossing-{stack}", made=[]))
         for index in reversed(model.indices(stack)):
