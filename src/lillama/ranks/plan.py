@@ -76,8 +76,8 @@ class RankPlan:
 
     @property
     def factorised(self) -> dict[str, int]:
-        """Name -> rank of all linears that are factorised."""
-        return {name: rank for name, rank in self.ranks.items() if rank is not None}
+        """Name -> rank of all linears that are factorised, in the model's order."""
+        return {linear.name: rank for linear, rank in self if rank is not None}
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON; `load` reads it back."""
