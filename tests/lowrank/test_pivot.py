@@ -8,7 +8,7 @@ from lillama.lowrank.storage import Storage
 from lillama.lowrank.stored import stored_factors
 
 SHAPES = [(7, 5, 1), (7, 5, 5), (5, 7, 5), (5, 7, 1), (40, 30, 13), (30, 40, 29), (96, 64, 48), (64, 64, 64)]
-KINDS = ["gaussian", "six decades", "dependent", "zero"]
+KINDS = ["gaussian", "six decades", "dependent", "twice", "alike", "zero"]
 
 
 def factors(kind: str, out_features: int, in_features: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -18,6 +18,10 @@ def factors(kind: str, out_features: int, in_features: int, rank: int) -> tuple[
         left = torch.linalg.qr(left)[0] * torch.logspace(0, -6, rank)
     if kind == "dependent":
         left[:, rank // 2 :] = 0
+    if kind == "twice":
+        left[:, rank // 2 :] = left[:, : rank - rank // 2].clone()
+    if kind == "alike":
+        left = left[:1].expand(out_features, rank)
     return (torch.zeros_like(left) if kind == "zero" else left), right
 
 
@@ -33,6 +37,30 @@ def test_nothing_but_rounding_is_lost(kind: str, shape: tuple[int, int, int]) ->
     assert how.largest == pytest.approx(pivots.left.abs().max().item() if len(pivots.left) else 0.0, abs=1e-9)
     assert how.largest <= LARGEST and 1 <= how.condition < 10 * shape[0]
     assert sorted(rows.tolist()) == list(range(shape[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pivots_stay_good_when_the_rows_change_places(kind: str, shape: tuple[int, int, int]) -> None:
+    """As they do where the order is absorbed, between the choice of the pivots and their use."""
+    left, right = factors(kind, *shape)
+    order = torch.randperm(shape[0])
+    rows = order.argsort()[pivot_rows(left)[0]]
+    pivots = pivoted(left[order], right, rows)
+    weight = left.double() @ right.double()
+    rebuilt = torch.cat((pivots.right, pivots.left @ pivots.right))[pivots.order]
+    torch.testing.assert_close(rebuilt, weight[order], rtol=0, atol=1e-12 * max(1.0, weight.abs().max().item()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dependent_rows_can_be_rounded(kind: str, shape: tuple[int, int, int], bits: int) -> None:
+    left, right = factors(kind, *shape)
+    if shape[1] % 2 or shape[2] % 2:
+        left, right = factors(kind, shape[0], shape[1] + shape[1] % 2, shape[2])
+    stored = stored_factors(left, right, Storage("pivot", bits=bits), pivot_rows(left)[0], torch.float32)
+    assert all(tensor.isfinite().all() for tensor in stored.values() if tensor.is_floating_point())
 
 
 @pytest.mark.parametrize("kind", KINDS)

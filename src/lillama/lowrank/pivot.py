@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int
 from scipy import linalg  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 LARGEST = 1.1  # magnitude of a coefficient
+DEPENDENT = 1e-12  # of a column's length: what is left of one that depends on others
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def pivot_rows(left: Float[Tensor, "out rank"]) -> tuple[Int[Tensor, " out"], Pi
     The coefficients depend on the column space of `left` alone. Pivots are found by QR with column pivoting on the
     transpose of an orthonormal basis of it; then a pivot is swapped for another row as long as a coefficient is larger
     than 1.1, which makes the volume of the pivots grow each time (Goreinov et al., How to find a good submatrix, 2010).
-    Neither small singular values nor zeros of the factors can therefore harm.
+    Neither small singular values nor zeros of the factors can therefore harm. Where the columns of `left` depend on each
+    other, as many pivots as are independent do all of it, and the rest are any rows.
 
     Args:
         left: the factor; the rank must not be larger than the number of rows.
@@ -55,14 +58,17 @@ def pivot_rows(left: Float[Tensor, "out rank"]) -> tuple[Int[Tensor, " out"], Pi
     if rank == out_features:
         return torch.arange(rank), Pivoting(1.0, 0.0)
     basis = _basis(left)
+    width = basis.shape[1]
+    if not width:
+        return torch.arange(out_features), Pivoting(1.0, 0.0)
     chosen = cast(Any, linalg).qr(basis.T.numpy(), mode="r", pivoting=True)[1]
     rows = torch.tensor(chosen, dtype=torch.long)
-    coefficients = _solved(basis, rows)
+    coefficients = _solved(basis, rows, rank)
     while coefficients.abs().max() > LARGEST:
         other, pivot = divmod(int(coefficients.abs().argmax()), rank)
         rows[pivot], rows[rank + other] = rows[rank + other].clone(), rows[pivot].clone()
         _swap(coefficients, other, pivot)
-    condition = cast(Any, torch.linalg).cond(basis[rows[:rank]])
+    condition = cast(Any, torch.linalg).cond(basis[rows[:width]])
     return rows, Pivoting(float(condition), float(coefficients.abs().max()))
 
 
@@ -76,7 +82,7 @@ def pivoted(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"], ro
     """
     rank = left.shape[1]
     pivots = left.detach().double().cpu()[rows[:rank]] @ right.detach().double().cpu()
-    return Pivots(pivots, _solved(_basis(left), rows), rows.argsort())
+    return Pivots(pivots, _solved(_basis(left), rows, rank), rows.argsort())
 
 
 def in_order(rows: Int[Tensor, " out"]) -> bool:
@@ -91,15 +97,25 @@ def refitted(pivots: Pivots, rounded: Float[Tensor, "rank in"]) -> Float64[Tenso
     return fit.solution.T.contiguous()
 
 
-def _basis(left: Float[Tensor, "out rank"]) -> Float64[Tensor, "out rank"]:
-    """Return an orthonormal basis of what `left` spans, completed where its columns depend on each other."""
-    return cast(Any, torch.linalg).qr(left.detach().double().cpu())[0]
+def _basis(left: Float[Tensor, "out rank"]) -> Float64[Tensor, "out width"]:
+    """Return an orthonormal basis of what the columns of `left` span; it does not depend on the order of the rows."""
+    exact = left.detach().double().cpu()
+    basis, triangle = cast(Any, torch.linalg).qr(exact)
+    lengths = exact.square().sum(dim=0).sqrt()
+    if (triangle.diagonal().abs() > DEPENDENT * lengths).all():
+        return basis
+    columns = exact[:, lengths > 0] / lengths[lengths > 0]
+    vectors, values, _ = cast(Any, torch.linalg).svd(columns, full_matrices=False)
+    return vectors[:, values > DEPENDENT * values[:1]]
 
 
-def _solved(basis: Float64[Tensor, "out rank"], rows: Int[Tensor, " out"]) -> Float64[Tensor, "others rank"]:
+def _solved(
+    basis: Float64[Tensor, "out width"], rows: Int[Tensor, " out"], rank: int
+) -> Float64[Tensor, "others rank"]:
     """Return the coefficients of the other rows in the pivots, which come first."""
-    rank = basis.shape[1]
-    return cast(Any, torch.linalg).solve(basis[rows[:rank]].T, basis[rows[rank:]].T).T.contiguous()
+    width = basis.shape[1]
+    found = cast(Any, torch.linalg).solve(basis[rows[:width]].T, basis[rows[rank:]].T).T.contiguous()
+    return found if width == rank else F.pad(found, (0, rank - width))
 
 
 def _swap(coefficients: Float64[Tensor, "others rank"], other: int, pivot: int) -> None:
