@@ -5,14 +5,16 @@ import os
 import sys
 from pathlib import Path
 
+from lillama.cli import quieten  # before what it is to keep quiet
+
+quieten()
+
 import torch
 import transformers
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import lillama  # noqa: F401  (lets transformers load compressed models)
 
 BEGINNINGS = ["The old man", "La jeune fille"]
 SEED, TEMPERATURE, NEW_TOKENS = 0, 0.7, 40

@@ -5,6 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lillama.cli import quieten  # before what it is to keep quiet
+
+quieten()
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -1,6 +1,9 @@
 """The command line: parse, call the library, print. Errors are one line on standard error."""
 
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +41,28 @@ probing.default(probe)
 probing.command(make, name="make")
 app.command(probing)
 
+# Libraries that other libraries import, and that tell on import what does not concern a user of this command.
+TALKATIVE = ("torchao", "torch.utils._pytree")
+
+
+def console() -> None:
+    """Run the `lillama` command of a terminal, in which lillama alone speaks.
+
+    Warnings of the libraries that it is made of are for their programmers; `python -W`, and transformers'
+    `TRANSFORMERS_VERBOSITY`, bring them back.
+    """
+    quieten()
+    main()
+
+
+def quieten() -> None:
+    """Let other libraries tell of errors only; call it before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Run the command line; exit with 0, with 2 for what the user can mend, with 1 for a failure of the machine."""
@@ -65,4 +90,4 @@ def _fail(text: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    console()

@@ -6,7 +6,7 @@ transformers' table of methods is already there, `register` fills it at once. Ot
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -23,7 +23,7 @@ class TableFinder(MetaPathFinder):
     searching = False
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, fullname: str, path: Iterable[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return the usual spec of `TABLE` with our step added to its execution; None for any other module."""
         if fullname != TABLE or self.searching:
