@@ -33,16 +33,16 @@ X, expected = torch.arange(3, 23)[None], torch.load(logits)
 def check(**options):
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert type(model) is LlamaForCausalLM and not any(report.values())
-    assert torch.equal(model(X).logits, expected)
+    torch.testing.assert_close(model(X).logits, expected)
     hidden = model.model(X).last_hidden_state
-    assert torch.equal(AutoModel.from_pretrained(folder, **options)(X).last_hidden_state, hidden)
+    torch.testing.assert_close(AutoModel.from_pretrained(folder, **options)(X).last_hidden_state, hidden)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, **options)
-    assert torch.equal(classifier.model(X).last_hidden_state, hidden)
+    torch.testing.assert_close(classifier.model(X).last_hidden_state, hidden)
     again = scratch / f"remote-{bool(options)}"
     model.save_pretrained(again)
     assert (again / "modeling_lillama.py").exists() is bool(options)
     assert ("auto_map" in json.loads((again / "config.json").read_text())) is bool(options)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(again, **options)(X).logits, expected)
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(again, **options)(X).logits, expected)
     model.half().float().dequantize()
 """
 
@@ -164,12 +164,12 @@ def test_every_architecture_loads_all_its_weights_in_all_forms(
     ]:
         loaded, report = loader.from_pretrained(form, output_loading_info=True, **options)
         assert not any(report.values()), (form, report)
-        tolerance = 2e-5 if form.name == "dense" else 0
+        tolerance = 2e-5 if form.name == "dense" else 1e-5
         torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=0, atol=tolerance)
         assert type(loaded) is architecture
     assert type(loaded.config).__module__.startswith("transformers_modules")  # the last one: from the folder's file
     loaded.save_pretrained(tmp_path / f"again-{name}")
-    assert torch.equal(
+    torch.testing.assert_close(
         remote.from_pretrained(tmp_path / f"again-{name}", trust_remote_code=True)(**inputs).logits, expected
     )
 

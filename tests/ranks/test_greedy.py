@@ -1,17 +1,18 @@
 """The same ranks as the rules give when they are followed to the letter, linear by linear; and soon enough for thousands."""
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lillama.errors import BudgetError
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
+from lillama.ranks import greedy
 from lillama.ranks.adaptive import LEAST_PRICE, Adaptive
 from lillama.ranks.allocate import BISECTIONS, TOLERANCE, Uniform
 from lillama.ranks.budget import Budget
@@ -212,12 +213,15 @@ def test_uniform_finds_the_share_that_a_search_linear_by_linear_finds(
     assert plan == expected
 
 
-def test_thousands_of_linears_take_seconds() -> None:
-    """A step that looks through all linears again would make it minutes."""
+def test_the_work_for_thousands_of_linears_grows_with_the_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that looks through all linears again would ask a thousand times as often."""
+    asked = []
+    for name in ("_raised", "_lowered"):
+        ask = getattr(greedy, name)
+        monkeypatch.setattr(greedy, name, lambda *args, _ask=ask: (asked.append(1), _ask(*args))[1])
     spec = drawn([[(512, 192), (192, 512)] * 64] * 24)
     rng = np.random.default_rng(0)
     spectra = Spectra({x.name: np.exp(rng.normal() - rng.uniform(0.01, 0.1) * np.arange(192)) for x in spec.linears})
-    start = time.process_time()
     plans = Adaptive().candidates(spec, 0.6, "model", Storage("pivot"), spectra)
-    assert time.process_time() - start < 10
+    assert len(spec.linears) <= len(asked) < 12 * len(spec.linears)
     assert all(0.599 < plan.keep <= 0.6 for plan in plans.values())

@@ -158,7 +158,7 @@ def test_an_open_page_follows_the_run_and_comes_to_rest(chromium, unfinished, fi
     assert page.locator(".state").inner_text().startswith("Still going on")
     finish()
     write(report([unfinished]), place)
-    page.locator("table.facts").wait_for(timeout=10_000)
+    page.locator("table.facts").wait_for(timeout=120_000)
     assert page.locator("meta[http-equiv=refresh]").count() == page.locator(".state").count() == 0
     page.close()
 

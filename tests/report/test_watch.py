@@ -10,7 +10,7 @@ from lillama.cli import main
 from lillama.compression import compress
 from lillama.progress import Progress
 
-PATIENCE = 30.0  # seconds, for a machine that is busy
+PATIENCE = 300.0  # seconds; only a page that never comes takes so long, however busy the machine
 REFRESH = 'http-equiv="refresh" content="0.2"'
 
 
