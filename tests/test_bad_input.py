@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lillama import cli, lesson, making, prepare
 from lillama.cli import main
 from lillama.compression import compress
+from lillama.errors import ModelError
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -292,3 +293,21 @@ def test_a_broken_pipe_is_no_traceback():
         raise BrokenPipeError
 
     assert cli.run(work) == 1
+
+
+@pytest.mark.parametrize(
+    ("tensor", "named", "changes"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", r"the output of model\.layers\.1", {}),
+        ("model.layers.1.mlp.down_proj.weight", r"the output of model\.layers\.1", {"init": {"name": "two-sided"}}),
+        ("lm_head.weight", "what the head predicts", {"init": {"name": "two-sided"}}),
+    ],
+)
+def test_finite_weights_that_overflow_are_found_before_any_block_is_taught(
+    make_model, quick, tmp_path, text, tensor, named, changes
+):
+    model = make_model()
+    edit_weights(model, lambda tensors: tensors.update({tensor: torch.full_like(tensors[tensor], 3e38)}))
+    with pytest.raises(ModelError, match=f"{named} of the original holds NaN or infinite values.*float32"):
+        compress(model, tmp_path / "out", recipe=quick(**changes), calibration=text)
+    assert not (tmp_path / "out.run" / "blocks").exists()

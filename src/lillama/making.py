@@ -36,8 +36,9 @@ from lillama.report.still import PLOT, kept_plot
 from lillama.resources import peak_memory, save_memory
 from lillama.result import FILE, Result, Stored, TextPair, environment
 from lillama.run import RunDir, opened
-from lillama.stream.store import Shelf
+from lillama.stream.store import Shelf, Stores
 from lillama.stream.streamed import open_streamed
+from lillama.stream.through import through
 from lillama.teach import teach_jointly, teach_sequentially
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def made(order: Order) -> Result:
         if not lesson.ample:
             save_memory()
         lesson = decided(lesson)
+        if lesson.unfinished and lesson.fisher is None:
+            refuse_overflow(lesson)
         if lesson.unfinished:
             TEACH[order.recipe.distill.schedule](lesson)
         run.remove_joint()
@@ -115,6 +118,19 @@ def lesson_of(job: Job, run: RunDir, order: Order) -> Lesson:
     if tokens.manifest.wanted and len(tokens.ids) == 1:
         logger.warning("there is one calibration sequence only: states are chosen on what they were trained on")
     return Lesson(job, tokens, run, order.report)
+
+
+def refuse_overflow(lesson: Lesson) -> None:
+    """Refuse a model whose activations are not finite on the first sequences, before any block is taught.
+
+    Where gradients are measured, all sequences that these are measured on were looked at already.
+    """
+    new = Stores(lesson.shelf(), lesson.teacher.dtype, "looked-at", len(lesson.teacher.stacks))
+    tables, _ = through(
+        lesson.teacher, lesson.batch[: lesson.job.micro_batch], new, lesson.job.micro_batch, strict=True
+    )
+    for made in (*tables, new):
+        made.remove()
 
 
 def _warn_of_kept_initialisations(lesson: Lesson) -> None:

@@ -21,7 +21,7 @@ from lillama.lowrank.gram import WIDEST, Gram, Moments
 from lillama.progress import Progress, Report
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves
-from lillama.stream.running import advance, begin, entered, row_leaves, row_slices
+from lillama.stream.running import advance, begin, entered, overflow, row_leaves, row_slices
 from lillama.stream.store import ActivationStore, Shelf, Stores
 from lillama.stream.streamed import StreamedModel
 
@@ -128,6 +128,9 @@ def measured(
         names: of the linears within a block whose moments are wanted.
         visit: is given each block, from the last to the first, and the moments of its linears.
         report: told about blocks.
+
+    Raises:
+        ModelError: activations or predictions are not finite.
     """
     batch, total, stacks = batch[rows], len(model.names), range(len(model.stacks))
     new = Stores(shelf, model.dtype, "fisher", total + len(stacks))
@@ -139,7 +142,8 @@ def measured(
         for index in model.indices(stack):
             report(Progress("fisher", index, 2 * total, "forth"))
             source, sink = stores[stack][-1], new(first.shape)
-            advance(model.block(index), index, table, source, sink, micro_batch)
+            if not advance(model.block(index), index, table, source, sink, micro_batch):
+                raise overflow(f"the output of {model.names[index]}", model.dtype)
             stores[stack].append(sink)
         tables.append(table)
     head = Head(model, model.outside(head=True), tables[-1])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lillama.stream.batch import Batch, fills_gaps
 from lillama.stream.calls import CallTable
-from lillama.stream.running import finish, row_slices
+from lillama.stream.running import finish, overflow, row_slices
 from lillama.stream.store import ActivationStore, Shelf, Stores
 from lillama.stream.streamed import StreamedModel
 from lillama.stream.through import through
@@ -96,6 +96,9 @@ class Head:
             batch: the sequences.
             hidden: the last block's outputs.
             generator: of the labels, on the CPU.
+
+        Raises:
+            ModelError: predictions are not finite.
         """
         place, tokens, _ = self._real(batch, hidden)
         size, gradients = self._tokens(hidden.shape[1]), []
@@ -107,7 +110,10 @@ class Head:
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
                 found = self._log_probabilities(ids, leaf)
-            chosen = torch.multinomial(found.detach().exp().cpu(), 1, generator=generator).to(found.device)
+            chances = found.detach().exp().cpu()
+            if not chances.isfinite().all():
+                raise overflow("what the head predicts", self.model.dtype)
+            chosen = torch.multinomial(chances, 1, generator=generator).to(found.device)
             gradients += torch.autograd.grad(-found.gather(1, chosen).sum(), [leaf])
         whole = torch.zeros_like(hidden)
         whole[place] = torch.cat(gradients)

@@ -93,12 +93,16 @@ def entered(
 @torch.no_grad()
 def advance(
     block: nn.Module, index: int, calls: CallTable, source: ActivationStore, sink: ActivationStore, micro_batch: int
-) -> None:
+) -> bool:
     """Run a block on all rows of `source` and write its outputs to `sink`, which may be the same store.
+
+    Returns:
+        whether all outputs are finite.
 
     Raises:
         ModelError: the block's outputs are of another shape than its inputs.
     """
+    finite = torch.ones((), dtype=torch.bool, device=source.device)
     for rows in row_slices(source.shape[0], micro_batch):
         hidden = source.read(rows)
         output = calls.select(index, rows, source.device)(block, hidden)
@@ -107,7 +111,18 @@ def advance(
                 f"{type(block).__name__} {index} turns activations of shape {tuple(hidden.shape[1:])} into "
                 f"{tuple(output.shape[1:])}; only models whose blocks are all of one width can be compressed"
             )
+        finite &= output.isfinite().all()
         sink.write(rows, output)
+    return bool(finite)
+
+
+def overflow(what: str, dtype: torch.dtype) -> ModelError:
+    """Return the error for a model whose weights are finite and whose activations are not."""
+    kind = str(dtype).removeprefix("torch.")
+    return ModelError(
+        f"{what} of the original holds NaN or infinite values on the calibration text, computed in {kind}; get a sound copy of "
+        "the model, or give other --calibration"
+    )
 
 
 def finish(

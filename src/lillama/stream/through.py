@@ -6,7 +6,7 @@ from torch import nn
 
 from lillama.stream.batch import Batch
 from lillama.stream.calls import CallTable
-from lillama.stream.running import NewStore, advance, begin
+from lillama.stream.running import NewStore, advance, begin, overflow
 from lillama.stream.store import ActivationStore
 from lillama.stream.streamed import StreamedModel
 
@@ -21,6 +21,7 @@ def through(
     visit: Visit = lambda index: None,
     block: Callable[[int], nn.Module] | None = None,
     stacks: int | None = None,
+    strict: bool = False,
 ) -> tuple[list[CallTable], list[ActivationStore]]:
     """Run a batch through the blocks of a model.
 
@@ -32,9 +33,13 @@ def through(
         visit: is told the index of each block before it runs.
         block: returns the block of an index; by default the model's own.
         stacks: how many of the stacks are run; by default all.
+        strict: whether outputs that are not finite are refused.
 
     Returns:
         for each stack how its blocks are called, and the outputs of its last block.
+
+    Raises:
+        ModelError: the outputs of a block are not finite.
     """
     calls: list[CallTable] = []
     outputs: list[ActivationStore] = []
@@ -42,7 +47,9 @@ def through(
         table, hidden = begin(model, batch, new, micro_batch, stack, dict(enumerate(outputs)))
         for index in model.indices(stack):
             visit(index)
-            advance((block or model.block)(index), index, table, hidden, hidden, micro_batch)
+            finite = advance((block or model.block)(index), index, table, hidden, hidden, micro_batch)
+            if strict and not finite:
+                raise overflow(f"the output of {model.names[index]}", model.dtype)
         calls.append(table)
         outputs.append(hidden)
     return calls, outputs
