@@ -87,18 +87,22 @@ def test_a_failure_between_the_two_renames_brings_the_old_folder_back(
 
 
 def killed_before_the_renames(folder: Path) -> None:
-    (folder.parent / ".out.tmp").mkdir()
-    (folder.parent / ".out.tmp" / "half.txt").write_text("half")
+    aside = folder.parent / ".out.lillama"
+    (aside / "new").mkdir(parents=True)
+    (aside / "lock").touch()
+    (aside / "new" / "half.txt").write_text("half")
 
 
 def killed_between_the_renames(folder: Path) -> None:
     killed_before_the_renames(folder)
-    folder.rename(folder.parent / ".out.old")
+    folder.rename(folder.parent / ".out.lillama" / "old")
 
 
 def killed_after_the_renames(folder: Path) -> None:
-    (folder.parent / ".out.old").mkdir()
-    (folder.parent / ".out.old" / "older.txt").write_text("older")
+    aside = folder.parent / ".out.lillama"
+    (aside / "old").mkdir(parents=True)
+    (aside / "lock").touch()
+    (aside / "old" / "older.txt").write_text("older")
 
 
 KILLS = [killed_before_the_renames, killed_between_the_renames, killed_after_the_renames]

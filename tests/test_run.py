@@ -101,13 +101,14 @@ def test_what_a_kill_left_is_swept(tmp_path):
     run = begun(tmp_path)
     (tmp_path / "blocks").mkdir()
     (tmp_path / "blocks" / ".0001.safetensors.99.tmp").touch()
-    (tmp_path / ".calibration.tmp").mkdir()
-    (tmp_path / ".calibration.tmp" / "tokens").touch()
-    (tmp_path / ".joint.old").mkdir()
-    (tmp_path / ".joint.old" / "state.json").touch()
-    (tmp_path / ".calibration.old").mkdir()
+    for name in (".calibration.lillama/new/tokens", ".calibration.lillama/old/tokens", ".joint.lillama/old/0000.json",
+                 "recovery/.0.004.lillama/old/0000.json"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+        (tmp_path / name).parents[1].joinpath("lock").touch()
     with opened(tmp_path, IDENTITY):
-        assert (run.joint / "state.json").is_file()
+        assert (run.joint / "0000.json").is_file() and (tmp_path / "recovery" / "0.004" / "0000.json").is_file()
+        assert run.calibration.is_dir() and not list(run.calibration.iterdir())
         assert not list(tmp_path.rglob(".*"))
 
 

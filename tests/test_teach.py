@@ -16,7 +16,7 @@ from lillama.compression import compress
 from lillama.distill.compiled import Compiled
 from lillama.distill.recover import RecoverConfig
 from lillama.errors import ModelError
-from lillama.model.checkpoint import load_tensors
+from lillama.artefacts import load_tensors
 from lillama.prepare import Machine
 from lillama.stream.streamed import StreamedModel
 

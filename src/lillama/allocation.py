@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lillama.artefacts import save_json
 from lillama.distill.fisher import PROBED_TOKENS, Fisher, measured
 from lillama.distill.prediction import Head
 from lillama.estimate import moments_fit
-from lillama.files import write_json
 from lillama.lesson import Lesson
 from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.factors import spectrum
@@ -63,15 +63,26 @@ def decided(lesson: Lesson) -> Lesson:
     elif not open_ranks:
         lesson = _planned(lesson, RankPlan.load(run.plan, job.plan.spec, job.recipe.storage))
     fisher = None
-    if open_ranks or (job.recipe.init.needs_gradient and lesson.unfinished):
+    lost = job.open_ranks and not run.spectra.is_file()
+    if open_ranks or lost or (job.recipe.init.needs_gradient and lesson.unfinished):
         fisher = _fisher(lesson)
     if open_ranks:
         assert fisher is not None
         lesson = _planned(lesson, _chosen(lesson, fisher))
+        _forget_other_ranks(lesson)
     if fisher is not None and not job.recipe.init.needs_gradient:
         fisher.remove()
         fisher = None
     return replace(lesson, fisher=fisher)
+
+
+def _forget_other_ranks(lesson: Lesson) -> None:
+    """Remove blocks that were taught by another plan than the one that was made again."""
+    run, found = lesson.run, [block for block in lesson.job.plan.spec if lesson.run.has_block(block.index)]
+    other = [block.name for block in found if run.block_log(block.index)["ranks"] != lesson.ranks(block)]
+    if other:
+        logger.warning("%s: taught with other ranks than those of plan.json; all blocks are taught again", other[0])
+        run.forget_blocks()
 
 
 def measured_spectra(lesson: Lesson) -> Spectra:
@@ -150,7 +161,7 @@ def _chosen(lesson: Lesson, fisher: Fisher) -> RankPlan:
         logger.warning("uniform ranks were better than adaptive ones on the held-out calibration tokens, and are taken")
     plans[best.share].save(lesson.run.plan)
     rows = [asdict(candidate) for candidate in found]
-    write_json(lesson.run.allocation, {"version": VERSION, "chosen": best.share, "candidates": rows})
+    save_json(lesson.run.allocation, {"version": VERSION, "chosen": best.share, "candidates": rows})
     return plans[best.share]
 
 

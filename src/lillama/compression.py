@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lillama.errors import OutputError
+from lillama.files import resolved
 from lillama.fitting import preview as previewed
 from lillama.fitting import smallest
 from lillama.making import Order, made
@@ -132,7 +133,7 @@ def _run_folder(out: Path, run: str | Path | None) -> Path:
     if out.name in ("", ".."):
         raise OutputError(f"{out}: OUT is a folder to make; give it a name")
     folder = Path(run).expanduser() if run is not None else out.with_name(f"{out.name}.run")
-    inner, outer = folder.resolve(), out.resolve()
+    inner, outer = resolved(folder), resolved(out)
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise OutputError(f"{folder}: run folder and OUT lie in each other; choose another --run")
     return folder

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class LillamaError(Exception):
@@ -40,6 +41,19 @@ class RecipeError(LillamaError):
 
 class OutputError(LillamaError):
     """The output folder or the run folder cannot be used."""
+
+
+class DamagedError(OutputError):
+    """An artefact of a run folder is missing, or is not what was written there: a bit rotted, or somebody changed it.
+
+    Args:
+        path: of the artefact.
+        what: is wrong with it.
+    """
+
+    def __init__(self, path: Path, what: str = "is damaged: its content does not match its digest") -> None:
+        super().__init__(f"{path} {what}; the same command makes it again")
+        self.path, self.what = path, what
 
 
 class ProbeError(LillamaError):

@@ -1,13 +1,22 @@
 """Writes that survive a kill at any instant: a reader sees the old content or the new, never a half."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lillama.errors import OutputError
+
+ASIDE = ".lillama"  # at the end of the name of the folder that stands beside a place while it is worked on
+NEW, OLD, LOCK = "new", "old", "lock"  # in that folder
 
 
 def sync(path: Path) -> None:
@@ -32,50 +41,170 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def resolved(path: Path) -> Path:
+    """Return where a path leads, links followed.
+
+    Raises:
+        OutputError: it leads in a circle.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # a RuntimeError up to Python 3.12
+        raise OutputError(f"{path}: a link that leads nowhere ({error}); name a folder") from None
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """Make a folder and those around it; in the end those that were made here and are empty are removed again."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # it is not empty: it is used
+                folder.rmdir()
+
+
+@contextmanager
+def locked(file: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock on a file, made if need be; the lock ends with the process, however that ends.
+
+    Raises:
+        OutputError: another process holds it; the text is `refusal`.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise OutputError(refusal) from None
+    try:
+        if not file.exists():  # the process that held it has just removed it
+            raise OutputError(refusal)
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The place of a folder that belongs to this process alone, while `claimed` lasts.
+
+    Attributes:
+        path: of the folder, links followed.
+        aside: folder beside it that holds what is not yet, or no longer, there.
+    """
+
+    path: Path
+    aside: Path
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """Yield an empty folder; on success it takes the place of `path`, on failure it is removed.
+
+        A folder that stood at `path` before is kept until the new one is complete.
+        """
+        new, old = self.aside / NEW, self.aside / OLD
+        new.mkdir()
+        try:
+            yield new
+            for file in new.rglob("*"):
+                sync(file)
+            sync(new)
+            if self.path.exists():
+                self.path.rename(old)
+            new.rename(self.path)
+            sync(self.path.parent)
+        finally:
+            _settle(self.path, self.aside)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[Claim]:
+    """Claim the place of a folder, and end what a killed process began there.
+
+    Beside the folder stands another one, `.NAME.lillama`, meanwhile; nothing else around it is touched.
+
+    Raises:
+        OutputError: another process has claimed it, or something else stands where the folder beside it would.
+    """
+    path = resolved(path)  # a link keeps leading to the folder, and the folder stays on its disk
+    aside = path.with_name(f".{path.name}{ASIDE}")
+    lock = aside / LOCK
+    with made_folder(path.parent):
+        _make(aside, path)
+        found = {entry.name for entry in aside.iterdir()}
+        strange = sorted(found - {NEW, OLD, LOCK} if LOCK in found else found)
+        if strange:
+            raise OutputError(
+                f"{aside}: holds {strange[0]}, which is not of lillama; move it, or choose another folder"
+            )
+        try:
+            with locked(lock, f"{path}: another process works on it; wait for it, or choose another folder"):
+                try:
+                    _settle(path, aside)
+                    yield Claim(path, aside)
+                finally:
+                    lock.unlink(missing_ok=True)  # still held: whoever makes a new one is the next
+        finally:
+            with suppress(OSError):  # another process has come
+                aside.rmdir()
+
+
+def _make(aside: Path, path: Path) -> None:
+    try:
+        aside.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise OutputError(f"{aside}: this file is not of lillama; move it, or choose another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise OutputError(
+            f"{path}: nothing can be written to {path.parent} ({error.strerror}); choose another folder"
+        ) from None
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it takes the place of `path`, on failure it is removed.
+    """Yield an empty temporary folder; on success it takes the place of `path`, on failure it is removed.
 
     A folder that stood at `path` before is kept until the new one is complete.
     """
-    path = path.resolve()  # a link keeps leading to the folder, and the folder stays on its disk
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    _bring_back(old, path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            sync(file)
-        sync(temporary)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        sync(path.parent)
-    finally:
-        _bring_back(old, path)
-        shutil.rmtree(temporary, ignore_errors=True)
+    with claimed(path) as claim, claim.folder() as folder:
+        yield folder
 
 
-def _bring_back(old: Path, path: Path) -> None:
-    """End a replacement that stopped between its two renames, or after both: the folder aside goes back, or goes."""
-    if old.exists() and not path.exists():
-        old.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+def settled(folder: Path) -> None:
+    """End what a killed process began with the folders in `folder`, at any depth."""
+    for aside in [*folder.rglob(f".*{ASIDE}")]:
+        with claimed(aside.with_name(aside.name.removeprefix(".").removesuffix(ASIDE))):
+            pass
+
+
+def _settle(path: Path, aside: Path) -> None:
+    """End a replacement that stopped before, between or after its two renames: what was aside goes back, or goes."""
+    if (aside / OLD).exists() and not path.exists():
+        (aside / OLD).rename(path)
+    for left in (aside / OLD, aside / NEW):
+        if left.exists():
+            shutil.rmtree(left)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    try:
+        content = text.encode()
+    except UnicodeEncodeError:  # a file name that is no text; JSON has escapes for it
+        content = json.dumps(value, indent=2).encode() + b"\n"
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def digest(value: Any) -> str:
     """Return the SHA-256 of a JSON value's canonical form (sorted keys, no spaces), in hexadecimal."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -8,16 +8,16 @@ from tempfile import TemporaryDirectory
 
 from lillama.allocation import measured_spectra
 from lillama.errors import BudgetError, OutputError, RecipeError
-from lillama.files import atomic_folder
+from lillama.files import Claim, claimed
 from lillama.goals import smallest_within
-from lillama.making import Order, lesson_of, made, refuse_foreign
+from lillama.making import Order, lesson_of, made
 from lillama.model.spec import ModelSpec
 from lillama.prepare import Planned, plan, prepared
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 from lillama.recipe import Recipe
-from lillama.result import Result
+from lillama.result import Result, refuse_foreign
 from lillama.run import MARKER, opened
 
 SHOWN = tuple(round(0.95 - 0.05 * index, 2) for index in range(14))
@@ -25,7 +25,12 @@ SHOWN = tuple(round(0.95 - 0.05 * index, 2) for index in range(14))
 
 def smallest(order: Order, most: float) -> Result:
     """Make models until one is within the bound on the loss; the smallest of these becomes the result."""
-    refuse_foreign(order.out)
+    with claimed(order.out) as claim:
+        refuse_foreign(order.out)
+        return _smallest(order, most, claim)
+
+
+def _smallest(order: Order, most: float, claim: Claim) -> Result:
     if most <= 0:
         raise RecipeError(f"max-loss is {most:g}; give nats a token above 0, for example 0.02")
     if (order.run / MARKER).is_file():
@@ -48,8 +53,9 @@ def smallest(order: Order, most: float) -> Result:
         return _rise(spec, replace(order.recipe, keep=keep, bytes=None), spectra)
 
     keep, _ = smallest_within(most, predicted, attempt)
-    with atomic_folder(order.out) as folder:
+    with claim.folder() as folder:
         shutil.copytree(found[keep].path, folder, dirs_exist_ok=True)
+        refuse_foreign(order.out)
     return replace(found[keep], path=order.out, seconds=sum(result.seconds for result in found.values()))
 
 

@@ -111,7 +111,8 @@ class Lesson:
                 "%s: training made the largest singular value of %s %.1f times as large; such factors may do harm on other "
                 "text: lower distill.lr, or set distill.norm", block.name, name, ratio,
             )  # fmt: skip
-        self.run.save_block(block.index, student.state_dict(), log)
+        made_from = {"calibration": self.tokens.seal, "ranks": self.ranks(block)}
+        self.run.save_block(block.index, student.state_dict(), log, made_from)
         moved = f"{log.block}: held-out loss {log.initial:.5f} -> {log.final:.5f}"
         self.report(Progress("taught", block.index + 1, len(self.blocks), moved))
 

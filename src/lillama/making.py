@@ -2,14 +2,14 @@
 
 import logging
 import math
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from jinja2 import TemplateError
 from torch import Tensor
 from yaml import YAMLError
 
@@ -18,23 +18,23 @@ from lillama.calibration.documents import read_text
 from lillama.calibration.gather import gather
 from lillama.calibration.pack import TokenBlocks
 from lillama.distill.prediction import Change, change
-from lillama.errors import OutputError
+from lillama.errors import DamagedError
 from lillama.evaluation.perplexity import Windows, cut, default_length, named, score_texts
 from lillama.evaluation.tally import refuse_other_models
-from lillama.files import atomic_folder, write_json
+from lillama.files import Claim, claimed, write_json
 from lillama.hub.assemble import assemble
 from lillama.hub.card import Calibration, CardFacts, Measured, card
-from lillama.hub.export import FOLDERS
 from lillama.lesson import Lesson
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.spec import BlockSpec
 from lillama.prepare import Job, Machine, checked_room, prepared
 from lillama.progress import Report
+from lillama.ranks.spectra import Spectra
 from lillama.recipe import Recipe
 from lillama.recovery import Recovered, recover
 from lillama.report.still import PLOT, kept_plot
 from lillama.resources import peak_memory, save_memory
-from lillama.result import FILE, Result, Stored, TextPair, environment
+from lillama.result import FILE, Result, Stored, TextPair, environment, file_digests, refuse_foreign
 from lillama.run import RunDir, opened
 from lillama.stream.store import Shelf, Stores
 from lillama.stream.streamed import open_streamed
@@ -79,8 +79,13 @@ class Order:
 
 def made(order: Order) -> Result:
     """Make one model."""
+    with claimed(order.out) as claim:
+        refuse_foreign(order.out)
+        return _made(order, claim)
+
+
+def _made(order: Order, claim: Claim) -> Result:
     start = time.monotonic()
-    refuse_foreign(order.out)
     contents = {name: read_text(path) for name, path in named(order.texts).items()}
     job = prepared(order.model, order.recipe, order.recipe_name, order.rank_plan, order.machine)
     windows = _windows(job, contents)
@@ -98,23 +103,13 @@ def made(order: Order) -> Result:
         lesson = lesson.initialised()
         _warn_of_kept_initialisations(lesson)
         recover(lesson, order.recipe.recover)
-        return _finished(lesson, order.out, windows, start)
+        return _finished(lesson, order.out, claim, windows, start)
 
 
 def lesson_of(job: Job, run: RunDir, order: Order) -> Lesson:
     """Return what is taught, with calibration tokens that are gathered now if they were not yet."""
     run.save_spec(job.plan.spec)
-    if not (run.calibration / "manifest.json").is_file():
-        if order.borrowed is None:
-            config, folder = job.recipe.calibration, job.teacher.reader.folder
-            found = gather(config, folder, job.tokenizer, job.recipe.seed, job.device, order.report,
-                           job.teacher.skeleton)  # fmt: skip
-            found.save(run.calibration)
-        else:
-            lent = RunDir(order.borrowed)
-            shutil.copyfile(lent.spectra, run.spectra)
-            TokenBlocks.load(lent.calibration).save(run.calibration)
-    tokens = TokenBlocks.load(run.calibration)
+    tokens = _kept_tokens(run) or _new_tokens(job, run, order)
     if tokens.manifest.wanted and len(tokens.ids) == 1:
         logger.warning("there is one calibration sequence only: states are chosen on what they were trained on")
     return Lesson(job, tokens, run, order.report)
@@ -133,6 +128,33 @@ def refuse_overflow(lesson: Lesson) -> None:
         made.remove()
 
 
+def _kept_tokens(run: RunDir) -> TokenBlocks | None:
+    """Return the tokens that a run has; None if there are none, or damaged ones."""
+    if not run.calibration.exists():
+        return None
+    try:
+        return TokenBlocks.load(run.calibration)
+    except DamagedError as error:
+        logger.warning("%s %s; the tokens are gathered again", error.path, error.what)
+        return None
+
+
+def _new_tokens(job: Job, run: RunDir, order: Order) -> TokenBlocks:
+    """Gather tokens; where they are others than those that the run's artefacts were made from, these are removed."""
+    known = run.made_from()
+    if order.borrowed is None:
+        tokens = gather(job.recipe.calibration, job.teacher.reader.folder, job.tokenizer, job.recipe.seed, job.device,
+                        order.report, job.teacher.skeleton)  # fmt: skip
+    else:
+        tokens = TokenBlocks.load(RunDir(order.borrowed).calibration)
+    if tokens.seal not in known and run.forget():
+        logger.warning("%s: the calibration tokens are not those of before; all is made anew from them", run.path)
+    if order.borrowed is not None:
+        Spectra.load(RunDir(order.borrowed).spectra).save(run.spectra)
+    tokens.save(run.calibration)
+    return tokens
+
+
 def _warn_of_kept_initialisations(lesson: Lesson) -> None:
     logs = [lesson.run.block_log(block.index) for block in lesson.blocks if lesson.ranks(block)]
     kept = [log["block"] for log in logs if log["steps"] and not log["improved"]]
@@ -144,7 +166,7 @@ def _warn_of_kept_initialisations(lesson: Lesson) -> None:
         )  # fmt: skip
 
 
-def _finished(lesson: Lesson, out: Path, windows: Mapping[str, Windows], start: float) -> Result:
+def _finished(lesson: Lesson, out: Path, claim: Claim, windows: Mapping[str, Windows], start: float) -> Result:
     """Assemble the model folder, measure it, and let it appear."""
     job, run = lesson.job, lesson.run
 
@@ -154,7 +176,7 @@ def _finished(lesson: Lesson, out: Path, windows: Mapping[str, Windows], start: 
         recovered = Recovered(run.path).load(block.index)
         return run.load_block(block.index) if recovered is None else recovered
 
-    with atomic_folder(out) as folder:
+    with claim.folder() as folder:
         teacher, plan = job.teacher, job.plan
         pivots = assemble(
             folder, teacher.weights, plan.spec, plan.factorised, plan.storage, compressed,
@@ -163,11 +185,25 @@ def _finished(lesson: Lesson, out: Path, windows: Mapping[str, Windows], start: 
         texts, change = _measured(lesson, folder, windows), _changed(lesson, folder)
         seconds, size = time.monotonic() - start, _stored(folder)
         result = Result(out, run.path, plan, size, job.recipe, texts, change, seconds, peak_memory(), pivots)
-        write_json(folder / FILE, result.as_json())
-        (folder / PLOT).write_text(kept_plot(run.path), encoding="utf-8")
-        (folder / "README.md").write_text(card(_facts(lesson, result)), encoding="utf-8")
-    run.save_metrics(result.as_json())
+        _told(folder / PLOT, lambda: kept_plot(run.path))
+        _told(folder / "README.md", lambda: card(_facts(lesson, result)))
+        write_json(folder / FILE, result.as_json() | {"files": file_digests(folder)})
+        refuse_foreign(out)  # once more, for something may have come in the meantime
+    try:
+        run.save_metrics(result.as_json())
+    except OSError as error:
+        logger.warning("%s: the figures are not noted in the run folder (%s); %s has them", run.path, error, out / FILE)
     return result
+
+
+def _told(file: Path, text: Callable[[], str]) -> None:
+    """Write what is there for the reader alone: where that fails the model is none the worse."""
+    try:
+        content = text()
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, TemplateError) as error:
+        logger.warning("%s: left out, for it could not be made (%s: %s)", file.name, type(error).__name__, error)
+        return
+    file.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 def _measured(lesson: Lesson, folder: Path, windows: Mapping[str, Windows]) -> tuple[TextPair, ...]:
@@ -253,22 +289,6 @@ def _row(pair: TextPair) -> Measured:
     return Measured(
         before.name, before.tokens, before.perplexity, after.perplexity, before.bits_per_byte, after.bits_per_byte
     )
-
-
-def refuse_foreign(out: Path) -> None:
-    """Refuse an `out` that holds something else than an earlier result of ours."""
-    if out.exists() and not (out / FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(f"{out}: exists and is not an earlier result of lillama; remove it or choose another OUT")
-    outer = next((folder for folder in out.resolve().parents if (folder / FILE).is_file()), None)
-    if outer is not None:
-        raise OutputError(
-            f"{out}: lies in {outer}, a result of lillama that would be replaced as a whole; choose another OUT"
-        )
-    inner = (
-        [entry.name for entry in out.iterdir() if entry.is_dir() and entry.name not in FOLDERS] if out.is_dir() else []
-    )
-    if inner:
-        raise OutputError(f"{out}: holds the folder {inner[0]}, which would be lost; move it, or choose another OUT")
 
 
 def _size(folder: Path) -> int:

@@ -5,7 +5,6 @@ recovered/log.json           how it went; its presence marks the tail as finishe
 recovery/                    the latest state, while it goes on
 """
 
-import json
 import logging
 import math
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lillama.artefacts import TENSORS, load_json, load_tensors, save_json, save_tensors
 from lillama.distill.block import step_total
 from lillama.distill.end_to_end import Chain, KeptGraphs, Recomputed, graph_bytes
 from lillama.distill.joint import SNAPSHOT_SECONDS, Bench
@@ -28,10 +28,8 @@ from lillama.distill.recover import RecoverConfig, RecoverLog
 from lillama.distill.spectrum import largest_singular_value
 from lillama.distill.tail import Tail, TailData
 from lillama.distill.trace import GROWTH
-from lillama.files import write_json
 from lillama.lesson import Lesson
 from lillama.lowrank.compressed import restored_copy
-from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.model.spec import BlockSpec
 from lillama.model.unfused import routers
 from lillama.progress import Progress
@@ -69,27 +67,28 @@ class Recovered:
         """Whether the tail is finished."""
         return self._log.is_file()
 
-    def save_block(self, index: int, state: Mapping[str, Tensor]) -> None:
-        """Write a block; `load` does not see it before the tail is finished."""
+    def save_block(self, index: int, state: Mapping[str, Tensor]) -> str:
+        """Write a block, and return its seal; `load` does not see it before the tail is finished."""
         self._log.parent.mkdir(exist_ok=True)
-        save_tensors(self._weights(index), state)
+        return save_tensors(self._weights(index), state)
 
-    def finish(self, log: RecoverLog) -> None:
-        """Write the log, which marks the tail as finished; the latest state is removed."""
+    def finish(self, log: RecoverLog, seals: Mapping[int, str]) -> None:
+        """Write the log, which marks the tail as finished and names its blocks; the latest state is removed."""
         self._log.parent.mkdir(exist_ok=True)
-        write_json(self._log, {"version": VERSION} | asdict(log))
+        blocks = {self._weights(index).name: seal for index, seal in seals.items()}
+        save_json(self._log, {"version": VERSION} | asdict(log), blocks)
         shutil.rmtree(self.state, ignore_errors=True)
 
     def load(self, index: int) -> dict[str, Tensor] | None:
         """Read a block after the tail; None if it stays as it was taught."""
         log = self.log()
-        if log is None or not log["improved"] or not self._weights(index).is_file():
+        if log is None or self._weights(index).name not in log[TENSORS]:
             return None
         return load_tensors(self._weights(index))
 
     def log(self) -> dict[str, Any] | None:
         """Read the record of a finished tail."""
-        return json.loads(self._log.read_text(encoding="utf-8")) if self.done else None
+        return load_json(self._log) if self.done else None
 
     @property
     def _log(self) -> Path:
@@ -133,13 +132,13 @@ def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNA
     log, states = attempt(config)
     if log.stopped and not log.improved:
         log, states = attempt(replace(config, lr=SLOWER * config.lr))
-    grown = dict[str, float]()
+    grown, seals = dict[str, float](), dict[int, str]()
     for index, state in states.items():
         taught = lesson.run.load_block(index)
         grown |= _grown(trained[index].name, lesson.ranks(trained[index]), taught, state)
-        place.save_block(index, taught | state)
+        seals[index] = place.save_block(index, taught | state)
     _warn_of_growth(grown)
-    place.finish(replace(log, grown=grown))
+    place.finish(replace(log, grown=grown), seals)
     for store in (*made, calls):
         store.remove()
     trim_memory()

@@ -1,5 +1,6 @@
 """What a finished compression is."""
 
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lillama.distill.prediction import Change
+from lillama.errors import OutputError
 from lillama.evaluation.perplexity import TextScore
+from lillama.files import file_digest, resolved
 from lillama.lowrank.pivot import Pivoting
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe
@@ -118,3 +121,54 @@ def environment() -> dict[str, str]:
 
 def _score(score: TextScore) -> dict[str, float]:
     return {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return name within a folder -> SHA-256 of every file in it, at any depth."""
+    files = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse an `out` that holds anything else than an earlier result of ours, as it was written.
+
+    Raises:
+        OutputError: what would be lost, by name.
+    """
+    folder = resolved(out)
+    if folder.is_mount():
+        raise OutputError(f"{out}: a disk is mounted here, which nothing can replace; name a folder in it")
+    outer = next((parent for parent in folder.parents if (parent / FILE).is_file()), None)
+    if outer is not None:
+        raise OutputError(
+            f"{out}: lies in {outer}, a result of lillama that would be replaced as a whole; choose another OUT"
+        )
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / FILE).is_file():
+        raise OutputError(f"{out}: exists and is not an earlier result of lillama; remove it or choose another OUT")
+    written = _written(folder / FILE)
+    if written is None:
+        raise OutputError(f"{out / FILE}: does not tell which files lillama wrote; remove {out} or choose another OUT")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            if not any(other.startswith(f"{name}/") for other in written):
+                raise OutputError(
+                    f"{out}: holds the folder {name}, which would be lost; move it, or choose another OUT"
+                )
+        elif name not in written and name != FILE:
+            raise OutputError(f"{out}: holds {name}, which would be lost; move it, or choose another OUT")
+        elif name != FILE and (path.is_symlink() or file_digest(path) != written[name]):
+            raise OutputError(
+                f"{out}: {name} was changed since lillama wrote it, which would be lost; move it, or choose another OUT"
+            )
+
+
+def _written(file: Path) -> dict[str, str] | None:
+    """Return the files that a result says it was written with; None if it does not say so."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -9,42 +9,41 @@ blocks/0003.safetensors   a finished block, in fp32
 blocks/0003.json          how it was taught
 joint/                    the latest state of a joint schedule, while it goes on
 metrics.json              sizes, perplexities, time and memory of the finished run
+
+Every artefact carries its digest (`artefacts`). Those that are damaged when a run goes on are named, removed, and made again.
 """
 
-import fcntl
 import json
+import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lillama.artefacts import TENSORS, checked, load_json, load_tensors, load_whole, save_json, save_tensors
+from lillama.calibration.pack import FILE as TOKENS
+from lillama.calibration.pack import MANIFEST
 from lillama.distill.trace import DistillLog
-from lillama.errors import OutputError
-from lillama.files import write_json
-from lillama.model.checkpoint import load_tensors, save_tensors
+from lillama.errors import DamagedError, OutputError
+from lillama.files import ASIDE, locked, made_folder, resolved, settled
 from lillama.model.spec import ModelSpec
 
+logger = logging.getLogger(__name__)
+
 VERSION = 1
-MARKER, LOCK = "run.json", "lock"
-OWN = {
-    LOCK,
-    "spec.json",
-    "plan.json",
-    "spectra.safetensors",
-    "allocation.json",
-    "metrics.json",
-    "calibration",
-    "blocks",
-    "joint",
-    "recovered",
-    "recovery",
-    "scratch",
-}
+MARKER, LOCK, SCRATCH = "run.json", "lock", "scratch"
+HALF = rf"\..+(\.\d+\.tmp|{re.escape(ASIDE)})"  # what a killed process leaves
+TAUGHT = re.compile(r"blocks|joint(-\d+)?|recovered|recovery")  # made from tokens and rank plan
+RESULTS = re.compile(rf"(plan|allocation)\.json|spectra\.safetensors|{TAUGHT.pattern}")  # made from the tokens
+OWN = re.compile(rf"{RESULTS.pattern}|(run|spec|metrics)\.json|{LOCK}|calibration|{SCRATCH}|{HALF}")
+INNER = re.compile(rf"(\d+|log|state|tokens|manifest)\.(json|safetensors)|{LOCK}|{HALF}")  # in the folders among these
+BESIDE = re.compile(r"report\.(html|md|json)|(evaluation|bench|probe.*)\.json")  # what other commands put there
 
 
 @dataclass(frozen=True)
@@ -89,17 +88,27 @@ class RunDir:
 
     def save_spec(self, spec: ModelSpec) -> None:
         """Write the description of the model."""
-        write_json(self.path / "spec.json", {"version": VERSION} | asdict(spec))
+        save_json(self.path / "spec.json", {"version": VERSION} | asdict(spec))
 
     def has_block(self, index: int) -> bool:
         """Tell whether a block is finished."""
         return self._log(index).is_file()
 
-    def save_block(self, index: int, state: Mapping[str, Tensor], log: DistillLog) -> None:
-        """Write a finished block: first its weights, then its log, which marks it as finished."""
-        self._weights(index).parent.mkdir(exist_ok=True)
-        save_tensors(self._weights(index), state)
-        write_json(self._log(index), {"version": VERSION} | asdict(log))
+    def save_block(
+        self, index: int, state: Mapping[str, Tensor], log: DistillLog, made_from: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a finished block: first its weights, then its log, which marks it as finished.
+
+        Args:
+            index: of the block.
+            state: its weights.
+            log: how it was taught.
+            made_from: `calibration`, the seal of the tokens, and `ranks`.
+        """
+        weights = self._weights(index)
+        weights.parent.mkdir(exist_ok=True)
+        seal = save_tensors(weights, state)
+        save_json(self._log(index), {"version": VERSION} | asdict(log) | dict(made_from or {}), {weights.name: seal})
 
     def load_block(self, index: int) -> dict[str, Tensor]:
         """Read a finished block's weights."""
@@ -107,15 +116,67 @@ class RunDir:
 
     def block_log(self, index: int) -> dict[str, Any]:
         """Read a finished block's log."""
-        return json.loads(self._log(index).read_text(encoding="utf-8"))
+        return load_json(self._log(index))
+
+    def made_from(self) -> set[str]:
+        """Return the seals of calibration tokens that are noted in this run, as far as they can be read."""
+        found = set[str | None]()
+        for head in (self.calibration / MANIFEST, *self.path.glob("blocks/*.json")):
+            with suppress(DamagedError):
+                value = load_json(head)
+                found |= {value.get("calibration"), value.get(TENSORS, {}).get(TOKENS)}
+        with suppress(DamagedError):
+            found.add(checked(self.calibration / TOKENS))
+        return {seal for seal in found if seal is not None}
+
+    def forget(self) -> bool:
+        """Remove all that was made from the calibration tokens; tell whether there was anything."""
+        found = [entry for entry in self.path.iterdir() if RESULTS.fullmatch(entry.name)]
+        for entry in found:
+            _remove(entry)
+        return bool(found)
+
+    def forget_blocks(self) -> None:
+        """Remove the blocks, and what was made from them."""
+        for entry in [entry for entry in self.path.iterdir() if TAUGHT.fullmatch(entry.name)]:
+            _remove(entry)
 
     def remove_joint(self) -> None:
-        """Remove the state of a joint schedule, once every block is finished."""
-        shutil.rmtree(self.joint, ignore_errors=True)
+        """Remove the states of a joint schedule, once every block is finished."""
+        for folder in self.path.glob("joint*"):
+            _remove(folder)
 
     def save_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write the figures of the finished run."""
-        write_json(self.path / "metrics.json", {"version": VERSION, **metrics})
+        save_json(self.path / "metrics.json", {"version": VERSION, **metrics})
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is there yet that took work."""
+        return not any(RESULTS.fullmatch(entry.name) or entry == self.calibration for entry in self.path.iterdir())
+
+    def audit(self) -> None:
+        """Name and remove the artefacts that are damaged, and with each what is of no use without it."""
+        for check, parts in [*self._checks()]:
+            try:
+                check()
+            except DamagedError as error:
+                logger.warning("%s %s; it is made again", error.path, error.what)
+                for part in parts:
+                    _remove(part)
+
+    def _checks(self) -> Iterator[tuple[Callable[[], object], tuple[Path, ...]]]:
+        """Yield what checks some artefacts, and these; the tokens are checked when they are read."""
+        if self.spectra.exists():
+            yield partial(checked, self.spectra), (self.spectra,)
+        if self.allocation.exists():
+            yield partial(load_json, self.allocation), (self.allocation,)
+            yield partial(load_json, self.plan), (self.allocation, self.plan)
+        for log in sorted(self.path.glob("blocks/*.json")):
+            yield partial(load_whole, log), (log, log.with_suffix(".safetensors"))
+        for pattern in ("joint*/state.json", "recovery/*/state.json", "recovered/log.json"):
+            for state in sorted(self.path.glob(pattern)):
+                yield partial(load_whole, state), (state, state.parent)
 
     def _weights(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:04}.safetensors"
@@ -128,7 +189,7 @@ class RunDir:
 def opened(path: Path, identity: Mapping[str, Any], restart: bool = False) -> Iterator[RunDir]:
     """Begin a run in a folder, or go on with the one that was begun there, and hold its lock meanwhile.
 
-    A run that is refused before it has its calibration tokens leaves nothing behind.
+    A run that is refused before it has its calibration tokens leaves nothing behind. Only what a run writes is ever removed.
 
     Args:
         path: of the run folder.
@@ -139,71 +200,81 @@ def opened(path: Path, identity: Mapping[str, Any], restart: bool = False) -> It
     Raises:
         OutputError: the folder holds something else or another run, or another process works in it.
     """
+    place = resolved(path)
+    refusal = f"{path}: another process works in this run folder; wait for it, or use --run"
     _refuse_foreign(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        marker = path / MARKER
-        if marker.is_file() and not restart:
-            _refuse_other_run(marker, identity)
-            _sweep(path)
-        else:
-            _clear(path)
-            write_json(marker, {"version": VERSION, "identity": identity})
+    with made_folder(place), locked(place / LOCK, refusal):
         run = RunDir(path)
+        if (place / MARKER).is_file() and not restart:
+            _refuse_other_run(path / MARKER, identity)
+            _sweep(place)
+            run.audit()
+        else:
+            _clear(place)
+            save_json(place / MARKER, {"version": VERSION, "identity": identity})
         try:
             yield run
         except Exception:
-            if not run.calibration.exists():
-                shutil.rmtree(path)
+            if run.empty:
+                _clear(place)
+                (place / LOCK).unlink()
             raise
         finally:
-            shutil.rmtree(run.scratch, ignore_errors=True)
+            shutil.rmtree(place / SCRATCH, ignore_errors=True)
 
 
 def _refuse_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: this is a file; choose another run folder with --run")
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set[str]()
-    killed_early = LOCK in names and all(name in OWN or name.endswith(".tmp") for name in names)
-    if names and MARKER not in names and not killed_early:
-        raise OutputError(f"{path}: this folder holds something else than a run; choose another with --run")
+    ours = LOCK in names and all(OWN.fullmatch(name) or BESIDE.fullmatch(name) for name in names)
+    if names and not ours and not _marked(path / MARKER):
+        found = MARKER if MARKER in names else min(names)
+        raise OutputError(f"{path}: this folder holds something else than a run ({found}); choose another with --run")
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with (path / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{path}: another process works in this run folder; wait for it, or use --run") from None
-        yield
+def _marked(marker: Path) -> bool:
+    """Tell whether a run folder's marker is one of ours; a damaged one is not."""
+    try:
+        return isinstance(load_json(marker).get("identity"), dict)
+    except (DamagedError, OSError):
+        return False
 
 
 def _clear(path: Path) -> None:
     (path / MARKER).unlink(missing_ok=True)  # first, so that a kill here leaves no run with parts missing
     for entry in path.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK:
-            entry.unlink()
+        if entry.name != LOCK and OWN.fullmatch(entry.name):
+            _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    """Remove a file or a link; of a folder what a run writes there, and the folder itself if nothing else is in it."""
+    if entry.is_symlink() or not entry.is_dir():
+        entry.unlink(missing_ok=True)
+    elif entry.name == SCRATCH:
+        shutil.rmtree(entry)
+    else:
+        for inner in entry.iterdir():
+            if INNER.fullmatch(inner.name) or inner.is_dir():
+                _remove(inner)
+        with suppress(OSError):  # it holds what is not of a run
+            entry.rmdir()
 
 
 def _sweep(path: Path) -> None:
     """Remove what a killed process left half-written, and bring back what it was about to replace."""
-    for old in path.glob(".*.old"):
-        if not (place := old.with_name(old.name.removeprefix(".").removesuffix(".old"))).exists():
-            old.rename(place)
-    for left in [*path.rglob(".*.tmp"), *path.glob(".*.old"), path / "scratch"]:
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink(missing_ok=True)
+    settled(path)
+    for left in path.rglob(".*.tmp"):
+        if re.fullmatch(HALF, left.name) and left.is_file():
+            left.unlink()
+    shutil.rmtree(path / SCRATCH, ignore_errors=True)
 
 
 def _refuse_other_run(marker: Path, identity: Mapping[str, Any]) -> None:
     try:
-        before = json.loads(marker.read_text(encoding="utf-8"))["identity"]
-    except (ValueError, KeyError, TypeError):
+        before = load_json(marker)["identity"]
+    except (DamagedError, KeyError):
         raise OutputError(f"{marker}: damaged; begin anew with --restart") from None
     old, new = _flat(before), _flat(json.loads(json.dumps(identity)))
     for key in [*new, *old]:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import nn
 
+from lillama.artefacts import load_tensors, save_tensors
 from lillama.distill.block import distill_block, step_total
 from lillama.distill.joint import SNAPSHOT_SECONDS, Bench, JointData, JointTraining
 from lillama.distill.learner import Learner
@@ -17,7 +18,6 @@ from lillama.distill.trace import DistillLog
 from lillama.lesson import Lesson
 from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.gram import Gram, Moments
-from lillama.model.checkpoint import load_tensors, save_tensors
 from lillama.model.spec import BlockSpec
 from lillama.progress import Progress
 from lillama.resources import free_memory, trim_memory

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lillama.artefacts import save_tensors
 from lillama.calibration.pack import Manifest, TokenBlocks, pack, share, tokenizer_hash
 from lillama.calibration.sources import Source
-from lillama.errors import CalibrationError
+from lillama.errors import CalibrationError, DamagedError
 from lillama.progress import Progress
 
 EOS = 1
@@ -161,18 +162,18 @@ def test_save_and_load_round_trip(tmp_path, tokenizer, masked):
 def test_damaged_folders_are_refused_in_one_line(tmp_path, tokenizer, damage):
     folder = tmp_path / "calibration"
     blocks = pack((write(tmp_path, "a.txt", "abcdefghij" * 100),), tokenizer, 100, 10, seed=0)
-    if damage == "ids":
-        blocks = replace(blocks, ids=blocks.ids + 1)
     if damage != "none":
         blocks.save(folder)
     if damage == "version":
         manifest = folder / "manifest.json"
         manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
+    if damage == "ids":
+        save_tensors(folder / "tokens.safetensors", {"ids": blocks.ids + 1})
     if damage == "manifest":
         (folder / "manifest.json").write_text("{}")
     if damage == "half":
         (folder / "tokens.safetensors").write_bytes((folder / "tokens.safetensors").read_bytes()[:50])
-    with pytest.raises(CalibrationError) as caught:
+    with pytest.raises(DamagedError) as caught:
         TokenBlocks.load(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 

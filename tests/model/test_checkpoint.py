@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lillama.errors import ModelError
 from lillama.model import checkpoint
-from lillama.model.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter, load_tensors, save_tensors
+from lillama.model.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter
 
 
 @pytest.fixture
@@ -267,23 +267,6 @@ def test_the_same_tensors_in_other_shards_are_another_checkpoint(tmp_path: Path,
         write(folder, tensors, shard_bytes)
         prints.add(CheckpointReader(folder).fingerprint())
     assert len(prints) == 2
-
-
-def test_a_few_tensors_go_to_one_file_and_back(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    transposed = tensors | {"view": tensors["layers.0.weight"].T}
-    save_tensors(tmp_path / "block.safetensors", transposed)
-    back = load_tensors(tmp_path / "block.safetensors")
-    assert set(back) == set(transposed)
-    assert all(torch.equal(back[name], tensor) for name, tensor in transposed.items())
-    assert [path.name for path in tmp_path.iterdir()] == ["block.safetensors"]
-
-
-def test_a_block_that_cannot_be_read_says_so(tmp_path: Path) -> None:
-    with refused("0003.safetensors", "missing", "--restart"):
-        load_tensors(tmp_path / "0003.safetensors")
-    (tmp_path / "0003.safetensors").write_bytes(b"half")
-    with refused("0003.safetensors", "damaged", "--restart"):
-        load_tensors(tmp_path / "0003.safetensors")
 
 
 def test_the_machines_trouble_is_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Documents to token sequences of one length: packed without padding, within a budget, chosen by a seed."""
 
 import hashlib
-import json
 import logging
 from array import array
 from collections.abc import Iterator, Mapping
@@ -12,19 +11,19 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lillama.artefacts import TENSORS, load_tensors, load_whole, save_json, save_tensors, seal_of
 from lillama.calibration.documents import Document, documents
 from lillama.calibration.sources import Source, fingerprint
 from lillama.errors import CalibrationError
-from lillama.files import atomic_folder, digest, write_json
+from lillama.files import atomic_folder, digest
 from lillama.progress import Progress, Report, silent
 
 VERSION = 1
 SURPLUS = 4  # windows collected for each window wanted, so that the seed has something to choose from
+FILE, MANIFEST = "tokens.safetensors", "manifest.json"
 INPUT = "input."  # before the name of what else the model takes, in the file
 BATCH = 16  # documents (or pieces of one) tokenised at once
 
@@ -89,7 +88,7 @@ class Manifest:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Manifest":
         """Return the manifest that `to_json` wrote."""
-        fields: dict[str, Any] = {name: item for name, item in value.items() if name != "version"}
+        fields: dict[str, Any] = {name: item for name, item in value.items() if name not in ("version", TENSORS)}
         fields["sources"] = tuple(SourceRecord(**record) for record in value["sources"])
         return cls(**fields)
 
@@ -120,32 +119,38 @@ class TokenBlocks:
         """Number of real tokens."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
+    @property
+    def seal(self) -> str:
+        """SHA-256 of all tensors, as their file names it."""
+        return seal_of(self._tensors)
+
     def save(self, folder: Path) -> None:
         """Write `tokens.safetensors` and `manifest.json` as a folder that appears at once."""
-        tensors = {"ids": self.ids.contiguous()} | ({} if self.mask is None else {"mask": self.mask.contiguous()})
-        tensors |= {INPUT + name: tensor.contiguous() for name, tensor in self.inputs.items()}
         with atomic_folder(folder) as temporary:
-            save_file(tensors, temporary / "tokens.safetensors")
-            write_json(temporary / "manifest.json", self.manifest.to_json())
+            seal = save_tensors(temporary / FILE, self._tensors)
+            save_json(temporary / MANIFEST, self.manifest.to_json(), {FILE: seal})
 
     @classmethod
     def load(cls, folder: Path) -> "TokenBlocks":
-        """Read what `save` wrote and check the ids against the manifest."""
-        try:
-            value = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "tokens.safetensors")
-            version = value["version"]
-            if version != VERSION:
-                raise CalibrationError(f"{folder}: has version {version}, this lillama reads {VERSION}; gather it anew")
-            manifest = Manifest.from_json(value)
-            ids = tensors["ids"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise CalibrationError(f"{folder}: holds no calibration tokens ({reason}); gather them anew") from error
-        if ids_hash(ids) != manifest.sha256:
-            raise CalibrationError(f"{folder}: the tokens do not match their manifest; gather them anew")
+        """Read what `save` wrote.
+
+        Raises:
+            DamagedError: a file is missing, or is not what was written.
+            CalibrationError: another version of lillama wrote it.
+        """
+        value = load_whole(folder / MANIFEST)
+        if value["version"] != VERSION:
+            raise CalibrationError(
+                f"{folder}: has version {value['version']}, this lillama reads {VERSION}; gather it anew"
+            )
+        tensors = load_tensors(folder / FILE)
         inputs = {name.removeprefix(INPUT): tensor for name, tensor in tensors.items() if name.startswith(INPUT)}
-        return cls(ids, tensors.get("mask"), manifest, inputs)
+        return cls(tensors["ids"], tensors.get("mask"), Manifest.from_json(value), inputs)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {"ids": self.ids} | ({} if self.mask is None else {"mask": self.mask})
+        return named | {INPUT + name: tensor for name, tensor in self.inputs.items()}
 
 
 def pack(

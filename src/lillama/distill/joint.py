@@ -4,7 +4,6 @@ Blocks need not fit in memory together: learners that find no room wait in files
 training is written now and then, so that a killed run goes on to the same bits.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lillama.artefacts import load_json, load_tensors, save_json, save_tensors
 from lillama.distill.block import REPORT_SECONDS, Rows, batches, check_steps, retry, step_total
 from lillama.distill.config import DistillConfig
 from lillama.distill.learner import Learner
@@ -24,8 +24,7 @@ from lillama.distill.objective import MicroBatch, real_tokens
 from lillama.distill.spectrum import largest_singular_values
 from lillama.distill.trace import DistillLog, Trace
 from lillama.errors import TrainingError
-from lillama.files import atomic_folder, write_json
-from lillama.model.checkpoint import load_tensors, save_tensors
+from lillama.files import atomic_folder
 from lillama.progress import Progress, Report
 from lillama.resources import trim_memory
 from lillama.stream.calls import BlockCall, CallTable
@@ -257,20 +256,21 @@ class JointTraining:
 
     def _snapshot(self, traces: Mapping[int, Trace], tokens: int, done: int, retried: set[int]) -> None:
         with atomic_folder(self.folder) as folder:
+            seals = dict[str, str]()
             for index, trace in traces.items():
-                learner = self.bench[index]
+                learner, file = self.bench[index], folder / f"{index:04}.safetensors"
                 best = {f"best.{name}": tensor for name, tensor in trace.best_state.items()}
-                save_tensors(folder / f"{index:04}.safetensors", learner.snapshot() | best)
+                seals[file.name] = save_tensors(file, learner.snapshot() | best)
             rows: dict[str, Any] = {str(index): trace.as_json() for index, trace in traces.items()}
             lrs = {str(index): self.bench[index].lr for index in traces}
             state = {"done": done, "tokens": tokens, "retried": sorted(retried), "lr": lrs, "traces": rows}
-            write_json(folder / "state.json", state)
+            save_json(folder / "state.json", state, seals)
 
     def _resume(self) -> tuple[dict[int, Trace], int, int, set[int]]:
         """Return traces, tokens, steps done and retried blocks of the last snapshot, or of a beginning."""
         if not (self.folder / "state.json").is_file():
             return {index: Trace() for index in self.names}, 0, 0, set()
-        state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        state = load_json(self.folder / "state.json")
         traces = {}
         for index in self.names:
             tensors = load_tensors(self.folder / f"{index:04}.safetensors")

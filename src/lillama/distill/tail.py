@@ -5,7 +5,6 @@ blocks need their gradients at once. A state of the whole training is written no
 the same bits.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -17,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lillama.artefacts import load_json, load_tensors, save_json, save_tensors
 from lillama.distill.block import REPORT_SECONDS, Rows, batches, step_total
 from lillama.distill.end_to_end import Chain, Part
 from lillama.distill.joint import SNAPSHOT_SECONDS
 from lillama.distill.learner import Learner
 from lillama.distill.prediction import Compared, Head
 from lillama.distill.recover import HeldOut, RecoverConfig, RecoverLog, RecoverTrace
-from lillama.files import atomic_folder, write_json
-from lillama.model.checkpoint import load_tensors, save_tensors
+from lillama.files import atomic_folder
 from lillama.progress import Progress, Report
 from lillama.stream.batch import Batch
 from lillama.stream.store import ActivationStore
@@ -157,16 +156,18 @@ class Tail:
 
     def _snapshot(self, trace: RecoverTrace, seconds: float) -> None:
         with atomic_folder(self.folder) as folder:
+            seals = dict[str, str]()
             for index in self._trained():
+                file = folder / f"{index:04}.safetensors"
                 best = {f"best.{name}": tensor for name, tensor in trace.best_states.get(index, {}).items()}
-                save_tensors(folder / f"{index:04}.safetensors", self.chain.bench[index].snapshot() | best)
-            write_json(folder / "state.json", {"seconds": seconds, "trace": trace.as_json()})
+                seals[file.name] = save_tensors(file, self.chain.bench[index].snapshot() | best)
+            save_json(folder / "state.json", {"seconds": seconds, "trace": trace.as_json()}, seals)
 
     def _resume(self) -> tuple[RecoverTrace, float]:
         """Return trace and seconds of the last snapshot, or of a beginning."""
         if not (self.folder / "state.json").is_file():
             return RecoverTrace(self.config.lm), 0.0
-        state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        state = load_json(self.folder / "state.json")
         done, best = len(state["trace"]["losses"]), dict[int, dict[str, Tensor]]()
         for index in self._trained():
             file = self.folder / f"{index:04}.safetensors"

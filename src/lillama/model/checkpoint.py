@@ -10,11 +10,11 @@ from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from lillama.artefacts import write_tensors
 from lillama.errors import ModelError, suggestion
-from lillama.files import atomic_file, digest, file_digest, write_json
+from lillama.files import digest, file_digest, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.ckpt")
@@ -210,32 +210,9 @@ class CheckpointWriter:
         write_json(self.folder / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": weight_map})
 
     def _close_shard(self) -> None:
-        _save(self._pending, _temporary(self.folder, len(self._shards)))
+        write_tensors(_temporary(self.folder, len(self._shards)), self._pending)
         self._shards.append(tuple(self._pending))
         self._pending = {}
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a few tensors to one safetensors file, atomically."""
-    with atomic_file(path) as temporary:
-        _save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of one safetensors file, as `save_tensors` writes it, into memory of their own.
-
-    Raises:
-        ModelError: the file is missing or damaged.
-    """
-    with _opened(path, "begin anew with --restart") as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    file.touch()  # safetensors makes files that only their owner may read; this one gets the mode that is usual here
-    mode = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(mode)
 
 
 def _opened(file: Path, remedy: str) -> safe_open:

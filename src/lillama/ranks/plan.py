@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from lillama.artefacts import save_json
 from lillama.errors import RecipeError, suggestion
-from lillama.files import write_json
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 
@@ -86,7 +86,7 @@ class RankPlan:
             for linear, rank in self
         ]
         head = {"version": VERSION, "architecture": self.spec.architecture, "storage": asdict(self.storage)}
-        write_json(path, head | {"linears": rows})
+        save_json(path, head | {"linears": rows})
 
     @classmethod
     def load(cls, path: Path, spec: ModelSpec, storage: Storage = PLAIN) -> "RankPlan":

@@ -6,12 +6,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from lillama.errors import OutputError
-from lillama.files import atomic_file
+from lillama.artefacts import load_tensors, save_tensors
 from lillama.ranks.plan import RankPlan
 
 Values = NDArray[np.float64]
@@ -50,20 +48,16 @@ class Spectra:
 
     def save(self, path: Path) -> None:
         """Write the spectra; `load` reads them back."""
-        with atomic_file(path) as temporary:
-            save_file({name: np.ascontiguousarray(values) for name, values in self.singular.items()}, temporary)
+        save_tensors(path, {name: torch.tensor(values) for name, values in self.singular.items()})
 
     @classmethod
     def load(cls, path: Path) -> "Spectra":
         """Read spectra.
 
         Raises:
-            OutputError: the file is damaged.
+            DamagedError: the file is missing or damaged.
         """
-        try:
-            return cls(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise OutputError(f"{path}: not readable ({error}); begin anew with --restart") from None
+        return cls({name: values.numpy() for name, values in load_tensors(path).items()})
 
 
 def _tails(values: Values) -> Values:
