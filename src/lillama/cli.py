@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 
+from lillama.cli_process import Stopped, status, stoppable, streams, unwritten
 from lillama.commands.bench import bench
 from lillama.commands.compress import compress
 from lillama.commands.evaluate import evaluate
@@ -26,6 +28,8 @@ PATHS = (
     NotADirectoryError,
     IsADirectoryError,
 )  # the user named it
+
+IN_FILES = (["compress"], ["export"], ["report"], ["probe", "make"])  # commands whose work is not what they print
 
 app = App(
     name="lillama",
@@ -65,16 +69,34 @@ def quieten() -> None:
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
-    """Run the command line; exit with 0, with 2 for what the user can mend, with 1 for a failure of the machine."""
-    sys.exit(run(lambda: app(tokens, exit_on_error=False, print_error=False)))
+    """Run the command line.
+
+    It exits with 0, with 2 for what the user can mend, with 1 for a failure of the machine, with 128 and its number after a
+    signal. Where the work is done but its table cannot be printed the status is 0 if the work is in files.
+    """
+    words = list(sys.argv[1:] if tokens is None else tokens)
+    with streams() as out:
+        code = run(lambda: app(words, exit_on_error=False, print_error=False), resumable=words[:1] == ["compress"])
+        reason = unwritten(out)
+        if reason is not None and not code:
+            code = _unsaid(reason, words[:1] in IN_FILES or words[:2] in IN_FILES)
+    sys.exit(code)
 
 
-def run(work: Callable[[], Any]) -> int:
+def run(work: Callable[[], Any], resumable: bool = False) -> int:
     """Run something and return the exit status; an error becomes one line on standard error."""
+
+    def stopped(number: int) -> int:
+        again = "; the same command goes on" if resumable else ""
+        return _fail(f"stopped by {signal.Signals(number).name}{again}", status(number))
+
     try:
-        work()
+        with stoppable(stopped):
+            work()
     except (CycloptsError, LillamaError) as error:
         return _fail(str(error), getattr(error, "exit_status", 2))
+    except Stopped as stop:
+        return stopped(stop.number)
     except KeyboardInterrupt:
         return _fail("interrupted; an interrupted `compress` goes on with the same command", 1)
     except BrokenPipeError:
@@ -84,9 +106,17 @@ def run(work: Callable[[], Any]) -> int:
     return 0
 
 
-def _fail(text: str, status: int) -> int:
+def _unsaid(reason: str, in_files: bool) -> int:
+    """Tell that standard output took no more; return the exit status."""
+    if not in_files:
+        return _fail(f"standard output: {reason}; what was to be said there is lost", 1)
+    sys.stderr.write(f"warning: standard output: {reason}; the work is done all the same\n")
+    return 0
+
+
+def _fail(text: str, code: int) -> int:
     sys.stderr.write(f"error: {' '.join(text.split())}\n")
-    return status
+    return code
 
 
 if __name__ == "__main__":
