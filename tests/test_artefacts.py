@@ -1,0 +1,243 @@
+"""Bits that rot in a run folder: what is damaged is named and made again, and the result is the same to the bit."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from lillama import making, teach
+from lillama.artefacts import checked, load_json, load_tensors, load_whole, save_json, save_tensors
+from lillama.compression import compress
+from lillama.distill import tail
+from lillama.errors import DamagedError
+from lillama.recipe import Recipe, load_recipe
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x41
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a flipped byte": flip,
+    "cut": cut,
+    "empty": lambda file: file.write_bytes(b""),
+    "another value": lambda file: file.write_text("[]"),
+    "no seal": lambda file: file.write_text("{}"),
+    "gone": Path.unlink,
+}
+
+
+def bits(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in out.iterdir() if file.name not in ("README.md", "lillama.json")}
+
+
+@pytest.fixture(scope="module")
+def recipe(text) -> Recipe:
+    """All that leaves artefacts: spectra, candidates, teaching, the tail."""
+    changes = {
+        "keep": 0.7,
+        "ranks": {"multiple_of": 1},
+        "distill": {"epochs": 1},
+        "recover": {"epochs": 2, "lr": 1e-3},
+        "calibration": {"sources": [{"path": str(text)}], "tokens": 640, "seq_len": 32},
+    }
+    return load_recipe(Recipe(), changes)
+
+
+@pytest.fixture(scope="module")
+def finished(make_model, recipe, tmp_path_factory) -> tuple[Path, Path]:
+    """A model of two blocks and a finished result of it, with its run folder beside it."""
+    model, out = make_model(num_hidden_layers=2), tmp_path_factory.mktemp("finished") / "out"
+    compress(model, out, recipe=recipe)
+    return model, out
+
+
+@pytest.fixture
+def again(finished, recipe, tmp_path, caplog) -> Callable[[], list[str]]:
+    """Return a function that goes on with a copy of the run, and returns the warnings that name one of its files."""
+    model, out = finished
+    shutil.copytree(out.with_name("out.run"), tmp_path / "out.run")
+
+    def go_on() -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert bits(compress(model, tmp_path / "out", recipe=recipe).path) == bits(out)
+        return [record.getMessage() for record in caplog.records if str(tmp_path) in record.getMessage()]
+
+    return go_on
+
+
+def test_the_run_of_these_tests_has_every_artefact(finished):
+    run = finished[1].with_name("out.run")
+    found = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
+    assert found == {"lock", "run.json", *REMADE, *("spec.json", "metrics.json")}
+    for name in found - {"lock"}:
+        if name.endswith(".json"):
+            load_whole(run / name)
+        else:
+            checked(run / name)
+
+
+REMADE = {
+    "blocks/0000.safetensors": ["a flipped byte", "cut", "gone"],
+    "blocks/0001.safetensors": ["empty"],
+    "blocks/0000.json": ["a flipped byte", "cut", "empty", "another value", "no seal"],
+    "blocks/0001.json": ["a flipped byte"],
+    "recovered/0000.safetensors": ["a flipped byte", "gone"],
+    "recovered/0001.safetensors": ["cut"],
+    "recovered/log.json": ["a flipped byte", "empty"],
+    "spectra.safetensors": ["a flipped byte"],
+    "plan.json": ["a flipped byte", "gone"],
+    "allocation.json": ["a flipped byte", "another value"],
+    "calibration/tokens.safetensors": ["a flipped byte", "cut", "gone"],
+    "calibration/manifest.json": ["a flipped byte", "empty", "gone"],
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in REMADE.items() for kind in kinds])
+def test_a_damaged_artefact_is_named_and_made_again(again, tmp_path, name, kind):
+    file = tmp_path / "out.run" / name
+    before = file.read_bytes()
+    DAMAGES[kind](file)
+    (warning,) = again()
+    assert str(file) in warning and warning.endswith(("it is made again", "the tokens are gathered again"))
+    assert file.read_bytes() == before or name == "recovered/log.json"  # which tells seconds
+    assert again() == []
+
+
+@pytest.mark.parametrize("name", ["spec.json", "metrics.json"])
+def test_what_is_only_read_by_others_is_written_anew(again, tmp_path, name):
+    file = tmp_path / "out.run" / name
+    file.write_text("{")
+    assert again() == []
+    load_whole(file)
+
+
+def test_what_is_simply_not_there_is_made_without_a_word(again, tmp_path):
+    for name in ("blocks/0001.json", "spectra.safetensors", "recovered/log.json"):
+        (tmp_path / "out.run" / name).unlink()
+    assert again() == []
+
+
+def test_blocks_that_change_places_are_found(again, tmp_path):
+    first, second = (tmp_path / "out.run" / "blocks" / f"000{n}.safetensors" for n in range(2))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    found = again()
+    assert len(found) == 2 and all("does not belong to" in warning for warning in found)
+
+
+def test_all_at_once(again, tmp_path):
+    for name in REMADE:
+        flip(tmp_path / "out.run" / name)
+    assert len(again()) >= len(REMADE) - 4  # a file that goes with another one is not named
+
+
+def test_nothing_is_kept_that_other_tokens_taught(finished, recipe, tmp_path, caplog):
+    """The tokens cannot be made again as they were (here: they were others): all that hangs on them goes."""
+    model, out = finished
+    run = tmp_path / "out.run"
+    shutil.copytree(out.with_name("out.run"), run)
+    tensors = load_tensors(run / "calibration" / "tokens.safetensors")
+    tensors["ids"] = tensors["ids"].flip(0)
+    for file in run.glob("blocks/*.json"):
+        value = load_json(file)
+        value["calibration"] = "other"
+        save_json(file, {k: v for k, v in value.items() if k != "tensors"}, value["tensors"])
+    shutil.rmtree(run / "calibration")
+    with caplog.at_level(logging.WARNING):
+        assert bits(compress(model, tmp_path / "out", recipe=recipe).path) == bits(out)
+    assert any("are not those of before" in record.getMessage() for record in caplog.records)
+    assert load_json(run / "blocks" / "0000.json")["calibration"] != "other"
+
+
+class Killed(BaseException):
+    """The end of the process, as far as this one can play it."""
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, owner: type, snapshots: int) -> None:
+    """Let a training end without a chance to clean up, right after some snapshots."""
+    snapshot, done = owner._snapshot, []  # pyright: ignore[reportAttributeAccessIssue]
+
+    def counted(self, *state: object) -> None:
+        snapshot(self, *state)
+        done.append(self)
+        if len(done) == snapshots:
+            raise Killed
+
+    monkeypatch.setattr(owner, "_snapshot", counted)
+
+
+@pytest.mark.parametrize("kind", ["a flipped byte", "gone"])
+@pytest.mark.parametrize("name", ["state.json", "0000.safetensors"])
+@pytest.mark.parametrize("stage", ["joint", "recovery"])
+def test_a_damaged_state_of_a_training_is_not_gone_on_from(
+    make_model, quick, tmp_path, monkeypatch, caplog, stage, name, kind
+):
+    if (name, kind) == ("state.json", "gone"):
+        pytest.skip("then there is none")
+    model = make_model(num_hidden_layers=2)
+    if stage == "joint":
+        monkeypatch.setitem(making.TEACH, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
+        recipe, owner = quick(distill={"schedule": "joint", "epochs": 1}), teach.JointTraining
+    else:
+        monkeypatch.setattr(making, "recover", partial(making.recover, snapshot_seconds=0))
+        recipe, owner = quick(distill={"epochs": 0}, recover={"epochs": 1, "lr": 1e-3}), tail.Tail
+    whole = bits(compress(model, tmp_path / "whole", recipe=recipe).path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, owner, 2)
+        compress(model, tmp_path / "out", recipe=recipe)
+    (file,) = (tmp_path / "out.run" / stage).rglob(name)
+    DAMAGES[kind](file)
+    with caplog.at_level(logging.WARNING):
+        assert bits(compress(model, tmp_path / "out", recipe=recipe).path) == whole
+    named = [record.getMessage() for record in caplog.records if str(file) in record.getMessage()]
+    assert len(named) == 1 and named[0].endswith("it is made again")
+
+
+def test_a_seal_covers_names_types_shapes_and_bytes(tmp_path):
+    tensors = {"a": torch.arange(6.0), "b": torch.tensor(3), "empty": torch.empty(0, 2), "bits": torch.ones(3).bool(),
+               "half": torch.ones(2, dtype=torch.bfloat16), "view": torch.arange(6.0).view(2, 3).T}  # fmt: skip
+    seals = [
+        save_tensors(tmp_path / f"{n}", kind)
+        for n, kind in enumerate(
+            (
+                tensors,
+                {**tensors, "a": tensors["a"].view(2, 3)},
+                {("c" if name == "a" else name): tensor for name, tensor in tensors.items()},
+                {**tensors, "a": tensors["a"].int()},
+                {**tensors, "a": -tensors["a"]},
+            )
+        )
+    ]
+    assert len(set(seals)) == 5
+    back = load_tensors(tmp_path / "0")
+    assert set(back) == set(tensors)
+    assert all(torch.equal(back[n], tensor) and back[n].dtype == tensor.dtype for n, tensor in tensors.items())
+    assert checked(tmp_path / "0") == seals[0] == save_tensors(tmp_path / "again", dict(reversed(tensors.items())))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"{", b"[" * 10**5, b'{"seal": 1}', b"\xff\xfe"])
+def test_a_json_artefact_that_is_none_says_so(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DamagedError, match=r"a\.json is damaged.*the same command makes it again"):
+        load_json(tmp_path / "a.json")
+
+
+def test_numbers_keys_and_names_come_back_as_they_were(tmp_path):
+    value = {"a": [1, 0.1, float("inf"), None], "é": {"b": (1, 2)}, "name": "\udcff"}
+    save_json(tmp_path / "a.json", value | {"numbered": {10: 1, 9: 2}})
+    wanted = json.loads(json.dumps(value)) | {"numbered": {"10": 1, "9": 2}}
+    assert load_json(tmp_path / "a.json") == wanted
