@@ -99,7 +99,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "unknown device": (["--device", "tpu9"], "tpu9.*--device"),
     "absent device": (["--device", "cuda:77"], "cuda:77.*--device"),
     "two sizes": (["--keep", "0.5", "--plan", "{wrong}"], "each decides the size"),
-    "no plan": (["--plan", "{wrong}"], "not a rank plan"),
+    "no plan": (["--plan", "{wrong}"], "give a plan that an earlier run saved"),
     "missing plan": (["--plan", "nowhere.json"], "nowhere.json: "),
     "no evaluation text": (["--text", "nowhere.txt"], "nowhere.txt"),
     "run is a file": (["--run", "{wrong}"], "is a file"),
