@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 SHOWN = 64  # characters of a value in a line
 
 
@@ -60,10 +59,10 @@ class TrainingError(LillamaError):
 
 
 def shown(value: object) -> str:
-    """Return a value found in somebody's file as a line can show it: short, without control characters.
+    r"""Return a value found in somebody's file as a line can show it: short, without control characters.
 
-    >>> shown("q_proj"), shown(["a"] * 100), shown("a\\nb")
-    ('q_proj', "['a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', ...", "'a\\\\nb'")
+    >>> shown("q_proj"), shown(["a"] * 100), shown("a\nb")
+    ('q_proj', "['a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', ...", "'a\\nb'")
     """
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -101,5 +101,5 @@ def test_a_file_that_is_no_plan_for_this_model_is_refused_in_one_line(
 
 @pytest.mark.parametrize("name", ["missing.json", "."])
 def test_no_file_no_plan(name: str, spec: ModelSpec, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="cannot be read .*give a plan"):
+    with pytest.raises(RecipeError, match=r"cannot be read .*give a plan"):
         RankPlan.load(tmp_path / name, spec)

@@ -18,6 +18,7 @@ from lillama.errors import ModelError, RecipeError, ResourceError
 from lillama.evaluation import timed
 from lillama.evaluation.timed import TOO_MUCH, Footprint, Run, Setting
 from lillama.model.checkpoint import CheckpointReader
+from lillama.model.remote import runs_code
 from lillama.model.skeleton import skeleton
 from lillama.model.source import load_config, locate
 from lillama.progress import Progress, Report, silent
@@ -181,7 +182,7 @@ def benchmark(
     _refuse_below(2, new=[new])
     names = [model] if against is None else [model, against]
     subjects = tuple(subject(name, max(prompt), new) for name in names)
-    setting = Setting(str(pick_device(device)), dtype, threads or torch.get_num_threads(), seed)
+    setting = Setting(str(pick_device(device)), dtype, threads or torch.get_num_threads(), seed, runs_code())
     grid = [(rows, length) for rows in batch for length in prompt]
     cells: list[Cell] = []
     with ExitStack() as stack:

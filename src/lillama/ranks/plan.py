@@ -94,7 +94,8 @@ class RankPlan:
         Linears of the model that the file does not name stay dense. How weights are stored is not read from the file.
 
         Raises:
-            RecipeError: the file is no plan, or names a linear, a shape or a rank that the model cannot have, or one linear twice.
+            RecipeError: the file is no plan, or names a linear, a shape or a rank that the model cannot have,
+                or one linear twice.
         """
         content = read_json(path, RecipeError, "give a plan that an earlier run saved (plan.json)")
         linears = content.get("linears")
