@@ -135,7 +135,7 @@ def _table(result: "Result") -> None:
 
     spec, stored = result.plan.spec, result.stored
     table = Table("", "original", "compressed", "", title=str(result.path))
-    before = spec.params, spec.params * spec.bytes_per_param
+    before = spec.params, spec.nbytes
     table.add_row("parameters", f"{before[0]:,}", f"{stored.params:,}", f"{stored.params / before[0]:.1%}")
     table.add_row("bytes", readable(before[1]), readable(stored.bytes), f"{stored.bytes / before[1]:.1%}")
     for pair in result.texts:

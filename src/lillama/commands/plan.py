@@ -40,7 +40,7 @@ def plan(
     Parameters
     ----------
     model
-        Local folder or hub id; only its configuration is read.
+        Local folder or hub id; of weights that lie in the folder only the headers are read.
     keep
         Share of the parameters that remains [default: the recipe's, 0.8].
     bytes
@@ -121,7 +121,7 @@ def _tables(plan: "Planned") -> None:
     facts = Table(show_header=False)
     facts.add_row("parameters", f"{spec.params:,} -> {ranks.kept_params:,} ({ranks.keep:.2%} kept)")
     facts.add_row(
-        "bytes", f"{readable(spec.params * spec.bytes_per_param)} -> {readable(ranks.kept_bytes)} in {spec.dtype}"
+        "bytes", f"{readable(spec.nbytes)} -> {readable(ranks.kept_bytes)} in {spec.dtype}"
     )
     facts.add_row(
         "memory", f"about {readable(needs.memory_bytes)}, and {readable(needs.activation_bytes)} of activations"

@@ -123,6 +123,15 @@ class Weights:
         """Return the type that a tensor is stored in."""
         return self.reader.dtype(self.sources[name][0].keys[0][0])
 
+    def numbers(self, name: str) -> int:
+        """Return how many numbers a tensor has."""
+        return self.model.get_parameter_or_buffer(name).numel()
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes that a tensor takes where it is written in its stored type."""
+        dtype = self.integers.get(name)
+        return self.numbers(name) * (self.dtype(name) if dtype is None else dtype).itemsize
+
     def _exact(self, name: str) -> bool:
         """Tell whether transformers keeps a tensor in fp32 whatever the model computes in."""
         return any(part in name for part in self.model._keep_in_fp32_modules_strict or ())

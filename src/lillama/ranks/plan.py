@@ -48,7 +48,7 @@ class RankPlan:
 
     def nbytes(self, linear: LinearSpec) -> int:
         """Return the bytes that are stored for a linear."""
-        rank, itemsize = self.ranks[linear.name], self.spec.bytes_per_param
+        rank, itemsize = self.ranks[linear.name], self.spec.itemsize(linear)
         return self.storage.nbytes(linear.out_features, linear.in_features, rank, itemsize)
 
     @property
@@ -59,9 +59,8 @@ class RankPlan:
     @property
     def kept_bytes(self) -> int:
         """Bytes stored for the whole model under this plan."""
-        itemsize = self.spec.bytes_per_param
-        saved = sum(linear.params * itemsize - self.nbytes(linear) for linear in self.spec.linears)
-        return self.spec.params * itemsize - saved
+        spec = self.spec
+        return spec.nbytes - sum(one.params * spec.itemsize(one) - self.nbytes(one) for one in spec.linears)
 
     @property
     def keep(self) -> float:
