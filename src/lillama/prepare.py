@@ -17,6 +17,7 @@ from lillama.files import digest
 from lillama.lowrank.quantized import refuse_without_torchao
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import describe, describe_model, refuse_quantized
+from lillama.model.remote import remote_code
 from lillama.model.sizes import as_stored
 from lillama.model.source import load_config, locate, refuse_too_long, stored_dtype
 from lillama.model.spec import ModelSpec
@@ -117,6 +118,7 @@ def plan(
     seed: int | None = None,
     rank_plan: str | Path | None = None,
     machine: Machine | None = None,
+    trust_remote_code: bool = False,
 ) -> Planned:
     """Decide the rank of every linear from shapes alone; no weight is read.
 
@@ -139,6 +141,7 @@ def plan(
         seed: of every random choice.
         rank_plan: file of a plan to use instead of a new one.
         machine: how it would be computed.
+        trust_remote_code: whether code that lies in the model's folder (`auto_map`) may run, as in transformers.
 
     Raises:
         LillamaError: the model, the recipe or the size cannot be used.
@@ -157,13 +160,15 @@ def plan(
                     tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
     for source in wanted.calibration.sources:
         check_exists(source)
-    folder, device = locate(model, weights=False), pick_device(machine.device)
-    config = load_config(folder)
-    refuse_quantized(config)
-    if CheckpointReader(folder).complete:
-        spec = _described(open_streamed(folder, device, split_gate_up=wanted.split_gate_up), wanted)
-    else:
-        spec = describe(config, wanted.targets, wanted.ignore, wanted.split_gate_up)
+    device = pick_device(machine.device)
+    with remote_code(trust_remote_code):
+        folder = locate(model, weights=False)
+        config = load_config(folder)
+        refuse_quantized(config)
+        if CheckpointReader(folder).complete:
+            spec = _described(open_streamed(folder, device, split_gate_up=wanted.split_gate_up), wanted)
+        else:
+            spec = describe(config, wanted.targets, wanted.ignore, wanted.split_gate_up)
     ranks, wanted = sized(spec, wanted, rank_plan)
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
     rows = machine.rows(wanted.calibration.seq_len, device)

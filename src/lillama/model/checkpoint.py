@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lillama.errors import ModelError, shown, suggestion
 from lillama.files import atomic_file, digest, file_digest, read_json, write_json
+from lillama.model.remote import runs_code
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_SUFFIX, NAMED = ".safetensors.index.json", "transformers_weights"
@@ -180,8 +181,9 @@ class CheckpointReader:
         return tensor.to(device, dtype or tensor.dtype, copy=True)
 
     def fingerprint(self) -> str:
-        """Return a hash of `config.json` and of every byte of the weights, in hexadecimal."""
-        return digest({file.name: file_digest(file) for file in (self.folder / "config.json", *self.files)})
+        """Return a hash of `config.json`, of every byte of the weights, and of code that may run, in hexadecimal."""
+        code = sorted(self.folder.glob("*.py")) if runs_code() else []
+        return digest({file.name: file_digest(file) for file in (self.folder / "config.json", *self.files, *code)})
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:

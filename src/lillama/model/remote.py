@@ -16,12 +16,12 @@ _allowed: ContextVar[set[str] | None] = ContextVar("allowed", default=None)  # w
 
 @contextmanager
 def remote_code(allowed: bool) -> Iterator[None]:
-    """Let the code of the models that are read in this context run, or not.
+    """Let the code of the models that are read in this context run, if it is allowed.
 
     Args:
-        allowed: whether it runs, as `trust_remote_code` of transformers.
+        allowed: whether it runs, as `trust_remote_code` of transformers; false leaves things as they are around.
     """
-    token = _allowed.set(set() if allowed else None)
+    token = _allowed.set(set() if allowed and not runs_code() else _allowed.get())
     try:
         yield
     finally:
