@@ -75,6 +75,8 @@ LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausa
         ({"dtype": {}}, "dtype is {}; a text"),
         ({"dtype": float("nan")}, "dtype is nan; a text"),
         ({"torch_dtype": 7}, "torch_dtype is 7"),
+        ({"text_config": 3}, "text part is 3"),
+        ({"text_config": {"a": 1}}, "text part is"),
         ({"architectures": 5}, "architectures"),
         ({"architectures": [5]}, "architectures"),
         ({"architectures": {"a": 1}}, "architectures"),

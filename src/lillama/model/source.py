@@ -148,10 +148,12 @@ def _refuse_code(path: Path, raw: Mapping[str, Any]) -> None:
             )
 
 
-def _refuse_senseless(path: Path, config: PretrainedConfig, text: PretrainedConfig) -> None:
+def _refuse_senseless(path: Path, config: PretrainedConfig, text: object) -> None:
     """Refuse values of another kind than they are used as."""
     if not all(isinstance(name, str) for name in config.architectures or ()):
         raise ModelError(f"{path}: architectures is {shown(config.architectures)}; a list of class names is needed")
+    if not isinstance(text, PretrainedConfig):
+        raise ModelError(f"{path}: the configuration of its text part is {shown(text)}; an object of its own is needed")
     for one in (config, text):
         dtype = one.dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
