@@ -42,6 +42,7 @@ def pickle_only(model: Path) -> None:
 
 
 def escape(model: Path) -> None:
+    (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: "../../secret.safetensors"}}))
 
 

@@ -12,7 +12,9 @@ from transformers.utils import logging as reports
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.foreign import explained
 from lillama.model.remote import runs_code
-from lillama.model.weights import missing, warn_of_unused
+from lillama.model.skeleton import skeleton
+from lillama.model.source import load_config, quantization
+from lillama.model.weights import Weights, missing, warn_of_unused
 from lillama.resources import shortage_explained
 
 
@@ -28,17 +30,22 @@ def load(kind: Any, folder: Path, **options: Any) -> PreTrainedModel:
         ModelError: the weights cannot be read, or not all are there, or transformers cannot load the model.
         ResourceError: memory does not suffice.
     """
-    reader = CheckpointReader(folder)
+    reader, config = CheckpointReader(folder), load_config(folder)
     _ = (
         reader.entries
     )  # pickles, indexes that lead elsewhere and damaged files are refused before transformers sees them
+    empty = skeleton(config) if config.architectures else None  # and sizes that no model has, before memory is taken
+    checked = empty is not None and quantization(config) is None
+    if empty is not None and checked:
+        Weights.of(empty, reader)
     with explained(f"{folder}: transformers cannot load this model"), shortage_explained(), _own_words():
         model, found = kind.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=runs_code(), output_loading_info=True, **options
         )
     if found["missing_keys"]:
         raise missing(reader, min(found["missing_keys"]))
-    warn_of_unused(folder, found["unexpected_keys"])
+    if not checked:
+        warn_of_unused(folder, found["unexpected_keys"])
     return model
 
 
