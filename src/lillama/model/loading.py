@@ -31,9 +31,7 @@ def load(kind: Any, folder: Path, **options: Any) -> PreTrainedModel:
         ResourceError: memory does not suffice.
     """
     reader, config = CheckpointReader(folder), load_config(folder)
-    _ = (
-        reader.entries
-    )  # pickles, indexes that lead elsewhere and damaged files are refused before transformers sees them
+    _ = reader.entries  # refuses pickles, indexes that lead elsewhere and damaged files
     empty = skeleton(config) if config.architectures else None  # and sizes that no model has, before memory is taken
     checked = empty is not None and quantization(config) is None
     if empty is not None and checked:
