@@ -42,6 +42,7 @@ def pickle_only(model: Path) -> None:
 
 
 def escape(model: Path) -> None:
+    (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: "../../secret.safetensors"}}))
 
 
@@ -99,7 +100,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "unknown device": (["--device", "tpu9"], "tpu9.*--device"),
     "absent device": (["--device", "cuda:77"], "cuda:77.*--device"),
     "two sizes": (["--keep", "0.5", "--plan", "{wrong}"], "each decides the size"),
-    "no plan": (["--plan", "{wrong}"], "not a rank plan"),
+    "no plan": (["--plan", "{wrong}"], "give a plan that an earlier run saved"),
     "missing plan": (["--plan", "nowhere.json"], "nowhere.json: "),
     "no evaluation text": (["--text", "nowhere.txt"], "nowhere.txt"),
     "run is a file": (["--run", "{wrong}"], "is a file"),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lillama.files import atomic_file, atomic_folder, digest, file_digest, write_json
+from lillama import files
+from lillama.errors import ModelError
+from lillama.files import atomic_file, atomic_folder, digest, file_digest, read_json, write_json
 
 
 class Killed(BaseException):
@@ -146,3 +148,48 @@ def test_json_is_written_readably_and_digested_canonically(tmp_path: Path) -> No
     assert json.loads(text) == {"b": "é", "a": [1]} and "é" in text and text.endswith("}\n")
     assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1}) != digest({"a": 2, "b": 2})
     assert file_digest(tmp_path / "a.json") == sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("text", ['{"a": [1, {"b": null}], "a": 2.5}', '{"a": NaN, "é": "\\ud83d\\ude00"}', " {} "])
+def test_an_object_is_read_as_json_reads_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    assert repr(read_json(tmp_path / "a.json", ModelError, "mend it")) == repr(json.loads(text))
+
+
+BAD_JSON = {
+    "empty": (b"", "not valid JSON"),
+    "cut off": (b'{"a": ', "not valid JSON"),
+    "deep lists": (b"[" * 100_000, "nested too deeply"),
+    "deep and closed": (b'{"a":' * 400 + b"1" + b"}" * 400, "nested too deeply"),
+    "deeper than it could be copied": (b'{"a":' + b"[" * 300 + b"]" * 300 + b"}", "nested too deeply"),
+    "not UTF-8": (b'{"a": "\xff"}', "not valid JSON .*0xff"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "not valid JSON"),
+    "a mark before it": (b'\xef\xbb\xbf{"a": 1}', "not valid JSON .*BOM"),
+    "a list": (b"[1]", "a JSON list, where an object"),
+    "null": (b"null", "a JSON NoneType"),
+    "a number of 5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    "half a character": (b'{"a": "\\ud83d"}', "half a character"),
+    "half a character in a key": (b'{"\\udc00": 1}', "half a character"),
+    "two values": (b"{} {}", "not valid JSON"),
+    "no file": (None, "cannot be read .No such file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_what_is_no_json_object_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    content, match = BAD_JSON[kind]
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=match) as refusal:
+        read_json(path, ModelError, "mend it")
+    text = str(refusal.value)
+    assert text.startswith(f"{path}: ") and text.endswith("; mend it") and len(text.splitlines()) == 1
+
+
+def test_a_folder_and_a_file_of_endless_size_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_json(tmp_path, ModelError, "mend it")
+    monkeypatch.setattr(files, "JSON_BYTES", 10)
+    with pytest.raises(ModelError, match="larger than"):
+        read_json(Path("/dev/zero"), ModelError, "mend it")

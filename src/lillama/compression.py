@@ -8,6 +8,7 @@ from lillama.files import resolved
 from lillama.fitting import preview as previewed
 from lillama.fitting import smallest
 from lillama.making import Order, made
+from lillama.model.remote import remote_code
 from lillama.prepare import Machine, Planned, refuse_two_sizes
 from lillama.progress import Report, silent
 from lillama.recipe import Recipe, chosen, recipe_name
@@ -38,6 +39,7 @@ def compress(
     restart: bool = False,
     machine: Machine | None = None,
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> Result:
     """Make a smaller model: factorise its linears and teach each block to reproduce the activations of the original.
 
@@ -66,6 +68,7 @@ def compress(
         restart: forget an earlier run in that folder.
         machine: device, memory and file sizes.
         report: told about progress.
+        trust_remote_code: whether code that lies in the model's folder (`auto_map`) may run, as in transformers.
 
     Raises:
         LillamaError: something cannot be used; the text says what and how to mend it.
@@ -84,7 +87,7 @@ def compress(
                     ignore=ignore, calibration=calibration, tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
     order = Order(model, out, _run_folder(out, run), wanted, recipe_name(recipe), rank_plan, texts, restart,
                   machine or Machine(), report)  # fmt: skip
-    with shortage_explained():
+    with remote_code(trust_remote_code), shortage_explained():
         return made(order) if max_loss is None else smallest(order, max_loss)
 
 
@@ -104,6 +107,7 @@ def preview(
     seed: int | None = None,
     machine: Machine | None = None,
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> Planned:
     """Measure the spectra of a model's weights: the ranks that they lead to, and the loss predicted for every size.
 
@@ -124,7 +128,7 @@ def preview(
                     calibration=calibration, tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
     nowhere = Path("nowhere")
     order = Order(model, nowhere, nowhere, wanted, recipe_name(recipe), None, (), False, machine or Machine(), report)
-    with shortage_explained():
+    with remote_code(trust_remote_code), shortage_explained():
         return previewed(order)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+SHOWN = 64  # characters of a value in a line
+
 
 class LillamaError(Exception):
     """Base of all errors raised on purpose; the text names the thing, the value found and the remedy.
@@ -70,11 +72,21 @@ class TrainingError(LillamaError):
     exit_status = 1
 
 
+def shown(value: object) -> str:
+    r"""Return a value found in somebody's file as a line can show it: short, without control characters.
+
+    >>> shown("q_proj"), shown(["a"] * 100), shown("a\nb")
+    ('q_proj', "['a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', ...", "'a\\nb'")
+    """
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known word nearest to `word`, or an empty string.
 
     >>> suggestion("uniforn", ["uniform", "bottom"])
     "; did you mean 'uniform'?"
     """
-    near = get_close_matches(word, list(known), n=1)
+    near = get_close_matches(word, list(known), n=1) if len(word) <= 4 * SHOWN else []  # its time grows with the length
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -13,10 +13,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lillama.errors import OutputError
+from lillama.errors import LillamaError, OutputError
 
 ASIDE = ".lillama"  # at the end of the name of the folder that stands beside a place while it is worked on
 NEW, OLD, LOCK = "new", "old", "lock"  # in that folder
+JSON_BYTES, JSON_DEPTH = 64 << 20, 100  # the index of the largest public models takes 20 MB
 
 
 def sync(path: Path) -> None:
@@ -199,6 +200,52 @@ def write_json(path: Path, value: Any) -> None:
         content = json.dumps(value, indent=2).encode() + b"\n"
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def read_json(path: Path, error: type[LillamaError], remedy: str) -> dict[str, Any]:
+    """Read a JSON object that somebody else may have written.
+
+    As in transformers, the last of several equal keys counts, and `NaN` and `Infinity` are numbers.
+
+    Args:
+        path: of the file.
+        error: raised where the file cannot be used.
+        remedy: ends the line that says so.
+
+    Raises:
+        LillamaError: no such file, or one that may not be read, is larger than 64 MiB or nested deeper than 100 levels, is
+            not UTF-8 text, not JSON, or no object.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(JSON_BYTES + 1)
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as failure:
+        raise error(f"{path}: cannot be read ({failure.strerror}); {remedy}") from None
+    if len(content) > JSON_BYTES:
+        raise error(f"{path}: larger than {JSON_BYTES >> 20} MiB, which no such file is; {remedy}")
+    try:
+        value = json.loads(content.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character could be read, but never be written
+    except RecursionError:
+        raise error(f"{path}: nested too deeply; {remedy}") from None
+    except ValueError as failure:
+        reason = "half a character" if isinstance(failure, UnicodeEncodeError) else str(failure)
+        raise error(f"{path}: not valid JSON ({reason}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: a JSON {type(value).__name__}, where an object {{...}} is needed; {remedy}")
+    if _is_deep(value):
+        raise error(f"{path}: nested too deeply; {remedy}")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(JSON_DEPTH):
+        level = [one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(one, dict | list)]  # fmt: skip
+        if not level:
+            return False
+    return True
 
 
 def digest(value: Any) -> str:

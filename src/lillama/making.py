@@ -249,7 +249,7 @@ def _facts(lesson: Lesson, result: Result) -> CardFacts:
         scope=job.recipe.scope,
         params_dense=spec.params,
         params_kept=result.stored.params,
-        bytes_dense=spec.params * spec.bytes_per_param,
+        bytes_dense=spec.nbytes,
         bytes_kept=result.stored.bytes,
         dtype=spec.dtype,
         calibration=Calibration(

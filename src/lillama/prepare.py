@@ -15,7 +15,10 @@ from lillama.errors import BudgetError, CalibrationError, RecipeError, ResourceE
 from lillama.estimate import Estimate, estimate, matmul_rate
 from lillama.files import digest
 from lillama.lowrank.quantized import refuse_without_torchao
+from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import describe, describe_model, refuse_quantized
+from lillama.model.remote import remote_code
+from lillama.model.sizes import as_stored
 from lillama.model.source import load_config, locate, refuse_too_long, stored_dtype
 from lillama.model.spec import ModelSpec
 from lillama.ranks.plan import RankPlan
@@ -88,7 +91,7 @@ class Planned:
             "keep": self.plan.keep,
             "outline": self.outline,
             "params": {"dense": spec.params, "kept": self.plan.kept_params},
-            "bytes": {"dense": spec.params * spec.bytes_per_param, "kept": self.plan.kept_bytes},
+            "bytes": {"dense": spec.nbytes, "kept": self.plan.kept_bytes},
             "linears": [
                 {"name": linear.name, "out": linear.out_features, "in": linear.in_features, "rank": rank}
                 for linear, rank in self.plan
@@ -115,8 +118,12 @@ def plan(
     seed: int | None = None,
     rank_plan: str | Path | None = None,
     machine: Machine | None = None,
+    trust_remote_code: bool = False,
 ) -> Planned:
-    """Decide the rank of every linear from the model's configuration alone; no weight is read.
+    """Decide the rank of every linear from shapes alone; no weight is read.
+
+    Sizes in bytes are those of the types that the weights are stored in, where weights lie in the model's folder (of their
+    files the headers are read); of a model on the hub they are those that its configuration names.
 
     Args:
         model: local folder or hub id.
@@ -134,6 +141,7 @@ def plan(
         seed: of every random choice.
         rank_plan: file of a plan to use instead of a new one.
         machine: how it would be computed.
+        trust_remote_code: whether code that lies in the model's folder (`auto_map`) may run, as in transformers.
 
     Raises:
         LillamaError: the model, the recipe or the size cannot be used.
@@ -152,9 +160,16 @@ def plan(
                     tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
     for source in wanted.calibration.sources:
         check_exists(source)
-    config = load_config(locate(model, weights=False))
-    ranks, wanted = sized(describe(config, wanted.targets, wanted.ignore, wanted.split_gate_up), wanted, rank_plan)
     device = pick_device(machine.device)
+    with remote_code(trust_remote_code):
+        folder = locate(model, weights=False)
+        config = load_config(folder)
+        refuse_quantized(config)
+        if CheckpointReader(folder).complete:
+            spec = _described(open_streamed(folder, device, split_gate_up=wanted.split_gate_up), wanted)
+        else:
+            spec = describe(config, wanted.targets, wanted.ignore, wanted.split_gate_up)
+    ranks, wanted = sized(spec, wanted, rank_plan)
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
     rows = machine.rows(wanted.calibration.seq_len, device)
     outline = rank_plan is None and wanted.ranks.needs_spectra
@@ -231,8 +246,7 @@ def prepared(
     _refuse_silence(teacher.skeleton, recipe)
     wordless = teacher.skeleton.main_input_name != "input_ids" and not config.is_encoder_decoder
     tokenizer = None if wordless else load_tokenizer(folder)
-    spec = describe_model(teacher.skeleton, recipe.targets, recipe.ignore, recipe.split_gate_up)
-    ranks, recipe = sized(spec, recipe, rank_plan)
+    ranks, recipe = sized(_described(teacher, recipe), recipe, rank_plan)
     open_ranks = rank_plan is None and recipe.ranks.needs_spectra and bool(ranks.factorised)
     if recipe.storage.bits is not None:
         refuse_without_torchao()
@@ -242,6 +256,12 @@ def prepared(
     free = free_memory(device)
     needs = estimate(ranks, recipe, teacher.dtype.itemsize, rows, open_ranks=open_ranks, free=free)
     return Job(str(model), recipe, recipe_name, teacher, tokenizer, ranks, open_ranks, machine, needs)
+
+
+def _described(teacher: StreamedModel, recipe: Recipe) -> ModelSpec:
+    """Describe a model with the types that its tensors are stored in."""
+    spec = describe_model(teacher.skeleton, recipe.targets, recipe.ignore, recipe.split_gate_up)
+    return as_stored(spec, teacher.weights, teacher.template)
 
 
 def checked_room(job: Job, out: Path, run: Path, present: int) -> None:
@@ -339,7 +359,7 @@ def _within_bytes(spec: ModelSpec, recipe: Recipe, most: int) -> RankPlan:
             high = keep
     if best is None:
         raise BudgetError(
-            f"bytes {most:,} are not reachable: the original takes {spec.params * spec.bytes_per_param:,} and no smaller plan "
+            f"bytes {most:,} are not reachable: the original takes {spec.nbytes:,} and no smaller plan "
             "of this kind fits; allow more, or store fewer bits (--bits 8)"
         )
     return best

@@ -86,7 +86,7 @@ class Result:
             "recipe": self.recipe.hash,
             "keep": self.stored.params / spec.params,
             "params": {"dense": spec.params, "kept": self.stored.params},
-            "bytes": {"dense": spec.params * spec.bytes_per_param, "kept": self.stored.bytes},
+            "bytes": {"dense": spec.nbytes, "kept": self.stored.bytes},
             "texts": [
                 {
                     "name": pair.before.name,

@@ -111,7 +111,7 @@ def refuses(error: type[Exception], call, *words: str) -> None:
 
 def test_errors_are_one_line(tmp_path, model_path, tokenizer):
     refuses(CalibrationError, lambda: generate(model_path, tokenizer, 130, 65, seed=0), "seq_len is 65", "64 positions")
-    refuses(ModelError, lambda: generate(tmp_path / "none", tokenizer, 64, 16, seed=0), "none", "sources")
+    refuses(ModelError, lambda: generate(tmp_path / "none", tokenizer, 64, 16, seed=0), "none", "config.json")
     LlamaConfig(vocab_size=258, hidden_size=64).save_pretrained(tmp_path / "hollow")
     refuses(ModelError, lambda: generate(tmp_path / "hollow", tokenizer, 64, 16, seed=0), "hollow", "safetensors")
 

@@ -58,7 +58,7 @@ def test_repetition_counts_what_stood_before():
 def test_models_that_do_not_fit_or_do_not_load_are_refused(tiny, make_model, monkeypatch):
     broken = make_model()
     (broken / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="cannot load"):
+    with pytest.raises(ModelError, match="model folder with weights is needed"):
         load_whole(broken, CPU)
     monkeypatch.setattr(whole, "free_memory", lambda device: 1000)
     with pytest.raises(ResourceError, match=r"take \d+ kB on cpu, where 1 kB are free"):

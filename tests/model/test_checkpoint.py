@@ -150,11 +150,66 @@ def test_an_index_that_points_outside_the_folder_is_refused(
         _ = CheckpointReader(folder).entries
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', "{"])
-def test_an_index_that_is_none_is_refused(content: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "a JSON list"),
+        ("{}", "not a readable index"),
+        ('{"weight_map": 3}', "not a readable index"),
+        ('{"weight_map": ["a"]}', "not a readable index"),
+        ('{"weight_map": {}}', "not a readable index"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(content: str, what: str, folder: Path) -> None:
     (folder / INDEX).write_text(content)
-    with refused(INDEX, "not a readable index"):
+    with refused(INDEX, what, "fetch the model again"):
         _ = CheckpointReader(folder).entries
+
+
+def other(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor + 1 for name, tensor in tensors.items()}
+
+
+def test_the_single_file_is_read_where_shards_lie_beside_it(folder: Path, tensors: dict[str, Tensor]) -> None:
+    write(folder, other(tensors), 3000)
+    save_file(tensors, folder / SINGLE)
+    reader = CheckpointReader(folder)
+    assert reader.files == (folder / SINGLE,)
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("content", ["[" * 1000, "{}", '{"weight_map": {"a": "../b.safetensors"}}'])
+def test_an_index_that_is_not_read_is_not_looked_at(content: str, folder: Path, tensors: dict[str, Tensor]) -> None:
+    write(folder, tensors, 10**9)
+    (folder / INDEX).write_text(content)
+    assert set(CheckpointReader(folder).names) == set(tensors)
+
+
+def test_weights_that_the_configuration_names_come_first(folder: Path, tensors: dict[str, Tensor]) -> None:
+    write(folder, other(tensors), 10**9)
+    save_file(tensors, folder / "consolidated.safetensors")
+    (folder / "config.json").write_text('{"transformers_weights": "consolidated.safetensors"}')
+    reader = CheckpointReader(folder)
+    assert reader.complete and reader.files == (folder / "consolidated.safetensors",)
+    assert torch.equal(reader.read("layers.0.weight"), tensors["layers.0.weight"])
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "pytorch_model.bin", "", 3, [], {}, "a\0.safetensors"])
+def test_a_configuration_that_names_weights_elsewhere_is_refused(name: Any, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"transformers_weights": name}))
+    with refused("config.json: transformers_weights is", "of this folder"):
+        _ = CheckpointReader(folder).files
+
+
+def test_a_folder_is_complete_with_the_last_of_its_files(folder: Path, tensors: dict[str, Tensor]) -> None:
+    assert not CheckpointReader(folder).complete
+    write(folder, tensors, 3000)
+    assert CheckpointReader(folder).complete
+    (folder / "model-00002-of-00004.safetensors").unlink()
+    assert not CheckpointReader(folder).complete
 
 
 def test_a_missing_shard_is_refused(folder: Path, tensors: dict[str, Tensor]) -> None:

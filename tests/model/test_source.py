@@ -49,18 +49,54 @@ def test_only_the_configuration_is_fetched_for_a_plan(monkeypatch: pytest.Monkey
     monkeypatch.setattr(source, "snapshot_download", lambda _, allow_patterns: asked.append(allow_patterns) or "/tmp")
     locate("org/name", weights=False)
     locate("org/name")
-    assert asked[0] == ["config.json"] and "*.safetensors" in asked[1]
+    assert asked[0] == ["config.json", "adapter_config.json"] and "*.safetensors" in asked[1]
     assert not any("bin" in pattern or ".pt" in pattern for pattern in asked[1])
 
 
+UNUSABLE = "transformers cannot use this configuration"
+LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"model_type": "no_such_type"}', '{"model_type": "llama", "dtype": "foo"}']
+    ("content", "what"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "a JSON list"),
+        ("{}", UNUSABLE),
+        ('{"model_type": "no_such_type"}', UNUSABLE),
+        ({"model_type": None}, UNUSABLE),
+        ({"model_type": ["llama"]}, "model_type is .*; a text is needed"),
+        ({"auto_map": "a.B"}, "auto_map is a.B; an object"),
+        ({"quantization_config": [1]}, "quantization_config is .1.; an object"),
+        ({"dtype": "foo"}, UNUSABLE),
+        ({"dtype": "int8"}, "dtype is torch.int8; a floating-point type"),
+        ({"dtype": {}}, "dtype is {}; a text"),
+        ({"dtype": float("nan")}, "dtype is nan; a text"),
+        ({"torch_dtype": 7}, "torch_dtype is 7"),
+        ({"text_config": 3}, "text part is 3"),
+        ({"text_config": {"a": 1}}, "text part is"),
+        ({"architectures": 5}, "architectures"),
+        ({"architectures": [5]}, "architectures"),
+        ({"architectures": {"a": 1}}, "architectures"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": 63}, UNUSABLE),
+        ({"num_attention_heads": 0}, UNUSABLE),
+        ({"layer_types": ["a"]}, UNUSABLE),
+        ({"vocab_size": 3.5}, "vocab_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than any model has"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers is 10*, more than any model has"),
+        ({"text_config": {"encoder_layers": 10**9}}, "encoder_layers is"),
+        ({"num_labels": 10**9}, "num_labels is"),
+        ({"depths": [2, 10**9]}, "depths is"),
+    ],
 )
-def test_a_configuration_that_cannot_be_used_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"config\.json: transformers cannot use this configuration") as refusal:
+def test_a_configuration_that_cannot_be_used_is_refused_in_one_line(content: Any, what: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(LLAMA | content))
+    with pytest.raises(ModelError, match=what) as refusal:
         load_config(tmp_path)
-    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(f"{tmp_path / 'config.json'}: ") and str(refusal.value).isprintable()
 
 
 def test_the_stored_type_and_the_quantisation_are_read(tmp_path: Path) -> None:
@@ -71,3 +107,20 @@ def test_the_stored_type_and_the_quantisation_are_read(tmp_path: Path) -> None:
     config = load_config(tmp_path)
     assert stored_dtype(config) == torch.bfloat16 and quantization(config) == quantized
     assert stored_dtype(LlamaConfig()) == torch.float32 and quantization(LlamaConfig()) is None
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_is_refused_with_the_way_out(alone: bool, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    if not alone:
+        (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"adapter_config\.json: an adapter lies .*merge_and_unload"):
+        locate(tmp_path)
+
+
+def test_an_adapter_of_the_hub_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(source, "snapshot_download", lambda _, allow_patterns: str(tmp_path))
+    for weights in (True, False):
+        with pytest.raises(ModelError, match="an adapter lies"):
+            locate("org/name", weights)

@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,3 +123,52 @@ def test_a_filled_model_computes_as_the_original(saved: Save) -> None:
     whole.tie_weights()
     ids = torch.arange(3, 13)[None]
     torch.testing.assert_close(whole(ids).logits, model(ids).logits)
+
+
+def unused(model: PreTrainedModel, folder: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
+    caplog.clear()
+    names_of(model.config, folder)
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_tensors_left_over_are_told_of_in_one_line(saved: Save, caplog: pytest.LogCaptureFixture) -> None:
+    model, folder = saved()
+    assert unused(model, folder, caplog) == []
+    model.config.num_hidden_layers = 1
+    (line,) = unused(model, folder, caplog)
+    assert "18 stored tensors are not part of the model" in line and "model.layers.1." in line and ", ..." in line
+
+
+def test_what_the_class_itself_leaves_out_is_not_spoken_of(
+    saved: Save, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = saved()
+    extra = {
+        "model.layers.9.eh_proj.weight": torch.ones(2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+    }
+    save_file(load_file(folder / SINGLE) | extra, folder / SINGLE)
+    (line,) = unused(model, folder, caplog)
+    assert "1 stored tensors" in line and "model.layers.9.eh_proj.weight" in line
+    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.9\."])
+    assert unused(model, folder, caplog) == []
+
+
+WRAPPED = {
+    "compiled": (lambda name: f"_orig_mod.{name}", "_orig_mod.save_pretrained"),
+    "compiled blocks": (lambda name: name.replace("layers.1.", "layers.1._orig_mod."), "_orig_mod.save_pretrained"),
+    "data parallel": (lambda name: f"module.{name}", "module.save_pretrained"),
+    "both": (lambda name: f"module._orig_mod.{name}", "_orig_mod.save_pretrained"),
+    "adapter": (lambda name: name.replace("up_proj.", "up_proj.base_layer."), "merge_and_unload"),
+    "adapter around all": (lambda name: f"base_model.model.{name}", "merge_and_unload"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_a_model_saved_inside_a_wrapper_is_refused_with_the_way_out(wrapper: str, saved: Save) -> None:
+    change, remedy = WRAPPED[wrapper]
+    model, folder = saved()
+    rename(folder, change)
+    with pytest.raises(ModelError, match="saved inside a wrapper") as refusal:
+        names_of(model.config, folder)
+    assert remedy in str(refusal.value) and "fetch the model again" not in str(refusal.value)

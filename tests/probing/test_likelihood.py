@@ -131,7 +131,7 @@ def test_a_checkpoint_that_lacks_the_head_is_refused(make_model):
     model = AutoModelForCausalLM.from_pretrained(folder)
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     model.save_pretrained(folder, state_dict=weights)
-    with pytest.raises(ModelError, match=r"1 weights are not in the checkpoint, the first is lm_head.weight"):
+    with pytest.raises(ModelError, match=r"tensor lm_head\.weight is missing from the weights"):
         load_scorer(folder, CPU)
 
 
@@ -145,5 +145,5 @@ def test_what_a_scorer_needs(tiny, bert, make_model, tmp_path):
         load_scorer(tmp_path, CPU)
     damaged = make_model()
     (damaged / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ModelError, match="transformers cannot load this model"):
+    with pytest.raises(ModelError, match="damaged or truncated"):
         load_scorer(damaged, CPU)

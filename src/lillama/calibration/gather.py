@@ -13,6 +13,7 @@ from lillama.calibration.media import pack_media
 from lillama.calibration.pack import TokenBlocks, blocks, pack
 from lillama.calibration.sources import Source, first_line
 from lillama.errors import CalibrationError, ModelError
+from lillama.model.remote import runs_code
 from lillama.progress import Report, silent
 
 SELF = "self"
@@ -70,7 +71,7 @@ def gather(
 def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model."""
     try:
-        return AutoTokenizer.from_pretrained(model_path)
+        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=runs_code())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
         raise ModelError(
             f"{model_path}: no usable tokenizer ({first_line(error)}); put tokenizer.json and its config there"

@@ -11,14 +11,14 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import get_max_memory
-from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import StaticCache
 
-from lillama.calibration.sources import first_line
 from lillama.errors import CalibrationError, ModelError
+from lillama.model.loading import load, weight_bytes
+from lillama.model.source import load_config, stored_dtype
 from lillama.progress import Progress, Report, silent
 
 BATCH = 128  # sequences written side by side, if their key-value cache stays below CACHE bytes
@@ -131,29 +131,18 @@ def _batch_size(model: PreTrainedModel, seq_len: int) -> int:
 
 def _load(model_path: str | Path, seq_len: int, device: torch.device, offload: str) -> PreTrainedModel:
     """Load a model for inference: plainly if its weights fit in free memory, else spread over all there is."""
-    try:
-        config = AutoConfig.from_pretrained(model_path)
-        places = (
-            getattr(config.get_text_config(), "max_position_embeddings", None) or seq_len
-        )  # not all models bound it
-        if seq_len > places:
-            raise CalibrationError(f"seq_len is {seq_len}, but {model_path} has {places} positions; lower it")
-        options: dict[str, Any] = {"dtype": "auto", "device_map": "auto", "offload_folder": offload}
-        if _fits(Path(model_path), config, device):
-            options = {"dtype": torch.float32 if device.type == "cpu" else "auto"}
-        model: Any = AutoModelForCausalLM.from_pretrained(model_path, use_safetensors=True, **options)
-        return model.eval() if "device_map" in options else model.eval().to(device)
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        raise ModelError(
-            f"{model_path}: cannot write its own calibration text ({first_line(error)}); "
-            "check the model folder, or give calibration sources"
-        ) from error
+    folder, config = Path(model_path), load_config(Path(model_path))
+    places = getattr(config.get_text_config(), "max_position_embeddings", None) or seq_len  # not all models bound it
+    if seq_len > places:
+        raise CalibrationError(f"seq_len is {seq_len}, but {model_path} has {places} positions; lower it")
+    if _fits(folder, config, device):
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+        return load(AutoModelForCausalLM, folder, dtype=dtype).eval().to(device)
+    return load(AutoModelForCausalLM, folder, dtype="auto", device_map="auto", offload_folder=offload).eval()
 
 
 def _fits(model_path: Path, config: PreTrainedConfig, device: torch.device) -> bool:
     """Tell whether the weights, widened to fp32 on the CPU, fit in the free memory of the device."""
-    size = sum(file.stat().st_size for file in model_path.glob("*.safetensors"))
-    if device.type == "cpu":
-        size *= 4 / cast(torch.dtype, config.dtype or torch.float32).itemsize
+    size = weight_bytes(model_path, torch.float32 if device.type == "cpu" else stored_dtype(config))
     place = (device.index or 0) if device.type in ("cuda", "xpu") else device.type
     return size <= MARGIN * get_max_memory()[place]

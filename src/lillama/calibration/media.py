@@ -25,6 +25,7 @@ from lillama.calibration.sources import (
     media_files,
 )
 from lillama.errors import CalibrationError, ModelError
+from lillama.model.remote import runs_code
 from lillama.progress import Progress, Report, silent
 
 Takes = Literal["input_features", "input_values", "pixel_values"]
@@ -233,7 +234,7 @@ KINDS = {"input_features": (*SPEECH, FEATURES), "input_values": SPEECH, "pixel_v
 
 def _processor(kind: Any, folder: Path) -> Any:
     try:
-        return kind.from_pretrained(folder)
+        return kind.from_pretrained(folder, trust_remote_code=runs_code())
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(
             f"{folder}: no usable processor ({first_line(error)}); put preprocessor_config.json there"

@@ -21,6 +21,7 @@ def bench(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     threads: int | None = None,
     seed: int = 0,
+    trust_remote_code: Annotated[bool, Flag] = False,
     json: Annotated[bool, Flag] = False,
 ) -> None:
     """Measure how fast MODEL, dense or compressed, reads prompts and writes after them, and what memory it takes.
@@ -47,6 +48,8 @@ def bench(
         Threads of the CPU [default: torch's choice].
     seed
         Of the prompts' random tokens.
+    trust_remote_code
+        Run the code that lies in the model's folder (`auto_map` in config.json), for models that need it; read it first.
     json
         Print JSON.
     """
@@ -55,7 +58,8 @@ def bench(
 
     with cli_output.progress(json) as report:
         result = benchmark(model, against, batch=batch, prompt=prompt, new=new, repeats=repeats, device=device,
-                           dtype=dtype, threads=threads, seed=seed, report=report)  # fmt: skip
+                           dtype=dtype, threads=threads, seed=seed, report=report,
+                           trust_remote_code=trust_remote_code)  # fmt: skip
     cli_output.show(result.as_json(), json, lambda: _tables(result))
 
 

@@ -40,6 +40,7 @@ def compress(
     compile: Annotated[bool, Flag] = False,
     log_dir: Path | None = None,
     wandb: Annotated[bool, Flag] = False,
+    trust_remote_code: Annotated[bool, Flag] = False,
     json: Annotated[bool, Flag] = False,
 ) -> None:
     """Make MODEL smaller and write it to OUT, an ordinary model folder.
@@ -102,6 +103,8 @@ def compress(
         Folder for TensorBoard's event files: the loss of each block, and of recovery.
     wandb
         With --log-dir: log to Weights & Biases too.
+    trust_remote_code
+        Run the code that lies in the model's folder (`auto_map` in config.json), for models that need it; read it first.
     json
         Print the result as JSON.
     """
@@ -121,7 +124,8 @@ def compress(
         result = work(model, out, keep=keep, nbytes=size(bytes), max_loss=max_loss, recipe=recipe,
                       calibration=calibration, tokens=tokens, seq_len=seq_len, scope=scope, bits=bits,
                       recover=not no_recover, targets=targets, ignore=ignore, seed=seed, rank_plan=plan,
-                      texts=text or (), run=run, restart=restart, machine=machine, report=report)  # fmt: skip
+                      texts=text or (), run=run, restart=restart, machine=machine, report=report,
+                      trust_remote_code=trust_remote_code)  # fmt: skip
     cli_output.show(result.as_json(), json, lambda: _table(result))
 
 
@@ -135,7 +139,7 @@ def _table(result: "Result") -> None:
 
     spec, stored = result.plan.spec, result.stored
     table = Table("", "original", "compressed", "", title=str(result.path))
-    before = spec.params, spec.params * spec.bytes_per_param
+    before = spec.params, spec.nbytes
     table.add_row("parameters", f"{before[0]:,}", f"{stored.params:,}", f"{stored.params / before[0]:.1%}")
     table.add_row("bytes", readable(before[1]), readable(stored.bytes), f"{stored.bytes / before[1]:.1%}")
     for pair in result.texts:

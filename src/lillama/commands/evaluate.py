@@ -27,6 +27,7 @@ def evaluate(
     seed: int = 0,
     device: str | None = None,
     activation_memory: str | None = None,
+    trust_remote_code: Annotated[bool, Flag] = False,
     json: Annotated[bool, Flag] = False,
 ) -> None:
     """Measure MODEL, dense or compressed, on texts and tasks, alone or beside its dense original.
@@ -57,6 +58,8 @@ def evaluate(
         `cpu`, `cuda`, `mps`, ... [default: an accelerator if there is one].
     activation_memory
         Memory for activations between blocks; what is more goes to disk [default: a quarter of what is free].
+    trust_remote_code
+        Run the code that lies in the model's folder (`auto_map` in config.json), for models that need it; read it first.
     json
         Print JSON.
     """
@@ -67,7 +70,8 @@ def evaluate(
     protocol = Protocol(seq_len, stride, windows, prompts, seed=seed)
     with cli_output.progress(json) as report:
         found = work(model, text or (), against=against, tasks=tasks or (), protocol=protocol, limit=limit,
-                     device=device, activation_memory=size(activation_memory), report=report)  # fmt: skip
+                     device=device, activation_memory=size(activation_memory), report=report,
+                     trust_remote_code=trust_remote_code)  # fmt: skip
     cli_output.show(found.as_json(), json, lambda: _tables(found))
 
 

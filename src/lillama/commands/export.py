@@ -2,10 +2,19 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from lillama.commands.options import Flag
 
 
-def export(source: Path, destination: Path, /, *, format: Literal["dense", "portable"]) -> None:
+def export(
+    source: Path,
+    destination: Path,
+    /,
+    *,
+    format: Literal["dense", "portable"],
+    trust_remote_code: Annotated[bool, Flag] = False,
+) -> None:
     """Write a compressed model in a form that loads without lillama.
 
     Parameters
@@ -17,10 +26,12 @@ def export(source: Path, destination: Path, /, *, format: Literal["dense", "port
     format
         `dense` multiplies the factors: loads everywhere, as large as the original. `portable` adds the code for
         `trust_remote_code=True`.
+    trust_remote_code
+        Run the code that lies in the model's folder (`auto_map` in config.json), for models that need it; read it first.
     """
     from lillama.hub.export import export as work
     from lillama.resources import shortage_explained
 
     with shortage_explained():
-        work(source, destination, format)
+        work(source, destination, format, trust_remote_code)
     sys.stdout.write(f"{destination}\n")

@@ -33,6 +33,7 @@ def plan(
     restart: Annotated[bool, Flag] = False,
     device: str | None = None,
     micro_batch: int | None = None,
+    trust_remote_code: Annotated[bool, Flag] = False,
     json: Annotated[bool, Flag] = False,
 ) -> None:
     """Show which rank each linear of MODEL gets, sizes before and after, and what the work needs; loads no weights.
@@ -40,7 +41,7 @@ def plan(
     Parameters
     ----------
     model
-        Local folder or hub id; only its configuration is read.
+        Local folder or hub id; of weights that lie in the folder only the headers are read.
     keep
         Share of the parameters that remains [default: the recipe's, 0.8].
     bytes
@@ -77,6 +78,8 @@ def plan(
         Where the work would be done.
     micro_batch
         Sequences that would be computed at once.
+    trust_remote_code
+        Run the code that lies in the model's folder (`auto_map` in config.json), for models that need it; read it first.
     json
         Print JSON.
     """
@@ -93,11 +96,12 @@ def plan(
         if preview:
             planned = look(model, keep=keep, nbytes=nbytes, recipe=recipe, calibration=calibration, tokens=tokens,
                            seq_len=seq_len, scope=scope, bits=bits, targets=targets, ignore=ignore, seed=seed,
-                           machine=machine, report=report)  # fmt: skip
+                           machine=machine, report=report, trust_remote_code=trust_remote_code)  # fmt: skip
         else:
             planned = work(model, keep=keep, nbytes=nbytes, recipe=recipe, calibration=calibration, tokens=tokens,
                            seq_len=seq_len, scope=scope, bits=bits, recover=not no_recover, targets=targets,
-                           ignore=ignore, seed=seed, rank_plan=plan, machine=machine)  # fmt: skip
+                           ignore=ignore, seed=seed, rank_plan=plan, machine=machine,
+                           trust_remote_code=trust_remote_code)  # fmt: skip
     cli_output.show(planned.as_json(), json, lambda: _tables(planned))
 
 
@@ -120,9 +124,7 @@ def _tables(plan: "Planned") -> None:
         )
     facts = Table(show_header=False)
     facts.add_row("parameters", f"{spec.params:,} -> {ranks.kept_params:,} ({ranks.keep:.2%} kept)")
-    facts.add_row(
-        "bytes", f"{readable(spec.params * spec.bytes_per_param)} -> {readable(ranks.kept_bytes)} in {spec.dtype}"
-    )
+    facts.add_row("bytes", f"{readable(spec.nbytes)} -> {readable(ranks.kept_bytes)} in {spec.dtype}")
     facts.add_row(
         "memory", f"about {readable(needs.memory_bytes)}, and {readable(needs.activation_bytes)} of activations"
     )

@@ -28,6 +28,7 @@ def probe(
     batch_tokens: int | None = None,
     device: str | None = None,
     seed: int = 0,
+    trust_remote_code: Annotated[bool, Flag] = False,
     json: Annotated[bool, Flag] = False,
 ) -> None:
     """Ask MODEL, dense or compressed, which text of each minimal pair is likelier: grammatical sentences, real words.
@@ -63,6 +64,8 @@ def probe(
         `cpu`, `cuda`, `mps`, ... [default: an accelerator if there is one].
     seed
         Of the confidence intervals.
+    trust_remote_code
+        Run the code that lies in the model's folder (`auto_map` in config.json), for models that need it; read it first.
     json
         Print JSON.
     """
@@ -81,7 +84,7 @@ def probe(
 
         with cli_output.progress(json) as report:
             results = probe_all(model, names, data, against=against, score=score, unit=unit, batch_tokens=batch_tokens,
-                                device=device, seed=seed, report=report)  # fmt: skip
+                                device=device, seed=seed, report=report, trust_remote_code=trust_remote_code)  # fmt: skip
     if trials_out is not None:
         write_trials(trials_out, load_benchmark(names[0]), results[0].trials)
     values = [result.as_json() for result in results]

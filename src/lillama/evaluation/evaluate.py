@@ -12,6 +12,7 @@ from lillama.evaluation.harness import find_tasks
 from lillama.evaluation.perplexity import TextScore, perplexity, pooled
 from lillama.evaluation.tasks import TaskScore, score_tasks
 from lillama.evaluation.windows import Texts, languages
+from lillama.model.remote import remote_code
 from lillama.progress import Report, silent
 
 
@@ -64,6 +65,7 @@ def evaluate(
     device: str | None = None,
     activation_memory: int | None = None,
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure a model on texts and tasks, alone or beside its dense original.
 
@@ -81,6 +83,7 @@ def evaluate(
         activation_memory: bytes that activations may take in memory before they go to disk; by default a quarter of what
             is free.
         report: told about progress.
+        trust_remote_code: whether code that lies in a model's folder (`auto_map`) may run, as in transformers.
 
     Raises:
         LillamaError: a model, a text or a task cannot be used.
@@ -96,21 +99,22 @@ def evaluate(
         raise RecipeError("nothing to measure; give --text FILE ... or --tasks NAME ...")
     found = find_tasks(tasks) if tasks else []
     scores, grouped, agreements = [], [], []
-    if against is not None and texts:
-        measured = measure(model, against, texts, protocol, device, activation_memory, report)
-        members = [(name, [name]) for name in measured] + list(languages(texts).items())
-        agreements = [summary(name, [measured[one] for one in parts], protocol.seed) for name, parts in members]
-        scores = [agreement.model for agreement in agreements]
-        scores, grouped = scores[: len(measured)], scores[len(measured) :]
-    elif texts:
-        scores = perplexity(model, texts, seq_len=protocol.seq_len, stride=protocol.stride, windows=protocol.windows,
-                            device=device, activation_memory=activation_memory, report=report)  # fmt: skip
-        by_name = {score.name: score for score in scores}
-        grouped = [pooled(name, [by_name[part] for part in parts]) for name, parts in languages(texts).items()]
-    answers = (
-        score_tasks(model, found, against, limit=limit, seed=protocol.seed, device=device, report=report)
-        if found
-        else []
-    )
+    with remote_code(trust_remote_code):
+        if against is not None and texts:
+            measured = measure(model, against, texts, protocol, device, activation_memory, report)
+            members = [(name, [name]) for name in measured] + list(languages(texts).items())
+            agreements = [summary(name, [measured[one] for one in parts], protocol.seed) for name, parts in members]
+            scores = [agreement.model for agreement in agreements]
+            scores, grouped = scores[: len(measured)], scores[len(measured) :]
+        elif texts:
+            scores = perplexity(model, texts, seq_len=protocol.seq_len, stride=protocol.stride, windows=protocol.windows,
+                                device=device, activation_memory=activation_memory, report=report)  # fmt: skip
+            by_name = {score.name: score for score in scores}
+            grouped = [pooled(name, [by_name[part] for part in parts]) for name, parts in languages(texts).items()]
+        answers = (
+            score_tasks(model, found, against, limit=limit, seed=protocol.seed, device=device, report=report)
+            if found
+            else []
+        )
     dense = None if against is None else str(against)
     return Evaluation(dense, tuple(scores), tuple(grouped), tuple(agreements), tuple(answers))

@@ -11,6 +11,7 @@ from lillama.calibration.documents import read_text
 from lillama.calibration.gather import load_tokenizer
 from lillama.evaluation.tally import log_probs, tallies
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
+from lillama.model.remote import remote_code
 from lillama.model.source import locate, refuse_too_long
 from lillama.progress import Report, silent
 from lillama.resources import pick_device, shortage_explained
@@ -99,6 +100,7 @@ def perplexity(
     device: str | None = None,
     activation_memory: int | None = None,
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> list[TextScore]:
     """Measure perplexity and bits per byte of text files, with one block of the model in memory at a time.
 
@@ -113,6 +115,7 @@ def perplexity(
         activation_memory: bytes that activations may take in memory before they go to disk; by default a quarter of what
             is free.
         report: told about every block.
+        trust_remote_code: whether code that lies in the model's folder (`auto_map`) may run, as in transformers.
 
     Raises:
         LillamaError: the model or a text cannot be used.
@@ -122,12 +125,12 @@ def perplexity(
         ...     print(score.name, score.tokens > 0, 1 < score.perplexity < 1000)
         text True True
     """
-    with shortage_explained(), TemporaryDirectory(prefix="lillama-") as folder:
+    with remote_code(trust_remote_code), shortage_explained(), TemporaryDirectory(prefix="lillama-") as folder:
         chosen = pick_device(device)
         path = locate(model)
-        tokenizer = load_tokenizer(path)
         contents = {name: read_text(file) for name, file in named(texts).items()}
         streamed = open_streamed(path, chosen)
+        tokenizer = load_tokenizer(path)
         length = default_length(streamed) if seq_len is None else seq_len
         refuse_too_long(length, streamed.skeleton.config)
         pieces = {name: cut(name, text, tokenizer, length, stride, windows) for name, text in contents.items()}

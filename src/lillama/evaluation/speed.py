@@ -18,6 +18,7 @@ from lillama.errors import ModelError, RecipeError, ResourceError
 from lillama.evaluation import timed
 from lillama.evaluation.timed import TOO_MUCH, Footprint, Run, Setting
 from lillama.model.checkpoint import CheckpointReader
+from lillama.model.remote import remote_code
 from lillama.model.skeleton import skeleton
 from lillama.model.source import load_config, locate
 from lillama.progress import Progress, Report, silent
@@ -154,6 +155,7 @@ def benchmark(
     threads: int | None = None,
     seed: int = 0,
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> Benchmark:
     """Measure how fast a model reads prompts and writes after them, greedily and with a key-value cache.
 
@@ -173,6 +175,7 @@ def benchmark(
         threads: of the CPU; by default torch's own choice.
         seed: of the prompts.
         report: told about every batch and length.
+        trust_remote_code: whether code that lies in a model's folder (`auto_map`) may run, as in transformers.
 
     Raises:
         LillamaError: a model cannot be used, an option makes no sense, or memory does not suffice.
@@ -180,8 +183,9 @@ def benchmark(
     _refuse_below(1, batch=batch, prompt=prompt, repeats=[repeats], threads=[1 if threads is None else threads])
     _refuse_below(2, new=[new])
     names = [model] if against is None else [model, against]
-    subjects = tuple(subject(name, max(prompt), new) for name in names)
-    setting = Setting(str(pick_device(device)), dtype, threads or torch.get_num_threads(), seed)
+    with remote_code(trust_remote_code):
+        subjects = tuple(subject(name, max(prompt), new) for name in names)
+    setting = Setting(str(pick_device(device)), dtype, threads or torch.get_num_threads(), seed, trust_remote_code)
     grid = [(rows, length) for rows in batch for length in prompt]
     cells: list[Cell] = []
     with ExitStack() as stack:

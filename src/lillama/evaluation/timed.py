@@ -1,5 +1,6 @@
 """One model that writes text against the clock: what runs inside a process that `speed` starts."""
 
+import logging
 import signal
 import time
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from lillama.errors import ModelError, ResourceError
+from lillama.errors import ResourceError
+from lillama.model.loading import load
+from lillama.model.remote import remote_code
+from lillama.model.skeleton import model_class
 from lillama.model.source import load_config
 from lillama.resources import peak_memory, shortage_explained
 
@@ -27,12 +31,14 @@ class Setting:
         dtype: of the weights in memory; None for the stored one.
         threads: of the CPU.
         seed: of the prompts.
+        remote_code: whether code of the models runs.
     """
 
     device: str
     dtype: str | None
     threads: int
     seed: int
+    remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Stopwatch(BaseStreamer):
 def begin() -> None:
     """Prepare a fresh process: no bars, and interruptions are left to the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     transformers.utils.logging.disable_progress_bar()
 
 
@@ -138,16 +145,9 @@ def loaded(folder: str, setting: Setting) -> Loaded:
     """
     torch.set_num_threads(setting.threads)
     idle = _peak(setting.device)
-    architectures = load_config(Path(folder)).architectures or []
-    model_class = getattr(transformers, architectures[0])  # `speed.subject` has seen to it that there is one
-    try:
-        with shortage_explained():
-            model, found = model_class.from_pretrained(folder, dtype=setting.dtype or "auto", output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{folder}: transformers cannot load this model: {reason}") from error
-    if found["missing_keys"]:
-        raise ModelError(f"{folder}: tensor {min(found['missing_keys'])} is missing from the weights; fetch it again")
+    with remote_code(setting.remote_code):
+        kind = model_class(load_config(Path(folder)))
+        model = load(kind, Path(folder), dtype=setting.dtype or "auto")
     model.generation_config = GenerationConfig()  # the model's own may sample, search beams or stop early
     return Loaded(model.to(setting.device).eval(), idle)
 

@@ -1,13 +1,12 @@
 """A whole model in memory, for what cannot be done block by block."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lillama.errors import ModelError, ResourceError
+from lillama.errors import ResourceError
+from lillama.model.loading import load, weight_bytes
 from lillama.model.source import load_config, stored_dtype
 from lillama.resources import free_memory, readable
 
@@ -16,9 +15,7 @@ MARGIN = 0.8  # share of the free memory that weights may take
 
 def refuse_too_large(folder: Path, device: torch.device) -> None:
     """Raise `ResourceError` where a model's weights do not fit in the device's free memory; the CPU widens them to fp32."""
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if device.type == "cpu":
-        size *= 4 / stored_dtype(load_config(folder)).itemsize
+    size = weight_bytes(folder, torch.float32 if device.type == "cpu" else stored_dtype(load_config(folder)))
     free = free_memory(device)
     if size > MARGIN * free:
         raise ResourceError(
@@ -36,9 +33,4 @@ def load_whole(folder: Path, device: torch.device) -> PreTrainedModel:
     """
     refuse_too_large(folder, device)
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{folder}: transformers cannot load this model: {reason}") from error
-    return model.to(device).eval()
+    return load(AutoModelForCausalLM, folder, dtype=dtype).to(device).eval()

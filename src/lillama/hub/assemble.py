@@ -1,7 +1,6 @@
 """Put a compressed model folder together: finished blocks, everything else from the original, one block at a time."""
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lillama.files import write_json
+from lillama.errors import ModelError
+from lillama.files import read_json, write_json
 from lillama.hub.export import carry_along
 from lillama.hub.quantizer import LowRankConfig
 from lillama.lowrank.absorb import absorb
@@ -21,7 +21,7 @@ from lillama.lowrank.pivot import Pivoting, in_order, pivot_rows
 from lillama.lowrank.quantized import refuse_without_torchao
 from lillama.lowrank.storage import Storage
 from lillama.lowrank.stored import stored_factors
-from lillama.model.checkpoint import CheckpointWriter
+from lillama.model.checkpoint import FETCH_AGAIN, NAMED, CheckpointWriter
 from lillama.model.spec import BlockSpec, ModelSpec
 from lillama.model.unfused import fuse, native_names
 from lillama.model.weights import Weights
@@ -141,7 +141,8 @@ def _original(name: str, ranks: Mapping[str, int]) -> str:
 def _write_config(
     folder: Path, source: Path, ranks: Mapping[str, int], storage: Storage, absorbed: list[str], recipe_hash: str
 ) -> None:
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json", ModelError, FETCH_AGAIN)
+    config.pop(NAMED, None)  # the weights are written under the usual names
     facts: dict[str, Any] = {"lillama_version": version("lillama"), "recipe_hash": recipe_hash}
     known = None if (storage.form, storage.bits) == ("plain", None) else asdict(storage)
     low_rank = LowRankConfig(ranks=dict(ranks), storage=known, absorbed=absorbed, **facts)

@@ -15,6 +15,7 @@ from lillama.hub.card import Loading, with_loading
 from lillama.hub.portable import CODE, compressed_config, make_portable
 from lillama.lowrank.linear import low_rank_linears, merge
 from lillama.model.checkpoint import CheckpointWriter
+from lillama.model.remote import remote_code
 from lillama.model.source import stored_dtype
 from lillama.model.weights import Weights, filled, stored
 from lillama.stream.streamed import StreamedModel, open_streamed
@@ -24,7 +25,12 @@ OWN = {"config.json", "README.md"}
 FOLDERS = ("additional_chat_templates",)
 
 
-def export(source: str | Path, destination: str | Path, format: Literal["dense", "portable"]) -> None:
+def export(
+    source: str | Path,
+    destination: str | Path,
+    format: Literal["dense", "portable"],
+    trust_remote_code: bool = False,
+) -> None:
     """Write a compressed model in a form that loads without lillama.
 
     Args:
@@ -32,6 +38,7 @@ def export(source: str | Path, destination: str | Path, format: Literal["dense",
         destination: folder to make; it appears only when it is complete.
         format: `dense` multiplies the factors, one layer at a time: loads everywhere, as large as the original.
             `portable` copies the model and adds `modeling_lillama.py` for `trust_remote_code=True`: stays small.
+        trust_remote_code: whether code that lies in the model's folder (`auto_map`) may run, as in transformers.
 
     Raises:
         OutputError: `destination` exists, or `format` is neither of the two.
@@ -50,7 +57,7 @@ def export(source: str | Path, destination: str | Path, format: Literal["dense",
     if destination.exists():
         raise OutputError(f"{destination}: exists already; remove it or name another folder")
     compressed_config(source)
-    with atomic_folder(destination) as folder:
+    with remote_code(trust_remote_code), atomic_folder(destination) as folder:
         FORMATS[format](source, folder)
 
 

@@ -1,22 +1,24 @@
 """Weights come and go one tensor at a time: a lazy reader of safetensors folders and a writer of shards."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lillama.artefacts import write_tensors
-from lillama.errors import ModelError, suggestion
-from lillama.files import digest, file_digest, write_json
+from lillama.errors import ModelError, shown, suggestion
+from lillama.files import digest, file_digest, read_json, write_json
+from lillama.model.remote import runs_code
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX_SUFFIX, NAMED = ".safetensors.index.json", "transformers_weights"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {
@@ -27,6 +29,7 @@ INTEGERS = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
+KNOWN = DTYPES | INTEGERS  # others (8 bits and fewer) are never read; they are counted as bytes
 CHECKED_AT_ONCE = 1 << 24  # numbers
 FETCH_AGAIN = "fetch the model again"
 
@@ -42,9 +45,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class CheckpointReader:
-    """Read single tensors of a safetensors folder (`model.safetensors`, or shards with an index).
+    """Read single tensors of a safetensors folder: `model.safetensors`, or shards with an index.
 
-    Only headers are read until a tensor is asked for, and nothing stays mapped afterwards.
+    Where both are there the single file is read, as transformers does; a configuration that names its weights
+    (`transformers_weights`) decides before that. Only headers are read until a tensor is asked for, and nothing stays
+    mapped afterwards.
 
     Args:
         folder: a model folder as `save_pretrained` writes it.
@@ -61,8 +66,8 @@ class CheckpointReader:
         """
         if self._index is not None:
             return tuple(self.folder / name for name in sorted(set(self._index.values())))
-        if (self.folder / SINGLE).is_file():
-            return (self.folder / SINGLE,)
+        if self._chosen is not None:
+            return (self._chosen,)
         pickled = [name for name in PICKLES if (self.folder / name).exists()]
         if pickled:
             raise ModelError(
@@ -84,14 +89,32 @@ class CheckpointReader:
                         entries[name] = Entry(file, tuple(view.get_shape()), view.get_dtype())
         for name, file in index.items():
             if name not in entries:
-                raise ModelError(f"{self.folder / INDEX}: tensor {name} is not in {file}; {FETCH_AGAIN}")
+                raise ModelError(f"{self._chosen}: tensor {name} is not in {file}; {FETCH_AGAIN}")
         return entries
+
+    @property
+    def complete(self) -> bool:
+        """Whether weights lie in the folder, every file of them."""
+        return self._chosen is not None and all(file.is_file() for file in self.files)
+
+    @cached_property
+    def _chosen(self) -> Path | None:
+        """The file that transformers would look for weights in: one of weights, or an index; None if there is none."""
+        config = self.folder / "config.json"
+        named = read_json(config, ModelError, FETCH_AGAIN).get(NAMED) if config.is_file() else None
+        if named is not None:
+            if not (_is_inside(named) and named.endswith((".safetensors", INDEX_SUFFIX))):
+                raise ModelError(
+                    f"{config}: {NAMED} is {shown(named)}; a .safetensors file of this folder, or its index, is needed"
+                )
+            return self.folder / named
+        return next((path for path in (self.folder / SINGLE, self.folder / INDEX) if path.is_file()), None)
 
     @cached_property
     def _index(self) -> Mapping[str, str] | None:
-        """Name of every tensor -> name of its file, as the index says; None if there is no index."""
-        path = self.folder / INDEX
-        return _weight_map(path) if path.is_file() else None
+        """Name of every tensor -> name of its file, as the index says; None if no index counts."""
+        chosen = self._chosen
+        return _weight_map(chosen) if chosen is not None and chosen.name.endswith(INDEX_SUFFIX) else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,9 +139,11 @@ class CheckpointReader:
             )
         return DTYPES[found]
 
-    def nbytes(self, name: str) -> int:
-        """Return the bytes that a tensor takes in its file, of whatever type."""
-        return math.prod(self.shape(name)) * (DTYPES | INTEGERS)[self._entry(name).dtype].itemsize
+    def nbytes(self, name: str, dtype: torch.dtype | None = None) -> int:
+        """Return the bytes that a tensor takes in its file, or in memory where floating-point ones become `dtype`."""
+        stored = self._entry(name).dtype
+        wanted = dtype if dtype is not None and stored in DTYPES else KNOWN.get(stored, torch.uint8)
+        return math.prod(self.shape(name)) * wanted.itemsize
 
     def check(self, name: str, wanted: torch.dtype | None) -> None:
         """Refuse a tensor that cannot be read as `wanted`: integers are read as themselves, and when asked for, only.
@@ -156,8 +181,9 @@ class CheckpointReader:
         return tensor.to(device, dtype or tensor.dtype, copy=True)
 
     def fingerprint(self) -> str:
-        """Return a hash of `config.json` and of every byte of the weights, in hexadecimal."""
-        return digest({file.name: file_digest(file) for file in (self.folder / "config.json", *self.files)})
+        """Return a hash of `config.json`, of every byte of the weights, and of code that may run, in hexadecimal."""
+        code = sorted(self.folder.glob("*.py")) if runs_code() else []
+        return digest({file.name: file_digest(file) for file in (self.folder / "config.json", *self.files, *code)})
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
@@ -227,14 +253,23 @@ def _opened(file: Path, remedy: str) -> safe_open:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{index}: not a readable index of weights; {FETCH_AGAIN}") from None
+    weight_map = read_json(index, ModelError, FETCH_AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(
+            f"{index}: not a readable index of weights (weight_map is {shown(weight_map)}, an object is needed); "
+            f"{FETCH_AGAIN}"
+        )
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
-            raise ModelError(f"{index}: tensor {name} points outside the folder ({file}); such a model is not read")
+        if not _is_inside(file):
+            raise ModelError(
+                f"{index}: tensor {shown(name)} points outside the folder ({shown(file)}); such a model is not read"
+            )
     return weight_map
+
+
+def _is_inside(name: Any) -> TypeGuard[str]:
+    """Tell whether a file's name stays in its folder."""
+    return isinstance(name, str) and "\0" not in name and name not in ("", "..") and Path(name).name == name
 
 
 def _temporary(folder: Path, index: int) -> Path:

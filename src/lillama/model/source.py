@@ -1,5 +1,7 @@
 """From what the user names (a local folder or a hub id) to a folder and a configuration."""
 
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,11 +9,25 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lillama.errors import ModelError
+from lillama.errors import ModelError, shown
+from lillama.files import read_json
+from lillama.model.foreign import explained, reason
+from lillama.model.remote import announce, needs_code, runs_code
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
-CONFIG_ONLY = ["config.json"]
+ADAPTER = "adapter_config.json"
+CONFIG_ONLY = ["config.json", ADAPTER]
+# What is made in a loop, by the end of its key: far more of it than any public model has would take for ever.
+MOST = {
+    re.compile(r"(^|_)(layers?|blocks|stages|depths?)$"): 2048,
+    re.compile(r"(^|_)(experts|heads|codebooks|labels)$"): 1 << 18,
+}
+KINDS: Mapping[str, type] = {"model_type": str, "architectures": list, "dtype": str, "torch_dtype": str,
+                             "auto_map": dict, "quantization_config": dict}  # fmt: skip
+WORDS = {str: "a text", list: "a list of class names", dict: "an object"}
+WHOLE = ("vocab_size", "max_position_embeddings", "max_source_positions", "max_target_positions")
 
 
 def locate(model: str | Path, weights: bool = True) -> Path:
@@ -26,31 +42,40 @@ def locate(model: str | Path, weights: bool = True) -> Path:
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        _refuse_adapter(path)
         if not (path / "config.json").is_file():
             raise ModelError(f"{path}: no config.json in this folder; a Hugging Face model folder is needed")
         return path
     if path.exists():
         raise ModelError(f"{path}: this is a file; give the model's folder")
+    wanted = [*(WANTED if weights else CONFIG_ONLY), *(["*.py"] if runs_code() else [])]
     try:
-        return Path(snapshot_download(str(model), allow_patterns=WANTED if weights else CONFIG_ONLY))
+        path = Path(snapshot_download(str(model), allow_patterns=wanted))
     except HFValidationError:
         raise ModelError(f"{model}: no such folder, and not a hub id of the form org/name") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{model}: no such folder, and the hub did not give it ({reason})") from None
+        raise ModelError(f"{model}: no such folder, and the hub did not give it ({reason(error)})") from None
+    _refuse_adapter(path)
+    return path
 
 
 def load_config(folder: Path) -> PretrainedConfig:
     """Read a model folder's configuration.
 
     Raises:
-        ModelError: the file is damaged, or transformers does not know the model's class.
+        ModelError: the file is damaged, holds values that no model has, or transformers does not know the model's class.
     """
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = next((line for line in str(error).strip().splitlines() if line), type(error).__name__)
-        raise ModelError(f"{folder / 'config.json'}: transformers cannot use this configuration: {reason}") from None
+    path = folder / "config.json"
+    raw = read_json(path, ModelError, "a Hugging Face model folder is needed")
+    _refuse_other_kinds(path, raw)
+    _refuse_endless(path, raw)
+    _refuse_code(path, raw)
+    announce(folder, raw)
+    with explained(f"{path}: transformers cannot use this configuration"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=runs_code())
+        text = config.get_text_config()
+    _refuse_senseless(path, config, text)
+    return config
 
 
 def refuse_too_long(seq_len: int, config: PretrainedConfig) -> None:
@@ -69,3 +94,71 @@ def quantization(config: PretrainedConfig) -> dict[str, Any] | None:
     """Return the configuration's `quantization_config` as a dict, or None."""
     found = getattr(config, "quantization_config", None)
     return found if found is None or isinstance(found, dict) else found.to_dict()
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse an adapter, alone or beside the weights that it changes: transformers would load both, we read weights alone."""
+    if (folder / ADAPTER).is_file():
+        raise ModelError(
+            f"{folder / ADAPTER}: an adapter lies in this folder, and only whole models are read; merge it into its model "
+            "(PEFT: `merge_and_unload()`, then `save_pretrained` to another folder), or remove it"
+        )
+
+
+def _refuse_other_kinds(path: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse keys on which all else hangs where they are of another JSON type than theirs."""
+    for key, kind in KINDS.items():
+        if not isinstance(raw.get(key), kind | None):
+            raise ModelError(f"{path}: {key} is {shown(raw[key])}; {WORDS[kind]} is needed")
+
+
+def _refuse_endless(path: Path, raw: Any) -> None:
+    """Refuse numbers of parts that no model has, before anything is made of them."""
+    for key, value in _numbers(raw):
+        most = next((most for end, most in MOST.items() if end.search(key)), None)
+        if most is not None and value > most:
+            raise ModelError(f"{path}: {key} is {shown(value)}, more than any model has ({most:,}); get a sound copy")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Yield every whole number of a configuration with the key that it stands under."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int):
+        yield key, value
+
+
+def _refuse_code(path: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse a configuration that leads to code which is not transformers' own, unless such code may run."""
+    if runs_code():
+        return
+    mapped, kind = raw.get("auto_map"), raw.get("model_type")
+    own = mapped.get("AutoConfig") if isinstance(mapped, dict) else None
+    if own is not None and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise needs_code(path, str(own))
+    for key, value in raw.items():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise ModelError(
+                f"{path}: {key} is {shown(value)}, a kernel of the hub, whose code is not run; remove this key, or if you "
+                "trust it give --trust-remote-code"
+            )
+
+
+def _refuse_senseless(path: Path, config: PretrainedConfig, text: object) -> None:
+    """Refuse values of another kind than they are used as."""
+    if not all(isinstance(name, str) for name in config.architectures or ()):
+        raise ModelError(f"{path}: architectures is {shown(config.architectures)}; a list of class names is needed")
+    if not isinstance(text, PretrainedConfig):
+        raise ModelError(f"{path}: the configuration of its text part is {shown(text)}; an object of its own is needed")
+    for one in (config, text):
+        dtype = one.dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ModelError(f"{path}: dtype is {shown(dtype)}; a floating-point type such as bfloat16 is needed")
+        for key in WHOLE:
+            value = getattr(one, key, None)
+            if value is not None and type(value) is not int:
+                raise ModelError(f"{path}: {key} is {shown(value)}; a whole number is needed")

@@ -14,12 +14,14 @@ class LinearSpec:
         out_features: rows of `W`.
         in_features: columns of `W`.
         share: of the tokens that comes to it; less than 1 in an expert.
+        itemsize: bytes of a stored number, where they are others than the model's.
     """
 
     name: str
     out_features: int
     in_features: int
     share: float = 1.0
+    itemsize: int | None = None
 
     @property
     def params(self) -> int:
@@ -65,10 +67,12 @@ class ModelSpec:
     Attributes:
         architecture: class name, for example `LlamaForCausalLM`.
         hidden_size: width of the activations between blocks.
-        dtype: stored type of the parameters, as torch names it (`bfloat16`).
+        dtype: stored type of most parameters, as torch names it (`bfloat16`): that of the weights where they are at hand,
+            else what the configuration says.
         bytes_per_param: of that type.
         params: stored parameters of the whole model; shared ones count once.
         blocks: from input to output.
+        stored_bytes: of all that is stored, as the weight files' headers tell; None where there are no weights at hand.
 
     Examples:
         >>> block = BlockSpec("layers.0", 0, 7300, (LinearSpec("layers.0.up", 120, 60),))
@@ -83,6 +87,16 @@ class ModelSpec:
     bytes_per_param: int
     params: int
     blocks: tuple[BlockSpec, ...]
+    stored_bytes: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole model in its weight files, without their headers."""
+        return self.params * self.bytes_per_param if self.stored_bytes is None else self.stored_bytes
+
+    def itemsize(self, linear: LinearSpec) -> int:
+        """Return the bytes of a stored number of a linear."""
+        return self.bytes_per_param if linear.itemsize is None else linear.itemsize
 
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:

@@ -6,9 +6,10 @@ for example. The same rules, its own, are applied here, to one tensor at a time.
 
 import copy
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ from lillama.errors import ModelError
 from lillama.model.checkpoint import CheckpointReader
 
 logger = logging.getLogger(__name__)
+
+SHOWN_NAMES = 3
+DERIVED = {"inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}  # once stored, now computed
+WRAPPERS = {  # part of a name -> how what is inside is saved
+    "_orig_mod.": "torch.compile: `model._orig_mod.save_pretrained`",
+    "module.": "data parallel: `model.module.save_pretrained`",
+    "_fsdp_wrapped_module.": "FSDP: save its full state dict",
+    "_checkpoint_wrapped_module.": "activation checkpointing: save before it is applied",
+    "base_model.model.": "PEFT: `merge_and_unload()` before `save_pretrained`",
+    "base_layer.": "PEFT: `merge_and_unload()` before `save_pretrained`",
+}
+WRAPPED = re.compile("|".join(rf"(?<![^.]){re.escape(part)}" for part in WRAPPERS))
 
 
 @dataclass(frozen=True)
@@ -82,11 +95,12 @@ class Weights:
         """
         prefix, present = f"{model.base_model_prefix}.", _present(model, reader)
         found: dict[str, tuple[Source, str]] = {}
+        tied = {names[0]: names for names in _shared(model)}
         for name, wanted in stored(model):
-            candidates = chain((name, name.removeprefix(prefix), prefix + name), _tied_names(model, name))
+            candidates = (name, name.removeprefix(prefix), prefix + name, *tied.get(name, ()))
             known = next((n for n in candidates if n in present), None)
             if known is None:
-                raise ModelError(f"{reader.folder}: tensor {name} is missing from the weights; fetch the model again")
+                raise missing(reader, name)
             source, shape = present[known]
             if shape != tuple(wanted.shape):
                 raise ModelError(
@@ -97,11 +111,8 @@ class Weights:
                 reader.check(key, wanted.dtype)
             found[name] = source, known
         integers = {name: tensor.dtype for name, tensor in stored(model) if not tensor.is_floating_point()}
-        weights = cls(model, reader, found, integers)
-        unused = set(reader.names) - set(weights.keys)
-        if unused:
-            logger.info("%d stored tensors are not part of the model, for example %s", len(unused), min(unused))
-        return weights
+        _warn_of_unused(model, reader, present)
+        return cls(model, reader, found, integers)
 
     @property
     def keys(self) -> Iterator[str]:
@@ -111,6 +122,15 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         """Return the type that a tensor is stored in."""
         return self.reader.dtype(self.sources[name][0].keys[0][0])
+
+    def numbers(self, name: str) -> int:
+        """Return how many numbers a tensor has."""
+        return self.model.get_parameter_or_buffer(name).numel()
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes that a tensor takes where it is written in its stored type."""
+        dtype = self.integers.get(name)
+        return self.numbers(name) * (self.dtype(name) if dtype is None else dtype).itemsize
 
     def _exact(self, name: str) -> bool:
         """Tell whether transformers keeps a tensor in fp32 whatever the model computes in."""
@@ -151,7 +171,12 @@ def filled(
     chosen = weights.sources.keys() if wanted is None else frozenset(wanted)
     names = [dot + name for name, _ in stored(module) if dot + name in chosen]
     state = {name.removeprefix(dot): tensor for name, tensor in weights.read(names, device, dtype)}
+    shared = _shared(module)
     module.load_state_dict(state, strict=False, assign=True)
+    for first, *others in shared:
+        for name in others:
+            parent, _, leaf = name.rpartition(".")
+            module.get_submodule(parent).register_parameter(leaf, module.get_parameter(first))
     for name, buffer in list(module.named_buffers()):
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
@@ -167,16 +192,81 @@ def stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept and buffer.numel())
 
 
-def _present(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, tuple[Source, tuple[int, ...]]]:
-    """Map every name under which the checkpoint's tensors can be found to their source and shape."""
+def missing(reader: CheckpointReader, name: str) -> ModelError:
+    """Return the error for a tensor that the weights lack, with the remedy where it is there under a wrapper's name."""
+    for key in reader.names:
+        inner = WRAPPED.sub("", key)
+        if inner != key and (inner == name or inner.endswith(f".{name}") or name.endswith(f".{inner}")):
+            found = sorted(set(WRAPPED.findall(key)))
+            return ModelError(
+                f"{reader.folder}: tensor {name} is stored as {key}: the model was saved inside a wrapper "
+                f"({', '.join(found)}); save what is inside it ({' or '.join(WRAPPERS[part] for part in found)})"
+            )
+    return ModelError(f"{reader.folder}: tensor {name} is missing from the weights; fetch the model again")
+
+
+def warn_of_unused(folder: Path, names: Iterable[str]) -> None:
+    """Say that stored tensors are not part of the model that `config.json` tells of, if there are any."""
+    unused = sorted(names, key=dot_natural_key)
+    if unused:
+        shown = ", ".join(unused[:SHOWN_NAMES]) + (", ..." if len(unused) > SHOWN_NAMES else "")
+        logger.warning(
+            "%s: %d stored tensors are not part of the model that config.json tells of and are left out: %s",
+            folder, len(unused), shown,
+        )  # fmt: skip
+
+
+def _warn_of_unused(
+    model: PreTrainedModel, reader: CheckpointReader, present: Mapping[str, tuple[Source, tuple[int, ...]]]
+) -> None:
+    """Find the stored tensors that have no place in a model, and that its class does not leave out by itself."""
+    prefix, known = f"{model.base_model_prefix}.", set(model.state_dict())
+    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    silent = [
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        *(DERIVED[name] for name in DERIVED if name in buffers),
+    ]
+    used = {
+        key
+        for target, (source, _) in present.items()
+        if not known.isdisjoint((target, target.removeprefix(prefix), prefix + target))
+        for key, _ in source.keys
+    }
+    unused = (key for key in reader.names if key not in used)
+    warn_of_unused(reader.folder, (key for key in unused if not any(re.search(pattern, key) for pattern in silent)))
+
+
+def plain_targets(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Return name that transformers gives it -> tensor in the checkpoint, for tensors that it takes as they are."""
+    renamed, _ = _renamed(model, keys)
+    return {target: key for key, (target, pattern) in renamed.items() if pattern is None}
+
+
+def _renamed(
+    model: PreTrainedModel, keys: Iterable[str]
+) -> tuple[dict[str, tuple[str, str | None]], dict[str, WeightConverter]]:
+    """Return what transformers makes of the checkpoint's names.
+
+    Returns:
+        tensor in the checkpoint -> its name in the model, and the pattern of the converter that takes it, if one does; and
+        pattern -> converter.
+    """
     steps, state = get_model_conversion_mapping(model), model.state_dict()
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found = {
+        key: rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        for key in sorted(keys, key=dot_natural_key)
+    }
+    return found, {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+
+def _present(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, tuple[Source, tuple[int, ...]]]:
+    """Map every name under which the checkpoint's tensors can be found to their source and shape."""
+    renamed, by_pattern = _renamed(model, reader.entries)
     groups: dict[str, list[tuple[str, str]]] = {}
     found: dict[str, tuple[Source, tuple[int, ...]]] = {}
-    for key in sorted(reader.entries, key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+    for key, (target, pattern) in renamed.items():
         if pattern is None:
             found[target] = Source(target, ((key, ""),)), reader.shape(key)
         else:
@@ -188,7 +278,9 @@ def _present(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, tupl
     return found | {key: (Source(key, ((key, ""),)), reader.shape(key)) for key in reader.entries if key not in found}
 
 
-def _tied_names(model: PreTrainedModel, name: str) -> Iterator[str]:
-    """Yield the names of parameters that the named one is tied to, for it may be saved under any of them."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    yield from (other for other, parameter in parameters.items() if parameter is parameters.get(name))
+def _shared(module: nn.Module) -> Iterable[list[str]]:
+    """Return, for each parameter, all of its names; it may be saved under any of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names.values()

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lillama.errors import ProbeError
+from lillama.model.remote import remote_code
 from lillama.probing.benchmark import (
     Benchmark,
     ScoreName,
@@ -37,6 +38,7 @@ def probe(
     device: str | None = None,
     seed: int = 0,
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> ProbeResult:
     """Ask a model which text of each minimal pair is likelier.
 
@@ -52,6 +54,7 @@ def probe(
         device: that computes; by default an accelerator if there is one.
         seed: of the bootstrap.
         report: told about every batch.
+        trust_remote_code: whether code that lies in a model's folder (`auto_map`) may run, as in transformers.
 
     Raises:
         LillamaError: the model, the benchmark or its data cannot be used.
@@ -62,7 +65,7 @@ def probe(
         (True, ['adj_noun_order', 'anaphor_gender_agreement'])
     """
     (found,) = probe_all(model, [benchmark], data, against=against, score=score, unit=unit, batch_tokens=batch_tokens,
-                         device=device, seed=seed, report=report)  # fmt: skip
+                         device=device, seed=seed, report=report, trust_remote_code=trust_remote_code)  # fmt: skip
     return found
 
 
@@ -78,6 +81,7 @@ def probe_all(
     device: str | None = None,
     seed: int = 0,
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> list[ProbeResult]:
     """Probe a model with several benchmarks, as `probe` does with one; each model is loaded once."""
     rules = [load_benchmark(benchmark) for benchmark in benchmarks]
@@ -85,7 +89,7 @@ def probe_all(
     texts = [text for one, its in zip(rules, pairs, strict=True) for pair in its for text in presented(one, pair)]
 
     def asked(name: str | Path) -> dict[str, Likelihood]:
-        with shortage_explained():
+        with remote_code(trust_remote_code), shortage_explained():
             return likelihoods(load_scorer(name, pick_device(device), batch_tokens), texts, report)
 
     mine = asked(model)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -21,8 +20,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lillama.calibration.gather import load_tokenizer
-from lillama.calibration.sources import first_line
 from lillama.errors import ModelError, ProbeError
+from lillama.model.loading import load
 from lillama.model.source import load_config, locate, stored_dtype
 from lillama.resources import shortage_explained
 
@@ -101,22 +100,5 @@ def fills_masks(config: PretrainedConfig) -> bool:
 def _load(path: Path, config: PretrainedConfig, masked: bool, device: torch.device) -> PreTrainedModel:
     kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
-    try:
-        with shortage_explained():
-            model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
-            model = model.to(device).eval()
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        raise ModelError(f"{path}: transformers cannot load this model: {first_line(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ModelError(f"{path}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]}")
-    return model
+    with shortage_explained():
+        return load(kind, path, dtype=dtype).to(device).eval()

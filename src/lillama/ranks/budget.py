@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 
 from lillama.errors import BudgetError
 from lillama.lowrank.storage import Storage
@@ -38,7 +38,7 @@ class Budget:
 
     def cost(self, linear: LinearSpec, rank: int | None) -> int:
         """Return what a linear costs at a rank."""
-        return self._cost(linear.out_features, linear.in_features, rank)
+        return self._cost(linear.out_features, linear.in_features, rank, self.spec.itemsize(linear))
 
     def useful(self, linear: LinearSpec, rank: int) -> int | None:
         """Return a rank, or None (dense) where it would not cost less than the dense weight."""
@@ -61,12 +61,12 @@ class Budget:
         )
 
     @cached_property
-    def _cost(self) -> Callable[[int, int, int | None], int]:
-        itemsize = self.spec.bytes_per_param
-        return cache(partial(self.storage.nbytes, itemsize=itemsize) if self.in_bytes else self.storage.numbers)
+    def _cost(self) -> Callable[[int, int, int | None, int], int]:
+        numbers, nbytes = self.storage.numbers, self.storage.nbytes
+        return cache(nbytes if self.in_bytes else lambda rows, columns, rank, itemsize: numbers(rows, columns, rank))
 
     @cached_property
     def for_linears(self) -> int:
         """What all linears together may cost."""
-        whole = self.spec.params * (self.spec.bytes_per_param if self.in_bytes else 1)
+        whole = self.spec.nbytes if self.in_bytes else self.spec.params
         return self.most - whole + sum(self.cost(linear, None) for linear in self.spec.linears)

@@ -1,13 +1,13 @@
 """A rank plan: which rank each linear gets, what that costs, and its form on disk."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from lillama.artefacts import save_json
-from lillama.errors import RecipeError, suggestion
+from lillama.errors import RecipeError, shown, suggestion
+from lillama.files import read_json
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 
@@ -49,7 +49,7 @@ class RankPlan:
 
     def nbytes(self, linear: LinearSpec) -> int:
         """Return the bytes that are stored for a linear."""
-        rank, itemsize = self.ranks[linear.name], self.spec.bytes_per_param
+        rank, itemsize = self.ranks[linear.name], self.spec.itemsize(linear)
         return self.storage.nbytes(linear.out_features, linear.in_features, rank, itemsize)
 
     @property
@@ -60,9 +60,8 @@ class RankPlan:
     @property
     def kept_bytes(self) -> int:
         """Bytes stored for the whole model under this plan."""
-        itemsize = self.spec.bytes_per_param
-        saved = sum(linear.params * itemsize - self.nbytes(linear) for linear in self.spec.linears)
-        return self.spec.params * itemsize - saved
+        spec = self.spec
+        return spec.nbytes - sum(one.params * spec.itemsize(one) - self.nbytes(one) for one in spec.linears)
 
     @property
     def keep(self) -> float:
@@ -95,32 +94,47 @@ class RankPlan:
         Linears of the model that the file does not name stay dense. How weights are stored is not read from the file.
 
         Raises:
-            RecipeError: the file is no plan, or names a linear, a shape or a rank that the model cannot have.
+            RecipeError: the file is no plan, or names a linear, a shape or a rank that the model cannot have,
+                or one linear twice.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            rows = {row["name"]: (row["out"], row["in"], row["rank"]) for row in content["linears"]}
-            version = content["version"]
-        except OSError as error:
-            raise RecipeError(f"{path}: no such rank plan ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError):
-            raise RecipeError(f"{path}: not a rank plan (JSON with `version` and `linears` is needed)") from None
-        if version != VERSION:
-            raise RecipeError(f"{path}: rank plan of version {version}, this lillama reads version {VERSION}")
+        content = read_json(path, RecipeError, "give a plan that an earlier run saved (plan.json)")
+        linears = content.get("linears")
+        if "version" not in content or not isinstance(linears, list):
+            raise RecipeError(f"{path}: not a rank plan (`version`, and `linears` as a list, are needed)")
+        if content["version"] != VERSION:
+            raise RecipeError(
+                f"{path}: rank plan of version {shown(content['version'])}, this lillama reads version {VERSION}"
+            )
         shapes = {linear.name: (linear.out_features, linear.in_features) for linear in spec.linears}
-        for name, (out_features, in_features, rank) in rows.items():
-            if name not in shapes:
-                raise RecipeError(f"{path}: linear {name} is not in the model{suggestion(name, shapes)}")
-            if shapes[name] != (out_features, in_features):
-                raise RecipeError(
-                    f"{path}: linear {name} is {out_features} x {in_features} in the plan, "
-                    f"{shapes[name][0]} x {shapes[name][1]} in the model"
-                )
-            if rank is not None and not (type(rank) is int and 1 <= rank <= min(shapes[name])):
-                raise RecipeError(
-                    f"{path}: linear {name}: rank {rank} is not a whole number from 1 to {min(shapes[name])}"
-                )
-        return cls(spec, {name: rows[name][2] if name in rows else None for name in shapes}, storage)
+        ranks: dict[str, int | None] = {}
+        for row in cast(list[Any], linears):
+            name, rank = _checked(row, shapes, path)
+            if name in ranks:
+                raise RecipeError(f"{path}: linear {name} stands there twice; leave one of the two")
+            ranks[name] = rank
+        return cls(spec, {name: ranks.get(name) for name in shapes}, storage)
+
+
+def _checked(row: Any, shapes: Mapping[str, tuple[int, int]], path: Path) -> tuple[str, int | None]:
+    """Return name and rank of a plan's row if the model can have them."""
+    if not isinstance(row, dict) or not row.keys() >= {"name", "out", "in", "rank"}:
+        raise RecipeError(f"{path}: not a rank plan: {shown(row)} is no row with name, out, in and rank")
+    found = cast(dict[str, Any], row)
+    name, shape, rank = found["name"], (found["out"], found["in"]), found["rank"]
+    if not isinstance(name, str):
+        raise RecipeError(f"{path}: {shown(name)} is no name of a linear; a text is needed")
+    if name not in shapes:
+        raise RecipeError(f"{path}: linear {shown(name)} is not in the model{suggestion(name, shapes)}")
+    if shapes[name] != shape:
+        raise RecipeError(
+            f"{path}: linear {name} is {shown(shape[0])} x {shown(shape[1])} in the plan, "
+            f"{shapes[name][0]} x {shapes[name][1]} in the model"
+        )
+    if rank is not None and not (type(rank) is int and 1 <= rank <= min(shapes[name])):
+        raise RecipeError(
+            f"{path}: linear {name}: rank {shown(rank)} is not a whole number from 1 to {min(shapes[name])}"
+        )
+    return name, rank
 
 
 def budget(spec: ModelSpec, keep: float, scope: Scope) -> int:

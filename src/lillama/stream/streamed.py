@@ -14,6 +14,7 @@ from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import find_stacks, refuse_quantized
 from lillama.model.skeleton import skeleton
 from lillama.model.source import load_config, quantization, stored_dtype
+from lillama.model.tied import untie
 from lillama.model.unfused import unfuse
 from lillama.model.weights import Weights, filled
 
@@ -85,7 +86,6 @@ class StreamedModel:
             wanted = [name for name in wanted if name.rpartition(".")[0] not in unwanted]
         model = filled(self.skeleton, "", self.weights, self.device, self.dtype, wanted)
         assert isinstance(model, PreTrainedModel)
-        model.tie_weights()
         return model
 
     @cached_property
@@ -117,9 +117,10 @@ def open_streamed(
     found = quantization(config)
     if found is not None and found.get("quant_method") != "lillama":
         refuse_quantized(config)
-    model = skeleton(config)
+    model, reader = skeleton(config), CheckpointReader(folder)
+    untie(model, reader)
     stacks = find_stacks(model)  # before linears are swapped: quantised ones would not be recognised
     if found is not None:
         install_stored(model, found)
     computed = dtype or (torch.float32 if device.type == "cpu" else stored_dtype(config))
-    return StreamedModel(model, stacks, CheckpointReader(folder), device, computed, split_gate_up)
+    return StreamedModel(model, stacks, reader, device, computed, split_gate_up)
