@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from lillama.errors import ModelError, OutputError
+from lillama.errors import OutputError
 from lillama.files import atomic_folder, write_json
 from lillama.hub.card import Loading, with_loading
 from lillama.hub.portable import CODE, compressed_config, make_portable
 from lillama.lowrank.linear import low_rank_linears, merge
 from lillama.model.checkpoint import CheckpointWriter
 from lillama.model.source import stored_dtype
-from lillama.model.weights import Weights, filled, stored
+from lillama.model.weights import Weights, stored
 from lillama.stream.streamed import StreamedModel, open_streamed
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".pkl"}
@@ -77,6 +77,9 @@ def _dense(source: Path, folder: Path) -> None:
 
 
 def _portable(source: Path, folder: Path) -> None:
+    model = open_streamed(source, torch.device("cpu"))
+    for name in model.names:
+        model.stored_block(name, None)  # a damaged model does not leave
     for file in _files(source):
         _copy(file, source, folder)
     make_portable(folder)
@@ -94,9 +97,7 @@ def _multiply_out(source: Path, folder: Path) -> None:
         for name, tensor in weights.read(name for name in weights.sources if not name.startswith(blocks)):
             _write(writer, model, {name: tensor})
         for name in model.names:
-            block = filled(model.skeleton.get_submodule(name), name, weights, model.device, None)
-            if any(tensor.is_meta for tensor in block.state_dict().values()):
-                raise ModelError(f"{source}: {name} is not whole; config.json and weights do not belong together")
+            block = model.stored_block(name, None)
             for inner, layer in low_rank_linears(block):
                 layer.weight = layer.weight.to(_stored_type(weights, f"{name}.{inner}"))
             merge(block)
