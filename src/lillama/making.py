@@ -24,7 +24,7 @@ from lillama.evaluation.tally import refuse_other_models
 from lillama.files import atomic_folder, write_json
 from lillama.hub.assemble import assemble
 from lillama.hub.card import Calibration, CardFacts, Measured, card
-from lillama.hub.export import FOLDERS
+from lillama.hub.companions import FOLDERS
 from lillama.lesson import Lesson
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.spec import BlockSpec

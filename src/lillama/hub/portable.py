@@ -59,10 +59,10 @@ def compressed_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, it is damaged, or it is not of a model that this lillama compressed.
     """
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json found; give the folder of a compressed model")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no config.json found; give the folder of a compressed model") from None
     except (ValueError, RecursionError):
         raise ModelError(f"{folder / 'config.json'}: not valid JSON; write or fetch the model again") from None
     section = config.get("quantization_config") if isinstance(config, dict) else None
