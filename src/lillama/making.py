@@ -26,6 +26,7 @@ from lillama.hub.assemble import assemble
 from lillama.hub.card import Calibration, CardFacts, Measured, card
 from lillama.lesson import Lesson
 from lillama.model.checkpoint import CheckpointReader
+from lillama.model.remote import runs_code
 from lillama.model.spec import BlockSpec
 from lillama.prepare import Job, Machine, checked_room, prepared
 from lillama.progress import Report
@@ -180,7 +181,7 @@ def _finished(lesson: Lesson, out: Path, claim: Claim, windows: Mapping[str, Win
         teacher, plan = job.teacher, job.plan
         pivots = assemble(
             folder, teacher.weights, plan.spec, plan.factorised, plan.storage, compressed,
-            lambda block: teacher.template(block.index), job.recipe.hash, job.machine.shard_bytes,
+            lambda block: teacher.template(block.index), job.recipe.hash, job.machine.shard_bytes, runs_code(),
         )  # fmt: skip
         texts, change = _measured(lesson, folder, windows), _changed(lesson, folder)
         seconds, size = time.monotonic() - start, _stored(folder)

@@ -11,7 +11,7 @@ from tests.hub.conftest import RANKS, Saved
 from transformers import AutoModelForCausalLM
 
 from lillama.errors import ModelError, OutputError
-from lillama.hub.export import carry_along, export
+from lillama.hub.export import export
 from lillama.lowrank.install import low_rank_linears
 
 BESIDE = {
@@ -23,19 +23,6 @@ BESIDE = {
     "LICENSE": "terms",
     "additional_chat_templates/tools.jinja": "{{ tools }}",
 }
-APART = {
-    "README.md": "# Card\n",
-    "config.json": "{}",
-    "model.safetensors.index.json": "{}",
-    "pytorch_model.bin": "0",
-    "consolidated.00.pth": "0",
-    "model-Q4.gguf": "0",
-    "model.onnx": "0",
-    "modeling_own.py": "raise SystemExit",
-    ".gitattributes": "",
-    "original/params.json": "{}",
-}
-
 LOAD = """
 import pathlib, sys, torch
 sys.modules["lillama"] = None
@@ -103,23 +90,6 @@ def test_portable_keeps_everything_and_can_be_made_dense(complete: Path, tmp_pat
     assert not list((tmp_path / "dense").glob("*.py"))
     readme = (tmp_path / "dense" / "README.md").read_text()
     assert readme.count("## How to load it") == 1 and "trust_remote_code" not in readme
-
-
-def test_carry_along_takes_what_belongs_and_nothing_else(tmp_path: Path) -> None:
-    source, destination = tmp_path / "source", tmp_path / "destination"
-    write(source, BESIDE | APART)
-    destination.mkdir()
-    carry_along(source, destination)
-    assert names(destination) == BESIDE.keys()
-
-
-def test_carry_along_follows_the_links_of_the_hub_cache(tmp_path: Path) -> None:
-    write(tmp_path, {"blobs/1": "{}", "destination/.keep": ""})
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "tokenizer.json").symlink_to(tmp_path / "blobs" / "1")
-    carry_along(tmp_path / "snapshot", tmp_path / "destination")
-    copy = tmp_path / "destination" / "tokenizer.json"
-    assert copy.read_text() == "{}" and not copy.is_symlink()
 
 
 @pytest.mark.parametrize("form", ["dense", "portable"])

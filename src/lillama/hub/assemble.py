@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lillama.errors import ModelError
 from lillama.files import read_json, write_json
-from lillama.hub.export import carry_along
+from lillama.hub.companions import carry_along, without_code
 from lillama.hub.quantizer import LowRankConfig
 from lillama.lowrank.absorb import absorb
 from lillama.lowrank.install import install
@@ -41,6 +41,7 @@ def assemble(
     template: Callable[[BlockSpec], nn.Module],
     recipe_hash: str,
     shard_bytes: int,
+    code: bool = False,
 ) -> dict[str, Pivoting]:
     """Write config, weights and companions of a compressed model into an empty folder.
 
@@ -57,6 +58,7 @@ def assemble(
         template: returns a block of the original without weights, its experts and Conv1Ds as linears.
         recipe_hash: goes into config.json.
         shard_bytes: largest size of a weight file.
+        code: whether the code that the original's settings name goes along.
 
     Returns:
         full name -> how well the pivots of a linear stand for its other rows; empty for the plain form.
@@ -64,7 +66,7 @@ def assemble(
     if storage.bits:
         refuse_without_torchao()
     source, names = weights.reader.folder, weights.sources
-    carry_along(source, folder)
+    carry_along(source, folder, code)
     outside = [name for name in names if not any(name.startswith(f"{block.name}.") for block in spec)]
     how: dict[str, Pivoting] = {}
     absorbed: list[str] = []
@@ -89,7 +91,9 @@ def assemble(
             absorbed += [
                 f"{dot}{name}" for name, order in rows.items() if inside[name] < len(order) and in_order(order)
             ]
-    _write_config(folder, source, ranks, storage, absorbed, recipe_hash)
+    config = without_code(read_json(source / "config.json", ModelError, FETCH_AGAIN), source, code)
+    config.pop(NAMED, None)  # the weights are written under the usual names
+    _write_config(folder, config, ranks, storage, absorbed, recipe_hash)
     _log(how)
     return how
 
@@ -139,14 +143,17 @@ def _original(name: str, ranks: Mapping[str, int]) -> str:
 
 
 def _write_config(
-    folder: Path, source: Path, ranks: Mapping[str, int], storage: Storage, absorbed: list[str], recipe_hash: str
+    folder: Path,
+    config: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    storage: Storage,
+    absorbed: list[str],
+    recipe_hash: str,
 ) -> None:
-    config = read_json(source / "config.json", ModelError, FETCH_AGAIN)
-    config.pop(NAMED, None)  # the weights are written under the usual names
     facts: dict[str, Any] = {"lillama_version": version("lillama"), "recipe_hash": recipe_hash}
     known = None if (storage.form, storage.bits) == ("plain", None) else asdict(storage)
     low_rank = LowRankConfig(ranks=dict(ranks), storage=known, absorbed=absorbed, **facts)
-    write_json(folder / "config.json", config | ({"quantization_config": low_rank.to_dict()} if ranks else {}))
+    write_json(folder / "config.json", dict(config) | ({"quantization_config": low_rank.to_dict()} if ranks else {}))
 
 
 def _log(how: Mapping[str, Pivoting]) -> None:

@@ -1,7 +1,8 @@
 """Compressed models for those who have no lillama: multiplied out to dense weights, or with the code beside them."""
 
+import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -12,17 +13,19 @@ from transformers.core_model_loading import revert_weight_conversion
 from lillama.errors import ModelError, OutputError
 from lillama.files import atomic_folder, write_json
 from lillama.hub.card import Loading, with_loading
+from lillama.hub.companions import carry_along, is_inside, without_code
 from lillama.hub.portable import CODE, compressed_config, make_portable
 from lillama.lowrank.linear import low_rank_linears, merge
-from lillama.model.checkpoint import CheckpointWriter
+from lillama.model.checkpoint import INDEX, CheckpointReader, CheckpointWriter
 from lillama.model.remote import remote_code
 from lillama.model.source import stored_dtype
-from lillama.model.weights import Weights, filled, stored
+from lillama.model.weights import Weights, stored
 from lillama.stream.streamed import StreamedModel, open_streamed
 
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".pkl"}
-OWN = {"config.json", "README.md"}
-FOLDERS = ("additional_chat_templates",)
+logger = logging.getLogger(__name__)
+
+PLOT = "lillama-kept.svg"  # which the model card shows
+LARGEST_README = 1 << 22  # bytes
 
 
 def export(
@@ -38,7 +41,8 @@ def export(
         destination: folder to make; it appears only when it is complete.
         format: `dense` multiplies the factors, one layer at a time: loads everywhere, as large as the original.
             `portable` copies the model and adds `modeling_lillama.py` for `trust_remote_code=True`: stays small.
-        trust_remote_code: whether code that lies in the model's folder (`auto_map`) may run, as in transformers.
+        trust_remote_code: whether code that lies in the model's folder (`auto_map`) may run, as in transformers, and goes
+            along.
 
     Raises:
         OutputError: `destination` exists, or `format` is neither of the two.
@@ -57,40 +61,42 @@ def export(
     if destination.exists():
         raise OutputError(f"{destination}: exists already; remove it or name another folder")
     compressed_config(source)
+    _refuse_pipes(source)
     with remote_code(trust_remote_code), atomic_folder(destination) as folder:
-        FORMATS[format](source, folder)
+        FORMATS[format](source, folder, trust_remote_code)
 
 
-def carry_along(source: Path, destination: Path) -> None:
-    """Copy what belongs to a model beside its weights: tokenizer, generation settings, chat templates, licence.
-
-    Never weights or their index, never code, never `config.json` and `README.md`, which a new model writes itself.
-    """
-    for file in _files(source):
-        apart = file.name in OWN or file.name.endswith(".index.json") or file.suffix == ".py"
-        if not apart and not WEIGHTS & set(file.suffixes):
-            _copy(file, source, destination)
+def _refuse_pipes(source: Path) -> None:
+    """Refuse weights that are no files: a pipe would be waited for without end."""
+    other = next((file for file in CheckpointReader(source).files if file.exists() and not file.is_file()), None)
+    if other is not None:
+        raise ModelError(f"{other}: no ordinary file; fetch the model again")
 
 
-def _dense(source: Path, folder: Path) -> None:
-    config = compressed_config(source)
+def _dense(source: Path, folder: Path, code: bool) -> None:
     _multiply_out(source, folder)
-    auto_map = {name: target for name, target in config.get("auto_map", {}).items() if Path(CODE).stem not in target}
-    dropped = {"quantization_config", "auto_map"}
-    kept = {key: value for key, value in config.items() if key not in dropped}
-    write_json(folder / "config.json", kept | ({"auto_map": auto_map} if auto_map else {}))
-    carry_along(source, folder)
+    config = {key: value for key, value in compressed_config(source).items() if key != "quantization_config"}
+    if Path(CODE).stem in str(config.get("auto_map")):  # lillama's own, which a dense model does not need
+        del config["auto_map"]
+    write_json(folder / "config.json", without_code(config, source, code))
+    carry_along(source, folder, code, frozenset({PLOT}))
     _annotate(source, folder, "dense")
 
 
-def _portable(source: Path, folder: Path) -> None:
-    for file in _files(source):
-        _copy(file, source, folder)
+def _portable(source: Path, folder: Path, code: bool) -> None:
+    model = open_streamed(source, torch.device("cpu"))
+    for name in model.names:
+        model.stored_block(name, None)  # what is damaged does not leave
+    index = source / INDEX
+    for file in (*model.reader.files, *([index] if index.is_file() else [])):
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "config.json", without_code(compressed_config(source), source, code))
+    carry_along(source, folder, code, frozenset({PLOT}))
     make_portable(folder)
     _annotate(source, folder, "portable")
 
 
-FORMATS: dict[str, Callable[[Path, Path], None]] = {"dense": _dense, "portable": _portable}
+FORMATS: dict[str, Callable[[Path, Path, bool], None]] = {"dense": _dense, "portable": _portable}
 
 
 def _multiply_out(source: Path, folder: Path) -> None:
@@ -101,9 +107,7 @@ def _multiply_out(source: Path, folder: Path) -> None:
         for name, tensor in weights.read(name for name in weights.sources if not name.startswith(blocks)):
             _write(writer, model, {name: tensor})
         for name in model.names:
-            block = filled(model.skeleton.get_submodule(name), name, weights, model.device, None)
-            if any(tensor.is_meta for tensor in block.state_dict().values()):
-                raise ModelError(f"{source}: {name} is not whole; config.json and weights do not belong together")
+            block = model.stored_block(name, None)
             for inner, layer in low_rank_linears(block):
                 layer.weight = layer.weight.to(_stored_type(weights, f"{name}.{inner}"))
             merge(block)
@@ -124,19 +128,24 @@ def _stored_type(weights: Weights, linear: str) -> torch.dtype:
 
 def _annotate(source: Path, folder: Path, loading: Loading) -> None:
     """Write the README of the export: the source's own, with the section on loading that fits the format."""
-    architecture = (compressed_config(source).get("architectures") or [""])[0]
-    readme = source / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else f"# {source.resolve().name}\n"
-    (folder / "README.md").write_text(with_loading(text, loading, architecture), encoding="utf-8")
+    architectures = compressed_config(source).get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
+    text = _readme(source / "README.md") or f"# {source.resolve().name}\n"
+    (folder / "README.md").write_text(with_loading(text, loading, str(architecture)), encoding="utf-8")
 
 
-def _files(source: Path) -> Iterator[Path]:
-    """Yield the visible files of a model folder; most folders in it (caches, other formats) are not of the model."""
-    for folder in (source, *(source / name for name in FOLDERS)):
-        yield from sorted(path for path in folder.glob("[!.]*") if path.is_file())
-
-
-def _copy(file: Path, source: Path, destination: Path) -> None:
-    target = destination / file.relative_to(source)
-    target.parent.mkdir(exist_ok=True)
-    shutil.copyfile(file, target)
+def _readme(file: Path) -> str:
+    """Return the README of a model; empty where there is none that a reader could want."""
+    if not file.is_file():
+        return ""
+    try:
+        if not is_inside(file, file.parent):
+            reason = "it is a link that leads out of the folder"
+        elif file.stat().st_size > LARGEST_README:
+            reason = f"it is longer than {LARGEST_README} bytes"
+        else:
+            return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8"
+    logger.warning("%s: left out, for %s", file, reason)
+    return ""

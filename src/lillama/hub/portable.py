@@ -59,16 +59,17 @@ def compressed_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, it is damaged, or it is not of a model that this lillama compressed.
     """
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json found; give the folder of a compressed model")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no config.json found; give the folder of a compressed model") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ModelError(f"{folder / 'config.json'}: not valid JSON; write or fetch the model again") from None
-    section = config.get("quantization_config") or {}
-    if section.get("quant_method") != METHOD:
-        found = f"quant_method is {section['quant_method']}" if "quant_method" in section else "no quantization_config"
-        raise ModelError(f"{folder}: not a model compressed by lillama ({found} in config.json)")
+    section = config.get("quantization_config") if isinstance(config, dict) else None
+    found = section.get("quant_method") if isinstance(section, dict) else None
+    if found != METHOD:
+        told = "no quantization_config" if found is None else f"quant_method is {found}"
+        raise ModelError(f"{folder}: not a model compressed by lillama ({told} in config.json)")
     try:
         LowRankConfig.from_dict(section)
     except ValueError as error:
@@ -78,6 +79,11 @@ def compressed_config(folder: Path) -> dict[str, Any]:
 
 def portable_code(config_class: str) -> str:
     """Return the text of a module that needs torch and transformers alone: layers, quantizer, configuration."""
-    sources = (lillama.model, "unfused.py"), (lillama.lowrank, "linear.py"), (lillama.hub, "quantizer.py")
+    sources = (
+        (lillama.model, "unfused.py"),
+        (lillama.lowrank, "linear.py"),
+        (lillama.lowrank, "soundness.py"),
+        (lillama.hub, "quantizer.py"),
+    )
     texts = [IMPORT.sub("", files(package).joinpath(name).read_text(encoding="utf-8")) for package, name in sources]
     return "\n".join([HEADER, *texts, "import transformers", CONFIG.substitute(name=config_class)])

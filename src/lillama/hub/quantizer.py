@@ -6,6 +6,7 @@ registers the method. Its text also ships inside portable models (see `portable.
 lillama but what ships with it, on one line.
 """
 
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,7 +14,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lillama.lowrank.linear import mark, merge, prepare, refusal, shaped_like
+from lillama.lowrank.linear import low_rank_linears, mark, merge, prepare, shaped_like
+from lillama.lowrank.soundness import AGAIN, fault, misfit, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -24,7 +26,7 @@ METHOD = "lillama"
 
 
 class LowRankConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a low-rank model.
+    """The `quantization_config` of a low-rank model; nothing is believed of a section that lay in a file.
 
     Args:
         ranks: name of a linear in the full model -> rank of its factors.
@@ -34,24 +36,23 @@ class LowRankConfig(QuantizationConfigMixin):
         extra: further facts (version of lillama, hash of the recipe), kept as they are.
 
     Raises:
-        ValueError: the model was written in a newer format, or the storage is none that is known.
+        ValueError: the section is damaged, or the model was written in a newer format.
     """
 
     def __init__(
         self,
-        ranks: dict[str, int] | None = None,
-        format_version: int | None = None,
-        storage: dict[str, Any] | None = None,
-        absorbed: list[str] | None = None,
+        ranks: Any = None,
+        format_version: Any = None,
+        storage: Any = None,
+        absorbed: Any = None,
         **extra: Any,
     ) -> None:
-        version = format_version or (2 if storage else 1)
-        reason = refusal({"format_version": version, "storage": storage})
-        if reason:
-            raise ValueError(reason)
+        version = (2 if storage else 1) if format_version is None else format_version
+        _refuse(refusal({"format_version": version, "ranks": ranks, "storage": storage, "absorbed": absorbed}))
+        _refuse(next((f"{key} is no key of a section of lillama" for key in extra if hasattr(type(self), key)), None))
         self.__dict__.update(extra)
+        self.ranks: dict[str, int] = ranks
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (an enum that cannot be extended)
-        self.ranks = ranks or {}
         self.storage, self.absorbed = storage, absorbed or []
         self.format_version = version
 
@@ -83,13 +84,24 @@ class LowRankQuantizer(HfQuantizer):
         for name, rank in config.ranks.items():
             known = next((known for known in aliases[name] if known in linears), None)
             if known is not None:
+                _refuse(misfit(name, rank, linears[known]))
                 layer = shaped_like(linears[known], rank, config.storage, name not in config.absorbed)
                 model.set_submodule(known, layer)
         mark(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Model, **kwargs: Any) -> Model:
-        """Allow `.half()` and `.float()`, and forget the code file of a portable model when it is not in use."""
+        """Refuse what was not loaded, and what cannot be; make of the model one of ordinary weights.
+
+        `.half()` and `.float()` are allowed, and the code file of a portable model is forgotten when it is not in use.
+
+        Raises:
+            ValueError: a tensor was missing, or no order, no scale, or of the wrong type: transformers would go on with
+                random numbers.
+        """
+        missing = next(_missing(model, self.quantization_config.ranks), None)
+        _refuse(missing and f"{missing}: this tensor is missing from the weights; {AGAIN}")
+        _refuse(fault(model))
         model.is_quantized = False  # pyright: ignore[reportArgumentType]
         sources = type(model).__module__, type(model.config).__module__
         if not any(source.startswith("transformers_modules") for source in sources):
@@ -114,6 +126,39 @@ class LowRankQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether `generate` may compile the model."""
         return True
+
+
+def _missing(model: Model, ranks: Collection[str]) -> Iterator[str]:
+    """Yield the tensors that came from no file, and hold what transformers fills such gaps with.
+
+    It marks what it loads. Where the class is the very one that was saved, every parameter must be; where it is another
+    one, whose head is new, all of the blocks that hold factors. Buffers, the integers of a quantised factor among them,
+    must be where no hooks moved them (which loses the mark).
+    """
+    prefix, own = f"{model.base_model_prefix}.", type(model).__name__ in (model.config.architectures or ())
+    blocks = tuple({start for name in ranks for start in _block(name, prefix)})
+    layers = tuple(f"{name}." for name, _ in low_rank_linears(model))
+    moved = any(hasattr(module, "_hf_hook") for module in model.modules())
+    buffers = {name for name, _ in model.named_buffers()}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        wanted = name.startswith(layers) and not moved if name in buffers else own or name.startswith(blocks)
+        if wanted and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+            yield name
+
+
+def _block(name: str, prefix: str) -> tuple[str, ...]:
+    """Return how the names of a linear's block begin, in the full model and in the bare base model; none outside blocks."""
+    parts = name.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    if number is None:
+        return ()
+    start = f"{'.'.join(parts[: number + 1])}."
+    return start, start.removeprefix(prefix), prefix + start
+
+
+def _refuse(reason: str | None) -> None:
+    if reason:
+        raise ValueError(reason)
 
 
 def declare(model: Model, config: LowRankConfig) -> None:

@@ -6,7 +6,8 @@ from typing import Any, cast
 from torch import nn
 
 from lillama.errors import ModelError, suggestion
-from lillama.lowrank.linear import low_rank_linears, mark, merge, prepare, refusal, shaped_like
+from lillama.lowrank.linear import low_rank_linears, mark, merge, prepare, shaped_like
+from lillama.lowrank.soundness import misfit, refusal
 
 __all__ = ["install", "install_stored", "low_rank_linears", "merge"]
 
@@ -21,7 +22,7 @@ def install(model: nn.Module, ranks: Mapping[str, int]) -> None:
         ranks: name of a `nn.Linear`, of a Conv1D or of an expert's linear (see `unfused.Experts`) -> its rank.
 
     Raises:
-        ModelError: a name is not a dense linear of the model, or a rank is below 1.
+        ModelError: a name is not a dense linear of the model, or a rank is below 1 or above what its shape allows.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 96))
@@ -41,12 +42,13 @@ def install_stored(model: nn.Module, section: Mapping[str, Any]) -> None:
             `absorbed`.
 
     Raises:
-        ModelError: the format is newer than this lillama, a name is not a dense linear of the model, or a rank is below 1.
+        ModelError: the section is damaged or of a newer lillama, a name is not a dense linear of the model, or a rank is
+            above what its shape allows.
     """
     reason = refusal(section)
     if reason:
         raise ModelError(f"{type(model).__name__}: {reason}")
-    ranks, absorbed = section["ranks"], frozenset(section.get("absorbed", ()))
+    ranks, absorbed = section["ranks"], frozenset(section.get("absorbed") or ())
     prepare(model, ranks.keys())
     modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
     linears = {name: layer for name, layer in modules if isinstance(layer, nn.Linear)}
@@ -55,8 +57,9 @@ def install_stored(model: nn.Module, section: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"{name}: no dense nn.Linear of this name in {type(model).__name__}{suggestion(name, linears)}"
             )
-        if rank < 1:
-            raise ModelError(f"{name}: rank {rank} is not possible; leave the layer out of the ranks to keep it dense")
+        reason = misfit(name, rank, linears[name])
+        if reason:
+            raise ModelError(reason)
     for name, rank in ranks.items():
         layer = shaped_like(linears[name], rank, section.get("storage"), name not in absorbed)
         model.set_submodule(name, layer)

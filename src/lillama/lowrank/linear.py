@@ -8,8 +8,6 @@ from torch import nn
 
 from lillama.model.unfused import GATE, UP, Experts, fuse, unfuse
 
-FORMAT_VERSION = 2  # of names and layout in the weight files; 1 knows the plain form alone, in floating point
-FORMS, BITS = ("plain", "pivot"), (None, 4, 8)
 SCALE = torch.bfloat16  # of quantised weights; its bits are stored as int16
 
 
@@ -202,7 +200,7 @@ class QuantizedLinear(nn.Module):
         if self.bits == 8:
             return self.qweight.to(dtype) * scale
         numbers = torch.stack((self.qweight & 15, self.qweight >> 4), dim=-1).flatten(1)
-        scales = scale.repeat_interleave(self.group_size, dim=1)
+        scales = scale.repeat_interleave(min(self.group_size, self.in_features), dim=1)
         return (numbers[:, : self.in_features].to(dtype) - 8) * scales[:, : self.in_features]
 
     def extra_repr(self) -> str:
@@ -258,18 +256,6 @@ def mark(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Experts) and any(not isinstance(linear, nn.Linear) for _, linear in module.linears()):
             module.mark()
-
-
-def refusal(section: Mapping[str, Any]) -> str | None:
-    """Return why the `quantization_config` of a compressed model cannot be read here, or None."""
-    version, storage = section.get("format_version", 1), section.get("storage")
-    if version > FORMAT_VERSION:
-        return (
-            f"format_version {version} was written by a newer lillama: upgrade (this one reads up to {FORMAT_VERSION})"
-        )
-    if storage and (storage.get("form") not in FORMS or storage.get("bits") not in BITS):
-        return f"storage is {storage}: form must be one of {FORMS}, bits one of {BITS}; fetch the model again"
-    return None
 
 
 def biased(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lillama.errors import ModelError
 from lillama.lowrank.install import install_stored
+from lillama.lowrank.soundness import fault
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import find_stacks, refuse_quantized
 from lillama.model.skeleton import skeleton
@@ -67,9 +69,20 @@ class StreamedModel:
 
     def block(self, index: int) -> nn.Module:
         """Read one block into memory, its weights as linears."""
-        name = self.names[index]
-        block = filled(self.skeleton.get_submodule(name), name, self.weights, self.device, self.dtype)
+        block = self.stored_block(self.names[index], self.dtype)
         unfuse(block, split=lambda _: self.split_gate_up)
+        return block
+
+    def stored_block(self, name: str, dtype: torch.dtype | None) -> nn.Module:
+        """Read one block into memory as its class has it, in a type; None keeps the stored ones.
+
+        Raises:
+            ModelError: a tensor holds what it cannot.
+        """
+        block = filled(self.skeleton.get_submodule(name), name, self.weights, self.device, dtype)
+        reason = fault(block, name)
+        if reason:
+            raise ModelError(f"{self.reader.folder}: {reason}")
         return block
 
     def outside(self, head: bool) -> PreTrainedModel:

@@ -1,0 +1,120 @@
+"""YAML from whoever wrote it: bounded in size, depth and repetition, and every fault of it is one line."""
+
+import re
+from typing import Any
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode
+
+from lillama.errors import LillamaError, RecipeError
+
+LONGEST = 1 << 18  # characters of a document; PyYAML reads about as many in a second
+DEEPEST = 50  # nodes inside each other
+MOST = 100_000  # nodes of a document whose aliases are written out
+LONGEST_NUMBER = 64  # characters; PyYAML's arithmetic on `1:59:59:...` is quadratic
+UNREADABLE = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)  # by PyYAML's constructors
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+def load_yaml(text: str, name: str, kind: type[LillamaError] = RecipeError) -> Any:
+    """Return the values of one YAML document, read safely and within bounds; None for an empty one.
+
+    Args:
+        text: the document.
+        name: of the file, for the error.
+        kind: of the error.
+
+    Raises:
+        LillamaError: of the kind given: the text is no YAML, a value does not fit its tag, or the document is too long,
+            too deep, or larger than it looks, by aliases of aliases.
+
+    Examples:
+        >>> load_yaml("keep: 1e-1", "r.yaml")
+        {'keep': 0.1}
+        >>> load_yaml("keep: 2024-13-45", "r.yaml")
+        Traceback (most recent call last):
+            ...
+        lillama.errors.RecipeError: r.yaml: not readable as YAML: line 1, column 7: '2024-13-45' is no timestamp
+    """
+    if len(text) > LONGEST:
+        raise kind(f"{name}: {len(text)} characters, more than the {LONGEST} of YAML that are read; shorten it")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _written_out(node, {})
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise kind(f"{name}: not readable as YAML: {_line(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, as everybody means it, and depth has a bound."""
+
+    depth = 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        """Compose a node, unless it lies too deep."""
+        if self.depth == DEEPEST:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested more than {DEEPEST} deep", problem_mark=self.peek_event().start_mark
+            )
+        self.depth += 1
+        node = super().compose_node(parent, index)  # pyright: ignore[reportArgumentType]  (None stands for the root)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        """Return the value of a node; one that does not fit its tag is an error of YAML, whatever PyYAML raises."""
+        if isinstance(node, ScalarNode) and node.tag in NUMBERS and len(node.value) > LONGEST_NUMBER:
+            raise _misfit(node)
+        try:
+            return super().construct_object(node, deep)
+        except UNREADABLE:
+            raise _misfit(node) from None
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _written_out(node: Node, known: dict[int, int]) -> int:
+    """Return the number of nodes below and with `node`, aliases written out.
+
+    Args:
+        node: to be counted.
+        known: id of a node -> its number; 0 while it is counted.
+    """
+    if id(node) not in known:
+        known[id(node)] = 0
+        known[id(node)] = 1 + sum(_written_out(child, known) for child in _children(node))
+    count = known[id(node)]
+    if not 0 < count <= MOST:
+        much = f"more than {MOST} values when its aliases are written out" if count else "an alias of what it lies in"
+        raise yaml.MarkedYAMLError(problem=much, problem_mark=node.start_mark)
+    return count
+
+
+def _children(node: Node) -> list[Node]:
+    if isinstance(node, MappingNode):
+        return [part for pair in node.value for part in pair]
+    return [] if isinstance(node, ScalarNode) else node.value
+
+
+def _misfit(node: Node) -> yaml.MarkedYAMLError:
+    value = repr(node.value) if isinstance(node, ScalarNode) else "this"
+    value = value if len(value) <= LONGEST_NUMBER else f"{value[:LONGEST_NUMBER]}..."
+    return yaml.MarkedYAMLError(problem=f"{value} is no {node.tag.rpartition(':')[2]}", problem_mark=node.start_mark)
+
+
+def _line(error: yaml.YAMLError) -> str:
+    """Return where and what in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        return f"line {mark.line + 1}, column {mark.column + 1}: {what}"
+    return " ".join(str(error).split())
