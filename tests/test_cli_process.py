@@ -177,7 +177,7 @@ def test_who_does_not_hear_is_ended_all_the_same(grace, signals):
 
 def test_the_first_signal_alone_is_raised():
     raised = 0
-    with pytest.raises(Stopped), stoppable(lambda number: None):  # noqa: PT012
+    with pytest.raises(Stopped), stoppable(lambda number: None):
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from torch import nn
 
 from lillama import lesson, teach
+from lillama.artefacts import load_tensors
 from lillama.compression import compress
 from lillama.distill.compiled import Compiled
 from lillama.distill.recover import RecoverConfig
 from lillama.errors import ModelError
-from lillama.artefacts import load_tensors
 from lillama.prepare import Machine
 from lillama.stream.streamed import StreamedModel
 
