@@ -2,17 +2,14 @@
 
 import contextlib
 import errno
-import json
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,44 +22,20 @@ from lillama.compression import compress
 from lillama.model import checkpoint
 from lillama.recipe import Recipe, load_recipe
 
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+
+import kills
+from kills import outcome as bits
+
 SCHEDULES = ("sequential", "joint")
 
 
-def bits(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in out.iterdir() if file.name not in ("README.md", "lillama.json")}
-
-
-@dataclass
-class Worker:
-    """Runs jobs in processes that can be killed."""
-
-    process: subprocess.Popen
-    job: dict = field(default_factory=dict)
-
-    def run(self, kill_when: Callable[[], bool] = lambda: False) -> int:
-        """Run the job; kill it with SIGKILL as soon as the condition holds. Return its wait status."""
-        self.process.stdin.write(json.dumps(self.job) + "\n")
-        self.process.stdin.flush()
-        child = int(self.process.stdout.readline())
-        while Path(f"/proc/{child}").exists():
-            if kill_when():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        return int(self.process.stdout.readline())
-
-
 @pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
+def worker() -> Iterator[kills.Worker]:
     if not Path("/proc/self").exists():
         pytest.skip("needs /proc")
-    script = Path(__file__).with_name("killable.py")
-    process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with process:
-        assert process.stdout.readline() == "ready\n"
-        yield Worker(process)
-        process.stdin.close()
+    with kills.worker() as runner:
+        yield runner
 
 
 @pytest.mark.slow
@@ -95,6 +68,16 @@ def test_sigkill_at_any_moment(worker, tiny, quick, text, tmp_path, schedule):
     assert not list(run.rglob(".*"))
     assert worker.run(half_written.exists) == signal.SIGKILL  # now an earlier result is there: it stays
     assert bits(out) == bits(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", kills.JOBS)
+def test_every_file_is_the_same_after_random_kills(worker, tmp_path, name):
+    """As `make kills` does, which takes its time."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    where, different = kills.tried(worker, kills.jobs(tmp_path)[name], folder, 4, random.Random(name))
+    assert where.total() == 4 and not different
 
 
 class Crash(BaseException):
