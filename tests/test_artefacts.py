@@ -162,6 +162,18 @@ def test_nothing_is_kept_that_other_tokens_taught(finished, recipe, tmp_path, ca
     assert load_json(run / "blocks" / "0000.json")["calibration"] != "other"
 
 
+def test_no_block_of_another_plan_is_mixed_in(again, tmp_path):
+    """The plan had to be decided again, and gives a block other ranks than it was taught with."""
+    run = tmp_path / "out.run"
+    log = load_json(run / "blocks" / "0001.json")
+    log["ranks"] |= {name: rank + 1 for name, rank in list(log["ranks"].items())[:1]}
+    seals = log.pop("tensors")
+    save_json(run / "blocks" / "0001.json", log, seals)
+    flip(run / "allocation.json")
+    found = again()
+    assert len(found) == 1 and load_json(run / "blocks" / "0001.json")["ranks"] != log["ranks"]
+
+
 class Killed(BaseException):
     """The end of the process, as far as this one can play it."""
 
