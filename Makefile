@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # The matrices of the small models here are too small to share among threads; processes run side by side instead.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help demo test check docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny clean
+.PHONY: help demo test check docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny kills clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,9 @@ bench-tiny: $(VENV)/.ready  ## train small models of five kinds and make them sm
 
 bench-memory: $(VENV)/.ready  ## peak memory against depth, into bench/results/
 	$(ONE_THREAD) $(BIN)/python bench/memory.py
+
+kills: $(VENV)/.ready  ## kill runs at random instants, 60 times, and compare every file of the results
+	$(ONE_THREAD) $(BIN)/python bench/kills.py
 
 clean:  ## remove what the targets made, .venv excepted
 	rm -rf demo/out site dist build ci-artefacts .pytest_cache .ruff_cache .hypothesis .import_linter_cache

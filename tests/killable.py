@@ -11,12 +11,14 @@ from functools import partial
 
 import torch
 
-from lillama import compression, making, teach
+from lillama import compression, making, recovery, teach
 from lillama.recipe import Recipe, load_recipe
 
 
 def work(job: dict) -> None:
-    making.TEACH["joint"] = partial(teach.teach_jointly, snapshot_seconds=0)
+    seconds = job.get("snapshot_seconds", 0)
+    making.TEACH["joint"] = partial(teach.teach_jointly, snapshot_seconds=seconds)
+    making.recover = partial(recovery.recover, snapshot_seconds=seconds)
     compression.compress(job["model"], job["out"], recipe=load_recipe(Recipe(), job["recipe"]), texts=job["texts"])
 
 

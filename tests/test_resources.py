@@ -166,3 +166,13 @@ def test_saved_memory_leaves_no_holes_where_glibc_by_itself_does():
         for how in ("kept", "saved")
     )
     assert kept > 150 and saved < 20
+
+
+def test_the_peak_is_known_where_the_kernel_does_not_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.read_text
+
+    def without(self: Path, **options: str) -> str:
+        return "Name: python\n" if str(self) == "/proc/self/status" else real(self, **options)
+
+    monkeypatch.setattr(Path, "read_text", without)
+    assert peak_memory() > 1 << 20

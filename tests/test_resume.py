@@ -2,63 +2,40 @@
 
 import contextlib
 import errno
-import json
 import os
 import random
+import re
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from lillama import files, making, teach
+from lillama import artefacts, files, making, recovery, teach
+from lillama.cli import main
 from lillama.compression import compress
-from lillama.errors import ResourceError
 from lillama.model import checkpoint
+from lillama.recipe import Recipe, load_recipe
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+
+import kills
+from kills import outcome as bits
 
 SCHEDULES = ("sequential", "joint")
 
 
-def bits(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in out.iterdir() if file.name not in ("README.md", "lillama.json")}
-
-
-@dataclass
-class Worker:
-    """Runs jobs in processes that can be killed."""
-
-    process: subprocess.Popen
-    job: dict = field(default_factory=dict)
-
-    def run(self, kill_when: Callable[[], bool] = lambda: False) -> int:
-        """Run the job; kill it with SIGKILL as soon as the condition holds. Return its wait status."""
-        self.process.stdin.write(json.dumps(self.job) + "\n")
-        self.process.stdin.flush()
-        child = int(self.process.stdout.readline())
-        while Path(f"/proc/{child}").exists():
-            if kill_when():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        return int(self.process.stdout.readline())
-
-
 @pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
+def worker() -> Iterator[kills.Worker]:
     if not Path("/proc/self").exists():
         pytest.skip("needs /proc")
-    script = Path(__file__).with_name("killable.py")
-    process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with process:
-        assert process.stdout.readline() == "ready\n"
-        yield Worker(process)
-        process.stdin.close()
+    with kills.worker() as runner:
+        yield runner
 
 
 @pytest.mark.slow
@@ -78,7 +55,7 @@ def test_sigkill_at_any_moment(worker, tiny, quick, text, tmp_path, schedule):
         return lambda: time.monotonic() > end
 
     worker.job = job | {"out": str(out)}
-    run, half_written = tmp_path / "out.run", tmp_path / ".out.tmp"
+    run, half_written = tmp_path / "out.run", tmp_path / ".out.lillama" / "new"
     taught = run / "blocks" / "0001.json" if schedule == "sequential" else run / "joint" / "state.json"
     killed = [worker.run(later(chance.uniform(0.05, 0.3))) for _ in range(2)]
     killed += [worker.run(taught.exists), worker.run(later(chance.uniform(0.05, 0.2)))]
@@ -91,6 +68,16 @@ def test_sigkill_at_any_moment(worker, tiny, quick, text, tmp_path, schedule):
     assert not list(run.rglob(".*"))
     assert worker.run(half_written.exists) == signal.SIGKILL  # now an earlier result is there: it stays
     assert bits(out) == bits(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", kills.JOBS)
+def test_every_file_is_the_same_after_random_kills(worker, tmp_path, name):
+    """As `make kills` does, which takes its time."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    where, different = kills.tried(worker, kills.jobs(tmp_path)[name], folder, 4, random.Random(name))
+    assert where.total() == 4 and not different
 
 
 class Crash(BaseException):
@@ -113,7 +100,7 @@ def crash_at(monkeypatch) -> Callable[[float, BaseException], list[str]]:
                 if len(writes) >= number:
                     raise error
 
-        for module in (files, checkpoint):
+        for module in (files, artefacts):
             monkeypatch.setattr(module, "atomic_file", counted)
         return writes
 
@@ -147,16 +134,107 @@ def test_a_crash_at_every_write(make_model, short, tmp_path, schedule, crash_at,
         assert len(done) <= len(writes)
 
 
+@pytest.fixture
+def full_at(monkeypatch) -> Callable[[Callable[[str], bool]], None]:
+    """Return a function that lets every kind of write fail, by the name of its file, as if the disk were full."""
+    real = (artefacts.write_tensors, Path.write_text, Path.write_bytes, shutil.copyfile, os.posix_fallocate)
+
+    def set_full(wanted: Callable[[str], bool]) -> None:
+        write_tensors, write_text, write_bytes, copyfile, reserve = real
+
+        def fail(path: str | Path) -> None:
+            name = re.sub(r"^\.(.*)\.\d+\.tmp$", r"\1", Path(path).name)
+            if wanted(str(Path(path).parent / name)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        def write(file: Path, tensors: dict, notes=None) -> None:
+            try:
+                fail(file)
+            except OSError as error:  # as safetensors has it
+                file.write_bytes(b"half")
+                raise SafetensorError(f"Error while serializing: I/O error: (os error {error.errno})") from None
+            write_tensors(file, tensors, notes)
+
+        for module in (artefacts, checkpoint):
+            monkeypatch.setattr(module, "write_tensors", write)
+        monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: (fail(self), write_text(self, *a, **k))[1])
+        monkeypatch.setattr(Path, "write_bytes", lambda self, *a, **k: (fail(self), write_bytes(self, *a, **k))[1])
+        monkeypatch.setattr(shutil, "copyfile", lambda a, b, **k: (fail(b), copyfile(a, b, **k))[1])
+        monkeypatch.setattr(
+            os, "posix_fallocate", lambda fd, *a: (fail(Path(f"/proc/self/fd/{fd}").readlink()), reserve(fd, *a))[1]
+        )
+
+    return set_full
+
+
+KINDS = (  # of what is written on the way, and into the result
+    "run.json", "spec.json", "tokens.safetensors", "manifest.json", "spectra.safetensors", "plan.json", "allocation.json",
+    "blocks/0000.safetensors", "blocks/0000.json", "recovered/0000.safetensors", "log.json", "state.json", "activations",
+    "shard-00000.tmp", "tokenizer.json", "config.json", "model.safetensors.index.json", "README.md", "lillama-kept.svg",
+    "lillama.json",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_disk_that_fills_up_on_the_way(make_model, short, tmp_path, schedule, crash_at):
-    tiny, recipe, out = make_model(num_hidden_layers=2), short(schedule), tmp_path / "out"
-    whole = bits(compress(tiny, tmp_path / "whole", recipe=recipe).path)
-    crash_at(7, OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x")))
-    with pytest.raises(ResourceError, match=r"no space left.*--run"):
-        compress(tiny, out, recipe=recipe)
-    assert not out.exists()
-    crash_at(float("inf"), Crash())
-    assert bits(compress(tiny, out, recipe=recipe).path) == whole
+def test_a_disk_that_is_full_for_each_kind_of_write(make_model, text, tmp_path, schedule, full_at, monkeypatch, capsys):
+    """One after the other, in one run: each ends with one line, and the next attempt goes on from there."""
+    changes = {
+        "keep": 0.7, "ranks": {"multiple_of": 1}, "distill": {"schedule": schedule, "epochs": 1},
+        "recover": {"epochs": 2, "lr": 1e-3}, "calibration": {"sources": [{"path": str(text)}], "tokens": 640, "seq_len": 32},
+    }  # fmt: skip
+    recipe, model = tmp_path / "recipe.yaml", make_model(num_hidden_layers=2)
+    recipe.write_text(load_recipe(Recipe(), changes).as_yaml())
+    monkeypatch.setitem(making.TEACH, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
+    monkeypatch.setattr(making, "recover", partial(recovery.recover, snapshot_seconds=0))
+    options = ["--recipe", str(recipe), "--shard-size", "40kB", "--activation-memory", "0"]
+
+    def compressed(out: Path) -> int:
+        with pytest.raises(SystemExit) as exit_:
+            main(["compress", str(model), str(out), *options])
+        return int(exit_.value.code or 0)
+
+    assert compressed(tmp_path / "whole") == 0
+    failed, out = dict[str, str](), tmp_path / "out"
+    capsys.readouterr()
+
+    def first_of_its_kind(path: str) -> bool:
+        kind = next((kind for kind in KINDS if path.endswith(kind)), None)
+        if kind is None or kind in failed:
+            return False
+        failed[kind] = path
+        return True
+
+    while len(failed) <= len(KINDS):
+        before = len(failed)
+        full_at(first_of_its_kind)
+        status, error = compressed(out), capsys.readouterr().err
+        if not status:
+            break
+        assert status == 2 and len(failed) == before + 1
+        assert re.fullmatch(r"(warning: .*\n)*error: .*no (space|room).*\n", error), error
+        assert not out.exists() and not list(tmp_path.glob(".out*"))
+    assert set(failed) == set(KINDS)
+    assert bits(out) == bits(tmp_path / "whole")
+
+
+def test_figures_that_find_no_room_are_no_failure(tiny, quick, tmp_path, full_at, caplog):
+    """The result is there by then."""
+    full_at(lambda path: path.endswith("metrics.json"))
+    result = compress(tiny, tmp_path / "out", recipe=quick(distill={"epochs": 0}))
+    assert (result.path / "lillama.json").is_file()
+    assert "are not noted" in caplog.text and not (result.run / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("name", ["card", "kept_plot"])
+def test_a_card_that_cannot_be_made_is_no_failure(tiny, quick, tmp_path, monkeypatch, caplog, name):
+    def fail(*args: object) -> str:
+        raise ValueError("odd front matter")
+
+    monkeypatch.setattr(making, name, fail)
+    result = compress(tiny, tmp_path / "out", recipe=quick(distill={"epochs": 0}))
+    assert (result.path / "lillama.json").is_file() and "left out" in caplog.text and "odd front matter" in caplog.text
 
 
 def test_a_crash_while_a_run_begins_anew(make_model, short, tmp_path, crash_at):

@@ -106,10 +106,13 @@ def seal_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
-    """Write contiguous tensors to a safetensors file; `notes` go into its header."""
+    """Write contiguous tensors to a safetensors file; `notes` go into its header.
+
+    One note at most: safetensors writes several in an order that changes from one process to the next.
+    """
     file.touch()  # safetensors makes files that only their owner may read; this one gets the mode that is usual here
     mode = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt", **(notes or {})})
+    save_file(tensors, file, metadata=dict(notes or {"format": "pt"}))
     file.chmod(mode)
 
 

@@ -77,9 +77,10 @@ def peak_memory() -> int:
     """Return the largest resident memory of this process so far, in bytes; on CUDA that of the device is added."""
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     status = Path("/proc/self/status")  # on Linux `getrusage` would count the parent's peak before `exec` too
-    if status.is_file():
-        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 + device
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    peak = next((line for line in lines if line.startswith("VmHWM")), None)  # some sandboxes leave it out
+    if peak is not None:
+        return int(peak.split()[1]) * 1024 + device
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + device
 
