@@ -137,8 +137,8 @@ def _load(model_path: str | Path, seq_len: int, device: torch.device, offload: s
         raise CalibrationError(f"seq_len is {seq_len}, but {model_path} has {places} positions; lower it")
     if _fits(folder, config, device):
         dtype = torch.float32 if device.type == "cpu" else "auto"
-        return load(AutoModelForCausalLM, folder, dtype=dtype).eval().to(device)
-    return load(AutoModelForCausalLM, folder, dtype="auto", device_map="auto", offload_folder=offload).eval()
+        return load(AutoModelForCausalLM, folder, device, dtype=dtype)
+    return load(AutoModelForCausalLM, folder, dtype="auto", device_map="auto", offload_folder=offload)
 
 
 def _fits(model_path: Path, config: PreTrainedConfig, device: torch.device) -> bool:

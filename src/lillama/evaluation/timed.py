@@ -147,9 +147,9 @@ def loaded(folder: str, setting: Setting) -> Loaded:
     idle = _peak(setting.device)
     with remote_code(setting.remote_code):
         kind = model_class(load_config(Path(folder)))
-        model = load(kind, Path(folder), dtype=setting.dtype or "auto")
+        model = load(kind, Path(folder), setting.device, dtype=setting.dtype or "auto")
     model.generation_config = GenerationConfig()  # the model's own may sample, search beams or stop early
-    return Loaded(model.to(setting.device).eval(), idle)
+    return Loaded(model, idle)
 
 
 def footprint(folder: str, setting: Setting) -> Footprint:

@@ -33,4 +33,4 @@ def load_whole(folder: Path, device: torch.device) -> PreTrainedModel:
     """
     refuse_too_large(folder, device)
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    return load(AutoModelForCausalLM, folder, dtype=dtype).to(device).eval()
+    return load(AutoModelForCausalLM, folder, device, dtype=dtype)

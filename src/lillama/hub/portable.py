@@ -1,6 +1,5 @@
 """Portable models: a code file in the folder, so that `trust_remote_code=True` loads them where lillama is absent."""
 
-import json
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +12,7 @@ import lillama.hub
 import lillama.lowrank
 import lillama.model
 from lillama.errors import ModelError
-from lillama.files import atomic_file, write_json
+from lillama.files import atomic_file, read_json, write_json
 from lillama.hub.quantizer import METHOD, LowRankConfig
 
 CODE = "modeling_lillama.py"
@@ -61,11 +60,8 @@ def compressed_config(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json found; give the folder of a compressed model")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ModelError(f"{folder / 'config.json'}: not valid JSON; write or fetch the model again") from None
-    section = config.get("quantization_config") if isinstance(config, dict) else None
+    config = read_json(folder / "config.json", ModelError, "write or fetch the model again")
+    section = config.get("quantization_config")
     found = section.get("quant_method") if isinstance(section, dict) else None
     if found != METHOD:
         told = "no quantization_config" if found is None else f"quant_method is {found}"

@@ -18,12 +18,13 @@ from lillama.model.weights import Weights, missing, warn_of_unused
 from lillama.resources import shortage_explained
 
 
-def load(kind: Any, folder: Path, **options: Any) -> PreTrainedModel:
+def load(kind: Any, folder: Path, device: torch.device | str | None = None, **options: Any) -> PreTrainedModel:
     """Load a model as `kind.from_pretrained(folder, **options)` does, from safetensors files that lie in the folder.
 
     Args:
         kind: a class of transformers, or an Auto class.
         folder: of the model.
+        device: that it is moved to; None leaves it where the options put it.
         options: `dtype`, `device_map` and the like.
 
     Raises:
@@ -36,10 +37,12 @@ def load(kind: Any, folder: Path, **options: Any) -> PreTrainedModel:
     checked = empty is not None and quantization(config) is None
     if empty is not None and checked:
         Weights.of(empty, reader)
+    model: Any
     with explained(f"{folder}: transformers cannot load this model"), shortage_explained(), _own_words():
         model, found = kind.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=runs_code(), output_loading_info=True, **options
         )
+        model = model.eval() if device is None else model.to(device).eval()
     if found["missing_keys"]:
         raise missing(reader, min(found["missing_keys"]))
     if not checked:

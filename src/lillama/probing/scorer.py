@@ -23,7 +23,6 @@ from lillama.calibration.gather import load_tokenizer
 from lillama.errors import ModelError, ProbeError
 from lillama.model.loading import load
 from lillama.model.source import load_config, locate, stored_dtype
-from lillama.resources import shortage_explained
 
 LOGIT_BYTES = 256 << 20
 TOKENS_AT_ONCE = 4096
@@ -100,5 +99,4 @@ def fills_masks(config: PretrainedConfig) -> bool:
 def _load(path: Path, config: PretrainedConfig, masked: bool, device: torch.device) -> PreTrainedModel:
     kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
-    with shortage_explained():
-        return load(kind, path, dtype=dtype).to(device).eval()
+    return load(kind, path, device, dtype=dtype)

@@ -62,8 +62,12 @@ class Budget:
 
     @cached_property
     def _cost(self) -> Callable[[int, int, int | None, int], int]:
-        numbers, nbytes = self.storage.numbers, self.storage.nbytes
-        return cache(nbytes if self.in_bytes else lambda rows, columns, rank, itemsize: numbers(rows, columns, rank))
+        def cost(rows: int, columns: int, rank: int | None, itemsize: int) -> int:
+            if self.in_bytes:
+                return self.storage.nbytes(rows, columns, rank, itemsize)
+            return self.storage.numbers(rows, columns, rank)
+
+        return cache(cost)
 
     @cached_property
     def for_linears(self) -> int:

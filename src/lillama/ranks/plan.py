@@ -117,9 +117,9 @@ class RankPlan:
 
 def _checked(row: Any, shapes: Mapping[str, tuple[int, int]], path: Path) -> tuple[str, int | None]:
     """Return name and rank of a plan's row if the model can have them."""
-    if not isinstance(row, dict) or not row.keys() >= {"name", "out", "in", "rank"}:
-        raise RecipeError(f"{path}: not a rank plan: {shown(row)} is no row with name, out, in and rank")
-    found = cast(dict[str, Any], row)
+    found = cast(dict[str, Any], row if isinstance(row, dict) else {})
+    if not found.keys() >= {"name", "out", "in", "rank"}:
+        raise RecipeError(f"{path}: not a rank plan: {shown(cast(Any, row))} is no row with name, out, in and rank")
     name, shape, rank = found["name"], (found["out"], found["in"]), found["rank"]
     if not isinstance(name, str):
         raise RecipeError(f"{path}: {shown(name)} is no name of a linear; a text is needed")
