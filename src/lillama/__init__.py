@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lillama.hub.register import register
+from lillama.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lillama.compression import compress, preview

@@ -20,6 +20,7 @@ from lillama.commands.plan import plan
 from lillama.commands.probe import probe
 from lillama.commands.report import report
 from lillama.errors import LillamaError
+from lillama.version import __version__
 
 PATHS = (
     PermissionError,
@@ -34,6 +35,7 @@ IN_FILES = (["compress"], ["export"], ["report"], ["probe", "make"])  # commands
 app = App(
     name="lillama",
     help="Make a pretrained language model smaller: low-rank factors, taught block by block.",
+    version=__version__,
     version_flags=["--version"],
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # `run` tells of it

@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import ModelCard
+import yaml
 from jinja2 import TemplateError
 from torch import Tensor
-from yaml import YAMLError
 
 from lillama.allocation import decided
 from lillama.calibration.documents import read_text
@@ -24,12 +22,14 @@ from lillama.evaluation.tally import refuse_other_models
 from lillama.files import Claim, claimed, write_json
 from lillama.hub.assemble import assemble
 from lillama.hub.card import Calibration, CardFacts, Measured, card
+from lillama.hub.rights import Rights, rights_of
 from lillama.lesson import Lesson
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.remote import runs_code
 from lillama.model.spec import BlockSpec
 from lillama.prepare import Job, Machine, checked_room, prepared
 from lillama.progress import Report
+from lillama.publishing import public_recipe
 from lillama.ranks.spectra import Spectra
 from lillama.recipe import Recipe
 from lillama.recovery import Recovered, recover
@@ -89,7 +89,7 @@ def _made(order: Order, claim: Claim) -> Result:
     start = time.monotonic()
     contents = {name: read_text(path) for name, path in named(order.texts).items()}
     job = prepared(order.model, order.recipe, order.recipe_name, order.rank_plan, order.machine)
-    windows = _windows(job, contents)
+    windows, rights = _windows(job, contents), rights_of(job.teacher.reader.folder)
     checked_room(job, order.out, order.run, _size(order.run))
     with opened(order.run, job.identity(), order.restart) as run:
         lesson = lesson_of(job, run, order)
@@ -104,7 +104,7 @@ def _made(order: Order, claim: Claim) -> Result:
         lesson = lesson.initialised()
         _warn_of_kept_initialisations(lesson)
         recover(lesson, order.recipe.recover)
-        return _finished(lesson, order.out, claim, windows, start)
+        return _finished(lesson, order.out, claim, windows, start, rights)
 
 
 def lesson_of(job: Job, run: RunDir, order: Order) -> Lesson:
@@ -167,7 +167,9 @@ def _warn_of_kept_initialisations(lesson: Lesson) -> None:
         )  # fmt: skip
 
 
-def _finished(lesson: Lesson, out: Path, claim: Claim, windows: Mapping[str, Windows], start: float) -> Result:
+def _finished(
+    lesson: Lesson, out: Path, claim: Claim, windows: Mapping[str, Windows], start: float, rights: Rights
+) -> Result:
     """Assemble the model folder, measure it, and let it appear."""
     job, run = lesson.job, lesson.run
 
@@ -187,7 +189,7 @@ def _finished(lesson: Lesson, out: Path, claim: Claim, windows: Mapping[str, Win
         seconds, size = time.monotonic() - start, _stored(folder)
         result = Result(out, run.path, plan, size, job.recipe, texts, change, seconds, peak_memory(), pivots)
         _told(folder / PLOT, lambda: kept_plot(run.path))
-        _told(folder / "README.md", lambda: card(_facts(lesson, result)))
+        _told(folder / "README.md", lambda: card(_facts(lesson, result, rights)))
         write_json(folder / FILE, result.as_json() | {"files": file_digests(folder)})
         refuse_foreign(out)  # once more, for something may have come in the meantime
     try:
@@ -237,14 +239,14 @@ def _windows(job: Job, contents: Mapping[str, str]) -> dict[str, Windows]:
     return {name: cut(name, text, job.tokenizer, length) for name, text in contents.items()}
 
 
-def _facts(lesson: Lesson, result: Result) -> CardFacts:
+def _facts(lesson: Lesson, result: Result, rights: Rights) -> CardFacts:
     job, manifest, spec = lesson.job, lesson.tokens.manifest, result.plan.spec
     logs = [lesson.run.block_log(block.index) for block in lesson.blocks if lesson.ranks(block)]
     return CardFacts(
         base_model=str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model,
         architecture=spec.architecture,
         recipe_name=job.recipe_name,
-        recipe_text=job.recipe.as_yaml(),
+        recipe_text=yaml.safe_dump(public_recipe(job.recipe.as_dict()), sort_keys=False, allow_unicode=True),
         recipe_hash=job.recipe.hash,
         keep=job.recipe.keep,
         scope=job.recipe.scope,
@@ -267,22 +269,9 @@ def _facts(lesson: Lesson, result: Result) -> CardFacts:
         peak_bytes=result.peak_bytes,
         versions=environment(),
         plot=PLOT,
-        **_rights(job.teacher.reader.folder),
+        license=rights.license,
+        languages=rights.languages,
     )
-
-
-def _rights(folder: Path) -> dict[str, Any]:
-    """Return licence and languages as the original's card tells them."""
-    if not (folder / "README.md").is_file():
-        return {}
-    try:
-        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, UnicodeDecodeError, YAMLError):
-        logger.info("%s: its front matter cannot be read; the new card names no licence", folder / "README.md")
-        return {}
-    languages = data.get("language") or []
-    languages = [languages] if isinstance(languages, str) else languages
-    return {"license": data.get("license"), "languages": tuple(map(str, languages))}
 
 
 def _row(pair: TextPair) -> Measured:

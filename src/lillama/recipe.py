@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -19,6 +18,7 @@ from lillama.errors import RecipeError, suggestion
 from lillama.files import digest
 from lillama.lowrank.initialize import Initialiser, TwoSided
 from lillama.lowrank.storage import Storage
+from lillama.packaged import packaged
 from lillama.ranks.adaptive import Adaptive, Allocator
 from lillama.ranks.plan import Scope
 
@@ -158,7 +158,7 @@ def listed(values: str | Path | Sequence[str | Path] | None) -> list[str] | None
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with lillama: `default`, `baselines/svd`, ..."""
-    folder = Path(str(_folder()))
+    folder = packaged("recipes")
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
@@ -169,15 +169,11 @@ def recipe_file(recipe: str) -> Path:
         RecipeError: there is no such recipe or file.
     """
     if recipe in recipe_names():
-        return Path(str(_folder())) / f"{recipe}.yaml"
+        return packaged("recipes") / f"{recipe}.yaml"
     if Path(recipe).is_file():
         return Path(recipe)
     names = recipe_names()
     raise RecipeError(f"recipe {recipe}: neither a file nor one of {', '.join(names)}{suggestion(recipe, names)}")
-
-
-def _folder():
-    return files("lillama") / "recipes"
 
 
 @cache

@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lillama.files import file_digest, resolved
 from lillama.lowrank.pivot import Pivoting
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe
+from lillama.version import __version__
 
 FILE = "lillama.json"  # in the folder of a result
 
@@ -115,8 +116,16 @@ def _worst(pivots: Mapping[str, Pivoting]) -> dict[str, Any] | None:
 
 def environment() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    libraries = ("lillama", "torch", "transformers", "safetensors")
-    return {name: version(name) for name in libraries} | {"python": platform.python_version()}
+    libraries = {name: _version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"lillama": __version__} | libraries | {"python": platform.python_version()}
+
+
+def _version(library: str) -> str:
+    """Return a library's version; without metadata, as in an archive, the one that it tells itself."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return str(getattr(import_module(library), "__version__", "unknown"))
 
 
 def _score(score: TextScore) -> dict[str, float]:

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from lillama.hub.card import Calibration, CardFacts, Measured, auto_class, card, with_loading
 
@@ -72,13 +73,37 @@ def test_table_rows_are_not_torn_apart() -> None:
 
 
 def test_a_local_path_stays_private() -> None:
-    calibration = Calibration("files", ("/home/someone/notes.txt", "org/texts"), 4096, 128)
+    calibration = Calibration("files", ("/home/someone/notes.txt", "org/texts", "someone/../x/y"), 4096, 128)
     facts = replace(FACTS, base_model="/home/someone/models/tiny", calibration=calibration, license=None, languages=())
     text = card(facts)
-    assert "files, notes.txt, org/texts;" in text
+    assert "files, notes.txt, org/texts, y;" in text
     assert "someone" not in text and text.count("tiny") >= 2
     assert front_matter(text).keys() == {"library_name", "tags"}
     assert "the terms of that model apply" in text
+
+
+TAKEOVER = (
+    "mit\n\n# Owned\n\n[free](https://evil.example) <script>x</script> ``` | \x1b[2J \u202e {{ 7 * 7 }}\n---\ntags: [x]"
+)
+
+
+@pytest.mark.parametrize(
+    "field", ["license", "base_model", "architecture", "recipe_name", "recipe_text", "dtype", "text"]
+)
+def test_no_word_of_others_takes_the_card_over(field: str) -> None:
+    changes = {field: TAKEOVER} | {"recipe_hash": TAKEOVER, "languages": (TAKEOVER, "en")}
+    if field == "text":
+        changes = {"metrics": (replace(FACTS.metrics[0], text=TAKEOVER),)}
+        changes |= {"calibration": replace(FACTS.calibration, sources=(TAKEOVER,)), "versions": {TAKEOVER: TAKEOVER}}
+    text = card(replace(FACTS, **changes))
+    parser, body = MarkdownIt("commonmark").enable("table"), text.split("---\n", 2)[2]
+    tokens, expected = parser.parse(body), parser.parse(card(FACTS).split("---\n", 2)[2])
+    assert [token.type for token in tokens if token.level == 0] == [one.type for one in expected if one.level == 0]
+    inner = {child.type for token in tokens for child in token.children or ()}
+    assert inner <= {"text", "text_special", "softbreak", "code_inline"}
+    assert front_matter(text).keys() <= front_matter(card(FACTS)).keys()
+    assert front_matter(text)["tags"] == ["lillama", "low-rank", "compression"]
+    assert all(line.isprintable() for line in text.split("\n"))
 
 
 def test_the_plot_is_shown_where_there_is_one() -> None:

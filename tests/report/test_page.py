@@ -1,10 +1,12 @@
 """A report tells what the artefacts hold, names what they lack, and never fails on a damaged one."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from lillama.cli import main
 from lillama.compression import compress
@@ -92,7 +94,7 @@ def test_samples_stand_side_by_side_and_are_marked_where_they_part(out):
     assert html.count("both, the same to the end") == 1
     rows = page.as_json()["models"][0]["figures"]["samples"]["rows"]
     assert rows[0] == ["novel", "The cat", " sat on", " the mat.", " a <mat>."]
-    assert "| novel | A dog |  ran. It |  |  |" in page.as_markdown()
+    assert "| novel | A dog | ran. It |  |  |" in page.as_markdown()
 
 
 def test_a_real_compression_lacks_nothing(tiny, quick, text, tmp_path):
@@ -210,3 +212,54 @@ def test_watching_ends_with_the_run(unfinished, finish):
 
     watched([unfinished], place, Extra(), 3.0, sleep)
     assert seen == [True, True] and 'http-equiv="refresh"' not in place.read_text()
+
+
+TAKEOVER = "x\n\n# Owned\n\n[free](https://evil.example) <script>alert(1)</script> ``` | \x1b[2J \ud800 {{ 7 * 7 }}"
+
+
+def renamed(file: Path, *old: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    for word in old:
+        assert json.dumps(word) in text
+        text = text.replace(json.dumps(word), json.dumps(TAKEOVER))
+    file.write_text(text, encoding="utf-8")
+
+
+def test_no_name_of_others_takes_the_page_over(out: Path, tmp_path: Path) -> None:
+    run = out.with_name("small.run")
+    before = report([out]).as_markdown()
+    renamed(run / "evaluation.json", "novel", "quiz", "acc", "The cat", " the mat.")
+    renamed(run / "probe.json", "toy-pairs", "agreement")
+    renamed(run / "metrics.json", "novel")
+    renamed(out / "lillama.json", "novel", "0.1.0")
+    renamed(run / "spec.json", "Toy")
+    renamed(run / "bench.json", "cpu")
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"adaptive"', json.dumps(TAKEOVER)))
+    (out / "README.md").write_text("# [toy](https://evil.example) <b>, 80%\n", encoding="utf-8")
+    page = report([out])
+    parser = MarkdownIt("commonmark").enable("table")
+    tokens, expected = parser.parse(page.as_markdown()), parser.parse(before)
+    headings = [[token.tag for token in found if token.type == "heading_open"] for found in (tokens, expected)]
+    assert headings[0] == headings[1]
+    assert {child.type for token in tokens for child in token.children or ()} <= {"text", "text_special", "softbreak"}
+    assert not [token for token in tokens if token.type in ("html_block", "code_block")]
+    assert "<script>alert" not in page.as_html()
+    written = write(page, tmp_path / "page.html")
+    assert all(file.read_text(encoding="utf-8") for file in written)
+
+
+def test_the_page_tells_nothing_of_where_things_lie_here(out: Path) -> None:
+    run = out.with_name("small.run")
+    found = json.loads((run / "run.json").read_text())
+    found["identity"]["recipe"]["calibration"] = {"sources": [{"path": "/home/someone/notes.txt"}]}
+    (run / "run.json").write_text(json.dumps(found))
+    page = report([out])
+    for text in (page.as_markdown(), page.as_html(), json.dumps(page.as_json())):
+        assert "someone" not in text and str(out.parent) not in text
+    assert "notes.txt" in page.as_markdown()
+
+
+def test_a_model_card_that_is_no_file_is_not_waited_for(out: Path) -> None:
+    (out / "README.md").unlink()
+    os.mkfifo(out / "README.md")
+    assert report([out]).chapters[0].headline

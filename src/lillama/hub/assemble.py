@@ -4,7 +4,6 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from lillama.model.checkpoint import FETCH_AGAIN, NAMED, CheckpointWriter
 from lillama.model.spec import BlockSpec, ModelSpec
 from lillama.model.unfused import fuse, native_names
 from lillama.model.weights import Weights
+from lillama.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _write_config(
     absorbed: list[str],
     recipe_hash: str,
 ) -> None:
-    facts: dict[str, Any] = {"lillama_version": version("lillama"), "recipe_hash": recipe_hash}
+    facts: dict[str, Any] = {"lillama_version": __version__, "recipe_hash": recipe_hash}
     known = None if (storage.form, storage.bits) == ("plain", None) else asdict(storage)
     low_rank = LowRankConfig(ranks=dict(ranks), storage=known, absorbed=absorbed, **facts)
     write_json(folder / "config.json", dict(config) | ({"quantization_config": low_rank.to_dict()} if ranks else {}))

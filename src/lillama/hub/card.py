@@ -8,9 +8,10 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from transformers.models.auto import modeling_auto
 
+from lillama.publishing import markdown_templates, plain, public_name
 from lillama.resources import readable
 
 Loading = Literal["package", "portable", "dense"]
@@ -61,7 +62,7 @@ class Calibration:
     @property
     def names(self) -> tuple[str, ...]:
         """The sources for the reader: of a local path only the last part."""
-        return tuple(PurePath(source).name if PurePath(source).is_absolute() else source for source in self.sources)
+        return tuple(map(public_name, self.sources))
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,10 @@ class CardFacts:
 
 def card(facts: CardFacts) -> str:
     """Return the README.md of a compressed model."""
-    environment = Environment(
-        loader=PackageLoader("lillama.hub", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = markdown_templates("lillama.hub")
     environment.filters["readable"] = readable
     body = environment.get_template("card.md.jinja").render(
-        facts=facts, loading=_section("package", facts.architecture)
+        facts=facts, loading=Markup(_section("package", facts.architecture))
     )
     return f"---\n{_front_matter(facts)}---\n\n{body}\n"
 
@@ -173,10 +172,10 @@ def _section(loading: Loading, architecture: str) -> str:
 def _front_matter(facts: CardFacts) -> str:
     fields = {
         "library_name": "transformers",
-        "license": facts.license,
+        "license": None if facts.license is None else plain(facts.license),
         "base_model": facts.base_model if facts.on_hub else None,
         "base_model_relation": "quantized" if facts.on_hub else None,  # the nearest of the four that the hub knows
-        "language": list(facts.languages) or None,
+        "language": list(map(plain, facts.languages)) or None,
         "tags": ["lillama", "low-rank", "compression"],
     }
     return yaml.safe_dump({name: value for name, value in fields.items() if value is not None}, sort_keys=False)

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, with_config
 
 from lillama.errors import ProbeError, suggestion
+from lillama.packaged import packaged
 
 Unit = Literal["token", "char", "word", "phoneme"]
 ScoreName = Literal["mean", "sum", "penalised"]
@@ -202,7 +202,7 @@ def _check(benchmark: Benchmark, path: Path) -> None:
 
 
 def _inside(folder: str) -> Path:
-    return Path(str(files("lillama"))) / "probing" / folder
+    return packaged(f"probing/{folder}")
 
 
 @cache

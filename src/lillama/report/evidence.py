@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lillama.errors import OutputError
+from lillama.publishing import unescaped
 from lillama.report import shapes
 from lillama.report.reader import Json, Reader, Values
 
 RESULT, RUN = "lillama.json", "run.json"
+CARD = 1 << 20  # characters of a model card that are read
 FILES = (
     ("run", RUN, shapes.Run, "identity"),
     ("spec", "spec.json", shapes.Spec, "blocks"),
@@ -147,11 +149,15 @@ def _probes(reader: Reader, file: Path) -> list[Json]:
 
 def _base(out: Path) -> str:
     """Return the original's name from the heading of the model card."""
+    card = out / "README.md"
+    if not card.is_file():
+        return ""
     try:
-        lines = (out / "README.md").read_text(encoding="utf-8").splitlines()
+        with card.open(encoding="utf-8") as file:
+            lines = file.read(CARD).splitlines()
     except (OSError, ValueError):
         return ""
-    return next((line[2:].rpartition(", ")[0] for line in lines if line.startswith("# ")), "")
+    return next((unescaped(line[2:].rpartition(", ")[0]) for line in lines if line.startswith("# ")), "")
 
 
 def _note_unfinished(reader: Reader, artefacts: Mapping[str, Json], finished: int) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from lillama.files import atomic_file
+from lillama.publishing import escaped, markdown_templates, public_recipe
 from lillama.report import learning, measures, structure, summary
 from lillama.report.evidence import Evidence, Extra, collect
 from lillama.report.figure import Cell, Figure, shown
@@ -120,7 +122,7 @@ def write(page: Page, out: Path, refresh: float | None = None) -> tuple[Path, Pa
     places = [out.with_name(out.name.removesuffix(".html") + suffix) for suffix in texts]
     for place, text in zip(places, texts.values(), strict=True):
         with atomic_file(place) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="replace")  # halves of characters are none
     return places[0], places[1], places[2]
 
 
@@ -138,7 +140,7 @@ def _chapter(evidence: Evidence) -> Chapter:
     headline, facts = told("headline", summary.headline, ""), told("main table", summary.facts, ())
     warnings = told("warnings", lambda known: tuple(doubts(known)), ())
     origin, recipe = told("origin", summary.origin, ()), told("recipe", lambda known: known.recipe, {})
-    shown_recipe = yaml.safe_dump(recipe, sort_keys=False) if recipe else ""
+    shown_recipe = yaml.safe_dump(public_recipe(recipe), sort_keys=False) if recipe else ""
     return Chapter(evidence.name, headline, facts, warnings, tuple(missing),
                    tuple(figure for figure in figures if figure), origin, shown_recipe)  # fmt: skip
 
@@ -149,23 +151,27 @@ def _table(figure: Figure) -> dict[str, Any]:
 
 
 def _render(template: str, **values: Any) -> str:
-    return _templates().get_template(template).render(values | {"columns": summary.COLUMNS})
+    templates = _templates() if template.endswith(".html.jinja") else _markdown()
+    return templates.get_template(template).render(values | {"columns": summary.COLUMNS})
 
 
 @cache
 def _templates() -> Environment:
-    """Return the environment of the templates, which are compiled once."""
+    """Return the environment of the page's template, which is compiled once."""
     environment = Environment(
         loader=PackageLoader("lillama.report", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=lambda name: str(name).endswith(".html.jinja"),
+        autoescape=True,
     )  # fmt: skip
-    environment.filters |= {"shown": shown, "number": _is_number, "cell": _cell}
+    environment.filters |= {"shown": shown, "number": _is_number}
+    return environment
+
+
+@cache
+def _markdown() -> Environment:
+    environment = markdown_templates("lillama.report")
+    environment.filters["cell"] = lambda cell: Markup(escaped(shown(cell)))
     return environment
 
 
 def _is_number(cell: Cell) -> bool:
     return isinstance(cell, int | float)
-
-
-def _cell(cell: Cell) -> str:
-    return shown(cell).replace("|", "\\|").replace("\n", " ")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -11,6 +10,7 @@ import yaml
 from pydantic import Field, TypeAdapter, with_config
 
 from lillama.errors import ProbeError, suggestion
+from lillama.packaged import packaged
 
 LanguageName = Literal["en", "fr"]
 LANGUAGES: tuple[LanguageName, ...] = get_args(LanguageName)
@@ -104,4 +104,4 @@ def load_language(name: str) -> Language:
 
 def language_folder() -> Path:
     """Return the folder of the languages' files."""
-    return Path(str(files("lillama.stimuli"))) / "languages"
+    return packaged("stimuli/languages")
