@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lillama.errors import ModelError, RecipeError
-from lillama.yaml_text import LONGEST, load_yaml
+from lillama.yaml_text import LONGEST, load_yaml, read_yaml, refuse_unbounded
 
 SOUND: dict[str, Any] = {
     "": None,
@@ -41,6 +41,7 @@ BROKEN: dict[str, tuple[str, str]] = {
     "deep keys": ("? " * 3000, "nested more than 50 deep"),
     "long": ("a" * (LONGEST + 1), "262145 characters, more than the 262144"),
     "control character": ("a: \x07", "special characters"),
+    "half a pair as an escape": ('a: "\\ud83d"', "line 1, column 4: half of a surrogate pair is no text"),
     "half a pair": ("a: \ud800", "special characters"),
     "other classes": ("!!python/object/apply:os.system [ls]", "could not determine a constructor"),
     "own tag": ("a: !mine 1", "could not determine a constructor"),
@@ -81,3 +82,29 @@ def test_the_caller_says_which_kind_of_error_it_is() -> None:
 def test_what_is_written_is_read_back() -> None:
     value = {"a": [1, 0.5, "x: y", None], "b": {"c": "true", "d": "2024-01-01"}}
     assert load_yaml(yaml.safe_dump(value), "a.yaml") == value
+
+
+def test_files_are_read_no_further_than_the_bound(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("a: 1e-3", encoding="utf-8-sig")
+    assert read_yaml(path) == {"a": 1e-3}
+    path.write_bytes(b"a: caf\xe9")
+    for read in (read_yaml, refuse_unbounded):
+        with pytest.raises(ModelError, match=r"a\.yaml: not readable as YAML: byte 0xe9 is not UTF-8"):
+            read(path, ModelError)
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a hole: nothing is written, and nothing of it may be kept in memory
+    for read in (read_yaml, refuse_unbounded):
+        with pytest.raises(RecipeError, match=f"{LONGEST + 1} characters, more than the {LONGEST} that are read"):
+            read(path)
+
+
+@pytest.mark.parametrize("case", ["syntax", "aliases of aliases", "deep brackets", "long"])
+def test_bounds_hold_for_what_others_read(case, tmp_path):
+    text, match = BROKEN[case]
+    path = tmp_path / "task.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=match):
+        refuse_unbounded(path)
+    path.write_text("task: own\nprocess: !function own.process\n", encoding="utf-8")
+    refuse_unbounded(path)

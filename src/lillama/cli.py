@@ -19,7 +19,7 @@ from lillama.commands.make_stimuli import make
 from lillama.commands.plan import plan
 from lillama.commands.probe import probe
 from lillama.commands.report import report
-from lillama.errors import LillamaError
+from lillama.errors import LillamaError, RecipeError, plain
 from lillama.version import __version__
 
 PATHS = (
@@ -78,11 +78,19 @@ def main(tokens: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if tokens is None else tokens)
     with streams() as out:
-        code = run(lambda: app(words, exit_on_error=False, print_error=False), resumable=words[:1] == ["compress"])
+        code = run(lambda: _called(words), resumable=words[:1] == ["compress"])
         reason = unwritten(out)
         if reason is not None and not code:
             code = _unsaid(reason, words[:1] in IN_FILES or words[:2] in IN_FILES)
     sys.exit(code)
+
+
+def _called(words: list[str]) -> Any:
+    """Call the command that some words ask for."""
+    for word in words:
+        if not word.isascii() and any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise RecipeError(f"{word}: this name is not UTF-8, in which lillama notes it; rename the file")
+    return app(words, exit_on_error=False, print_error=False)
 
 
 def run(work: Callable[[], Any], resumable: bool = False) -> int:
@@ -117,7 +125,7 @@ def _unsaid(reason: str, in_files: bool) -> int:
 
 
 def _fail(text: str, code: int) -> int:
-    sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    sys.stderr.write(f"error: {plain(' '.join(text.split()))}\n")
     return code
 
 

@@ -1,10 +1,12 @@
 """The exceptions of lillama: everything that a user can mend is a `LillamaError`, and its text is one clear line."""
 
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
 SHOWN = 64  # characters of a value in a line
+JOINERS = "\u200c\u200d"  # without which some scripts and signs are written wrong; they move nothing
 
 
 class LillamaError(Exception):
@@ -90,3 +92,19 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """
     near = get_close_matches(word, list(known), n=1) if len(word) <= 4 * SHOWN else []  # its time grows with the length
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def plain(text: str) -> str:
+    r"""Return text as a terminal may show it: what is no printable character stands as an escape, on one line.
+
+    Names, licences and messages come from others. Printed as they are, their control characters could rewrite the screen, the
+    marks of right-to-left text could turn a name around, and halves of surrogate pairs end in an error of the output itself.
+
+    >>> plain("novel[red].txt"), plain("\x1b[2Jnovel\r\u202e")
+    ('novel[red].txt', '\\x1b[2Jnovel\\r\\u202e')
+    """
+    return "".join(letter if _shows(letter) else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _shows(letter: str) -> bool:
+    return letter.isprintable() or letter in JOINERS or unicodedata.category(letter) == "Zs"

@@ -15,6 +15,7 @@ from lillama.allocation import decided
 from lillama.calibration.documents import read_text
 from lillama.calibration.gather import gather
 from lillama.calibration.pack import TokenBlocks
+from lillama.calibration.tokenizer import embeddings_of
 from lillama.distill.prediction import Change, change
 from lillama.errors import DamagedError
 from lillama.evaluation.perplexity import Windows, cut, default_length, named, score_texts
@@ -236,7 +237,8 @@ def _windows(job: Job, contents: Mapping[str, str]) -> dict[str, Windows]:
     refuse_other_models(job.teacher)
     length = default_length(job.teacher)
     assert job.tokenizer is not None  # every causal language model has one
-    return {name: cut(name, text, job.tokenizer, length) for name, text in contents.items()}
+    known = embeddings_of(job.teacher.skeleton)
+    return {name: cut(name, text, job.tokenizer, length, embeddings=known) for name, text in contents.items()}
 
 
 def _facts(lesson: Lesson, result: Result, rights: Rights) -> CardFacts:

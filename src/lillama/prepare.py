@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lillama.calibration.gather import load_tokenizer
-from lillama.calibration.pack import tokenizer_hash
 from lillama.calibration.sources import Source, check_exists, fingerprint
+from lillama.calibration.tokenizer import load_tokenizer, tokenizer_hash
 from lillama.errors import BudgetError, CalibrationError, RecipeError, ResourceError
 from lillama.estimate import Estimate, estimate, matmul_rate
 from lillama.files import digest

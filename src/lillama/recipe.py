@@ -1,6 +1,5 @@
 """A recipe says what is computed; two runs with equal recipes, models and data give equal results."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
@@ -14,13 +13,14 @@ from lillama.calibration.gather import CalibrationConfig, parse_sources
 from lillama.distill.config import DistillConfig
 from lillama.distill.losses import Loss
 from lillama.distill.recover import RecoverConfig
-from lillama.errors import RecipeError, suggestion
+from lillama.errors import RecipeError, shown, suggestion
 from lillama.files import digest
 from lillama.lowrank.initialize import Initialiser, TwoSided
 from lillama.lowrank.storage import Storage
 from lillama.packaged import packaged
 from lillama.ranks.adaptive import Adaptive, Allocator
 from lillama.ranks.plan import Scope
+from lillama.yaml_text import read_yaml
 
 Tree = dict[str, Any]
 
@@ -182,12 +182,12 @@ def _adapter() -> Any:
 
 
 def _read(path: Path) -> Tree:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict | None):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, found {type(tree).__name__}")
+    odd = next((key for key in tree or {} if not isinstance(key, str)), None)
+    if odd is not None:
+        raise RecipeError(f"{path}: unknown key {shown(odd)}")
     return tree or {}
 
 
@@ -215,14 +215,16 @@ def _validated(tree: Tree, origin: str) -> Recipe:
         place = [str(part) for part in first["loc"] if part not in _strategy_names()]
         key = ".".join(place)
         if first["type"] == "unexpected_keyword_argument":
-            raise RecipeError(f"{origin}unknown key {key}{suggestion(place[-1], _keys(Recipe))}") from None
+            last = str(first["loc"][-1])  # maybe the name of a strategy where none belongs
+            key = key if place[-1:] == [last] else ".".join([*place, last])
+            raise RecipeError(f"{origin}unknown key {key}{suggestion(last, _keys(Recipe))}") from None
         if first["type"] == "union_tag_invalid":
             context = first.get("ctx", {})
             found, known = str(context["tag"]), context["expected_tags"].replace("'", "").split(", ")
             choice = f"it must be one of {', '.join(known)}{suggestion(found, known)}"
             raise RecipeError(f"{origin}{key}.name is {found!r}: {choice}") from None
         expected = first["msg"].replace("Input should be ", "it must be ")
-        raise RecipeError(f"{origin}{key} is {first['input']!r}: {expected}") from None
+        raise RecipeError(f"{origin}{key} is {first['input']!r:.100}: {expected}") from None
     numbers = {"tokens": recipe.calibration.tokens, "seq_len": recipe.calibration.seq_len}
     for key, value in numbers.items():
         if value < 1:
@@ -244,14 +246,3 @@ def _strategy_names() -> frozenset[str]:
     """Return the names of all strategies: where a value went wrong, pydantic names them beside the keys."""
     strategies = (*get_args(Allocator), *get_args(Initialiser), *get_args(Loss))
     return frozenset(strategy.name for strategy in strategies)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, as everybody means it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)

@@ -1,6 +1,7 @@
 """YAML from whoever wrote it: bounded in size, depth and repetition, and every fault of it is one line."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ DEEPEST = 50  # nodes inside each other
 MOST = 100_000  # nodes of a document whose aliases are written out
 LONGEST_NUMBER = 64  # characters; PyYAML's arithmetic on `1:59:59:...` is quadratic
 UNREADABLE = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)  # by PyYAML's constructors
+HALF = re.compile("[\ud800-\udfff]")  # an escape such as "\ud83d" without the other half
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -36,10 +38,8 @@ def load_yaml(text: str, name: str, kind: type[LillamaError] = RecipeError) -> A
             ...
         lillama.errors.RecipeError: r.yaml: not readable as YAML: line 1, column 7: '2024-13-45' is no timestamp
     """
-    if len(text) > LONGEST:
-        raise kind(f"{name}: {len(text)} characters, more than the {LONGEST} of YAML that are read; shorten it")
     try:
-        loader = _Loader(text)
+        loader = _Loader(_bounded(text))
         node = loader.get_single_node()
         if node is None:
             return None
@@ -47,6 +47,29 @@ def load_yaml(text: str, name: str, kind: type[LillamaError] = RecipeError) -> A
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise kind(f"{name}: not readable as YAML: {_line(error)}") from None
+
+
+def read_yaml(path: Path, kind: type[LillamaError] = RecipeError) -> Any:
+    """Return the values of a UTF-8 file of one YAML document, as `load_yaml`; no more of it is read than that takes.
+
+    Raises:
+        LillamaError: of the kind given: the file is not UTF-8, or as for `load_yaml`.
+    """
+    return load_yaml(_read(path, kind), str(path), kind)
+
+
+def refuse_unbounded(path: Path, kind: type[LillamaError] = RecipeError) -> None:
+    """Refuse a file that `load_yaml` finds too long, too deep or too large, before others read it with tags of their own.
+
+    Raises:
+        LillamaError: of the kind given.
+    """
+    try:
+        node = _Loader(_bounded(_read(path, kind))).get_single_node()
+        if node is not None:
+            _written_out(node, {})
+    except yaml.YAMLError as error:
+        raise kind(f"{path}: not readable as YAML: {_line(error)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,6 +92,8 @@ class _Loader(yaml.SafeLoader):
         """Return the value of a node; one that does not fit its tag is an error of YAML, whatever PyYAML raises."""
         if isinstance(node, ScalarNode) and node.tag in NUMBERS and len(node.value) > LONGEST_NUMBER:
             raise _misfit(node)
+        if isinstance(node, ScalarNode) and HALF.search(node.value):
+            raise yaml.MarkedYAMLError(problem="half of a surrogate pair is no text", problem_mark=node.start_mark)
         try:
             return super().construct_object(node, deep)
         except UNREADABLE:
@@ -103,6 +128,21 @@ def _children(node: Node) -> list[Node]:
     if isinstance(node, MappingNode):
         return [part for pair in node.value for part in pair]
     return [] if isinstance(node, ScalarNode) else node.value
+
+
+def _read(path: Path, kind: type[LillamaError]) -> str:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(LONGEST + 1)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise kind(f"{path}: not readable as YAML: byte 0x{byte:02x} is not UTF-8; convert it") from None
+
+
+def _bounded(text: str) -> str:
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"{len(text)} characters, more than the {LONGEST} that are read; shorten it")
+    return text
 
 
 def _misfit(node: Node) -> yaml.MarkedYAMLError:

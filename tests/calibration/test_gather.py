@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lillama.calibration.gather import CalibrationConfig, gather, load_tokenizer, parse_sources
+from lillama.calibration.gather import CalibrationConfig, gather, parse_sources
 from lillama.calibration.generate import generate
 from lillama.calibration.sources import Source
+from lillama.calibration.tokenizer import load_tokenizer
 from lillama.errors import CalibrationError, ModelError
 
 

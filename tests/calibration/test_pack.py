@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lillama.artefacts import save_tensors
-from lillama.calibration.pack import Manifest, TokenBlocks, pack, share, tokenizer_hash
+from lillama.calibration.pack import Manifest, TokenBlocks, pack, share
 from lillama.calibration.sources import Source
+from lillama.calibration.tokenizer import tokenizer_hash
 from lillama.errors import CalibrationError, DamagedError
 from lillama.progress import Progress
 

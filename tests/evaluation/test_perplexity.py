@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lillama.calibration.gather import load_tokenizer
+from lillama.calibration.tokenizer import load_tokenizer
 from lillama.errors import CalibrationError, ModelError
 from lillama.evaluation import tally as module
 from lillama.evaluation.perplexity import TextScore, perplexity, pooled

@@ -159,7 +159,7 @@ def test_data_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch, capfd):
     ("text", "match"),
     [
         (None, "no such task file"),
-        ("task: [", "cannot be used"),
+        ("task: [", "not readable as YAML"),
         ("greeting: hello", "cannot be used"),
         (CHOICE.format(name="x", data="/nowhere.jsonl"), "nowhere.jsonl"),
     ],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lillama.calibration.gather import load_tokenizer
+from lillama.calibration.tokenizer import load_tokenizer
 from lillama.errors import CalibrationError
 from lillama.evaluation.windows import cut, labelled, languages, named, spread
 

@@ -101,7 +101,7 @@ def test_bad_lines(text, error, tmp_path, capsys):
 
 def test_a_list_that_is_no_text(tmp_path):
     (tmp_path / "words.csv").write_bytes(b"caf\xe9,3\n")
-    with pytest.raises(ProbeError, match=r"words\.csv: byte 3 is not UTF-8"):
+    with pytest.raises(ProbeError, match=r"words\.csv: not UTF-8 at byte 3"):
         read_word_list(tmp_path / "words.csv")
 
 

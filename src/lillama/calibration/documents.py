@@ -1,32 +1,30 @@
 """Sources to documents: plain text in pieces, records' text fields, chat turns through the tokenizer's template."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lillama.calibration.chat import ChatTemplate, chat_template
 from lillama.calibration.sources import (
     PLAIN,
     ROWS,
     Row,
     Source,
+    check_exists,
     check_kind,
     choose_field,
     data_files,
-    first_line,
     hub_rows,
-    is_hub_id,
     is_saved,
     opened,
+    refuse_halves,
     saved_rows,
 )
 from lillama.errors import CalibrationError
 
 PIECE = 1 << 16  # characters of a plain text that are handed on at once
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of the roles
 
 
 @dataclass(frozen=True)
@@ -68,15 +66,16 @@ def read_text(path: str | Path) -> str:
 def _read(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """Send a source to its reader by what stands at its path."""
     path = Path(source.path)
-    if path.is_dir() and not is_saved(path):
-        for file in data_files(path, source):
-            yield from _file(file, source, tokenizer)
-    elif path.is_dir():
-        yield from _said(saved_rows(path, source), source, tokenizer)
-    elif path.exists() or not is_hub_id(source.path):
-        yield from _file(path, source, tokenizer)
-    else:
-        yield from _said(hub_rows(source), source, tokenizer)
+    match check_exists(source):
+        case "folder" if is_saved(path):
+            yield from _said(saved_rows(path, source), source, tokenizer)
+        case "folder":
+            for file in data_files(path, source):
+                yield from _file(file, source, tokenizer)
+        case "file":
+            yield from _file(path, source, tokenizer)
+        case "nothing":
+            yield from _said(hub_rows(source), source, tokenizer)
 
 
 def _file(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
@@ -103,36 +102,22 @@ def _pieces(path: Path) -> Iterator[Document]:
 
 def _said(rows: Iterable[tuple[str, Row]], source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """Turn records into documents; records whose text is null or empty say nothing and are left out."""
+    template: ChatTemplate | None = None
     for where, row in rows:
         if not isinstance(row, Mapping):
             raise CalibrationError(f"{where}: is {type(row).__name__}; every record must be an object with fields")
         field = choose_field(row, source, where)
+        place = f"{where}, field {field!r}"
         match row[field]:
             case None | "" | []:
                 continue
             case str(text):
-                yield Document(text)
-            case [Mapping(), *_] as turns:
-                yield Document(_chat(turns, f"{where}, field {field!r}", tokenizer))
+                refuse_halves(text, place)
+            case [*turns] if any(isinstance(turn, Mapping) for turn in turns):
+                template = template or chat_template(tokenizer, place)
+                text = template.write(turns, place)
+                refuse_halves(text, place)
             case value:
                 kind = type(value).__name__
                 raise CalibrationError(f"{where}: field {field!r} is {kind}; it must be text or a list of chat turns")
-
-
-def _chat(turns: Sequence[Row], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write chat turns (role and content, or ShareGPT's from and value) with the tokenizer's template."""
-    if not tokenizer.chat_template:
-        raise CalibrationError(
-            f"{where}: holds chat turns, but the tokenizer has no chat template; "
-            "set `chat_template` in its tokenizer_config.json, or give a source of plain text"
-        )
-    messages = []
-    for turn in turns:
-        role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or ""
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise CalibrationError(f"{where}: a turn has {', '.join(turn)}; it needs texts `role` and `content`")
-        messages.append({"role": ROLES.get(role, role), "content": content})
-    try:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError as error:
-        raise CalibrationError(f"{where}: the chat template refuses the turns ({first_line(error)})") from error
+        yield Document(text)

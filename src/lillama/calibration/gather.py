@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lillama.calibration.generate import generate
 from lillama.calibration.media import pack_media
 from lillama.calibration.pack import TokenBlocks, blocks, pack
-from lillama.calibration.sources import Source, first_line
-from lillama.errors import CalibrationError, ModelError
-from lillama.model.remote import runs_code
+from lillama.calibration.sources import Source
+from lillama.calibration.tokenizer import embeddings_of
+from lillama.errors import CalibrationError
 from lillama.progress import Report, silent
 
 SELF = "self"
@@ -60,22 +59,14 @@ def gather(
     _check(config)
     if model is not None and model.main_input_name != "input_ids":
         rows, folder = config.tokens // config.seq_len, Path(model_path)
-        return pack_media(config.sources, model.main_input_name, folder, model.config, tokenizer, rows, seed, report)
+        return pack_media(config.sources, model.main_input_name, folder, model.config, tokenizer, rows, seed, report,
+                          embeddings_of(model))  # fmt: skip
     assert tokenizer is not None
     if config.sources:
-        return pack(config.sources, tokenizer, config.tokens, config.seq_len, seed, report)
+        embeddings = None if model is None else embeddings_of(model)
+        return pack(config.sources, tokenizer, config.tokens, config.seq_len, seed, report, embeddings)
     ids = generate(model_path, tokenizer, config.tokens, config.seq_len, seed, device, config.temperature, report)
     return blocks("self", (), tokenizer, ids, config.tokens, seed, config.temperature)
-
-
-def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model."""
-    try:
-        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=runs_code())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-        raise ModelError(
-            f"{model_path}: no usable tokenizer ({first_line(error)}); put tokenizer.json and its config there"
-        ) from error
 
 
 def parse_sources(words: Sequence[str]) -> tuple[Source, ...]:

@@ -13,9 +13,16 @@ import torch
 from accelerate.utils import get_max_memory
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import StaticCache
 
+from lillama.calibration.tokenizer import embeddings_of, encoded, refuse_unknown
 from lillama.errors import CalibrationError, ModelError
 from lillama.model.loading import load, weight_bytes
 from lillama.model.source import load_config, stored_dtype
@@ -68,14 +75,15 @@ def _write(
 ) -> Int[Tensor, "sequences length"]:
     """Sample the sequences batch by batch; which draw serves which token does not depend on the batch size."""
     generator = torch.Generator().manual_seed(seed)
-    first = _first_tokens(tokenizer, sequences, generator)
+    vocabulary = min(len(tokenizer), embeddings_of(model) or len(tokenizer))
+    first = _first_tokens(tokenizer, sequences, vocabulary, generator)
     draws = torch.rand(sequences, seq_len - 1, generator=generator)
     size, total = _batch_size(model, seq_len), sequences * seq_len
     batches, done = [], 0
     for rows in torch.arange(sequences).split(size):
         columns = [first[rows]]
         done += len(rows)
-        for column in _continue(model, first[rows], draws[rows], len(tokenizer), temperature):
+        for column in _continue(model, first[rows], draws[rows], vocabulary, temperature):
             columns.append(column)
             done += len(rows)
             report(Progress("calibration", done, total, "the model writes", done))
@@ -110,16 +118,17 @@ def _continue(
 
 
 def _first_tokens(
-    tokenizer: PreTrainedTokenizerBase, sequences: int, generator: torch.Generator
+    tokenizer: PreTrainedTokenizerBase, sequences: int, vocabulary: int, generator: torch.Generator
 ) -> Int[Tensor, " sequences"]:
     """Return each sequence's first token: beginning-of-text if the tokenizer writes it by itself, else a random token.
 
     A model whose tokenizer does not write that token has hardly seen it; random starts reach more of its languages.
     """
     bos = cast(int | None, tokenizer.bos_token_id)
-    if bos is not None and tokenizer("")["input_ids"] == [bos]:
+    if bos is not None and encoded(tokenizer, [""], None, "self-calibration")["input_ids"] == [[bos]]:
+        refuse_unknown(tokenizer, [bos], vocabulary, "self-calibration begins each sequence with it")
         return torch.full((sequences,), bos)
-    return torch.randint(len(tokenizer), (sequences,), generator=generator)
+    return torch.randint(vocabulary, (sequences,), generator=generator)
 
 
 def _batch_size(model: PreTrainedModel, seq_len: int) -> int:
@@ -135,10 +144,12 @@ def _load(model_path: str | Path, seq_len: int, device: torch.device, offload: s
     places = getattr(config.get_text_config(), "max_position_embeddings", None) or seq_len  # not all models bound it
     if seq_len > places:
         raise CalibrationError(f"seq_len is {seq_len}, but {model_path} has {places} positions; lower it")
+    how = GenerationConfig()  # its own is not read: how to sample stands in the recipe
     if _fits(folder, config, device):
         dtype = torch.float32 if device.type == "cpu" else "auto"
-        return load(AutoModelForCausalLM, folder, device, dtype=dtype)
-    return load(AutoModelForCausalLM, folder, dtype="auto", device_map="auto", offload_folder=offload)
+        return load(AutoModelForCausalLM, folder, device, dtype=dtype, generation_config=how)
+    options = {"dtype": "auto", "device_map": "auto", "offload_folder": offload, "generation_config": how}
+    return load(AutoModelForCausalLM, folder, **options)
 
 
 def _fits(model_path: Path, config: PreTrainedConfig, device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
-from lillama.calibration.pack import SURPLUS, Manifest, SourceRecord, TokenBlocks, ids_hash, share, tokenizer_hash
+from lillama.calibration.pack import SURPLUS, Manifest, SourceRecord, TokenBlocks, ids_hash, share
 from lillama.calibration.sources import (
     FEATURES,
     IMAGES,
@@ -24,7 +24,9 @@ from lillama.calibration.sources import (
     json_lines,
     media_files,
 )
+from lillama.calibration.tokenizer import encoded, tokenizer_hash
 from lillama.errors import CalibrationError, ModelError
+from lillama.model.foreign import explained
 from lillama.model.remote import runs_code
 from lillama.progress import Progress, Report, silent
 
@@ -52,6 +54,7 @@ def pack_media(
     rows: int,
     seed: int,
     report: Report = silent,
+    embeddings: int | None = None,
 ) -> TokenBlocks:
     """Choose files by the seed and process them, each source giving its share of the rows.
 
@@ -64,6 +67,7 @@ def pack_media(
         rows: utterances (for encoders of the wave: windows of four seconds) or images.
         seed: of the choice.
         report: told about files.
+        embeddings: tokens that the model has embeddings for; None knows no bound.
 
     Raises:
         CalibrationError: a source holds no file of the kind, or what is said is not known and the model needs it.
@@ -103,7 +107,7 @@ def pack_media(
     count = len(next(iter(inputs.values())))
     ids, mask = torch.zeros(count, 0, dtype=torch.long), None
     if config.is_encoder_decoder:
-        ids, mask = _transcripts(chosen, config, tokenizer)
+        ids, mask = _transcripts(chosen, config, tokenizer, embeddings)
     report(Progress("calibration", len(sources), len(sources)))
     manifest = Manifest(
         kind="images" if takes == "pixel_values" else "speech",
@@ -132,8 +136,11 @@ def clips(source: Source, kinds: Sequence[str]) -> Iterator[Clip]:
         file = folder / row["file_name"]
         if not file.is_file() or file.suffix.lower() not in kinds:
             raise CalibrationError(f"{where}: {file} is not there, or no file of type {', '.join(kinds)}")
-        names = [source.field] if source.field else TEXTS
-        yield Clip(file, next((str(row[name]) for name in names if name in row), None))
+        name = next((name for name in ([source.field] if source.field else TEXTS) if name in row), None)
+        text = None if name is None else row[name]
+        if not isinstance(text, str | None):
+            raise CalibrationError(f"{where}: field {name!r} is {type(text).__name__}; it must be text")
+        yield Clip(file, text)
 
 
 def wave(path: Path, rate: int) -> NDArray[np.float32]:
@@ -233,16 +240,12 @@ KINDS = {"input_features": (*SPEECH, FEATURES), "input_values": SPEECH, "pixel_v
 
 
 def _processor(kind: Any, folder: Path) -> Any:
-    try:
+    with explained(f"{folder}: no usable processor", "put preprocessor_config.json there"):
         return kind.from_pretrained(folder, trust_remote_code=runs_code())
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(
-            f"{folder}: no usable processor ({first_line(error)}); put preprocessor_config.json there"
-        ) from None
 
 
 def _transcripts(
-    chosen: list[Clip], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+    chosen: list[Clip], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, embeddings: int | None
 ) -> tuple[Int[Tensor, "rows length"], Bool[Tensor, "rows length"]]:
     """Return what is said as tokens that end with the end-of-text token, padded behind, and which are real."""
     if tokenizer is None:
@@ -255,7 +258,7 @@ def _transcripts(
     end = tokenizer.eos_token_id
     rows: list[list[int]] = []
     for clip in chosen:
-        ids = cast(list[int], tokenizer(clip.text)["input_ids"])
+        (ids,) = encoded(tokenizer, [clip.text or ""], embeddings, str(clip.path))["input_ids"]
         ids = ids[1:] if ids[:1] == [config.decoder_start_token_id] else ids
         rows.append(ids if end is None or ids[-1:] == [end] else [*ids, cast(int, end)])
     longest = min(max(map(len, rows)), getattr(config, "max_target_positions", 1 << 20) - 1)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lillama.artefacts import TENSORS, load_tensors, load_whole, save_json, save_tensors, seal_of
 from lillama.calibration.documents import Document, documents
 from lillama.calibration.sources import Source, fingerprint
+from lillama.calibration.tokenizer import encoded, refuse_unknown, tokenizer_hash
 from lillama.errors import CalibrationError
 from lillama.files import atomic_folder, digest
 from lillama.progress import Progress, Report, silent
@@ -160,17 +161,19 @@ def pack(
     seq_len: int,
     seed: int,
     report: Report = silent,
+    embeddings: int | None = None,
 ) -> TokenBlocks:
     """Read the sources and choose sequences by the seed, each source giving its share of the token budget.
 
-    Each sequence is `seq_len` successive tokens of one source's stream; documents are joined by the end-of-text token.
+    Each sequence is `seq_len` successive tokens of one source's stream; documents are joined by the end-of-text token. A token
+    beyond the model's `embeddings` is refused; None knows no bound.
     """
     generator = torch.Generator().manual_seed(seed)
     shares = share(sources, tokens // seq_len)
     parts, records = [], []
     for done, (source, wanted) in enumerate(zip(sources, shares, strict=True)):
         report(Progress("calibration", done, len(sources), source.path, sum(part.numel() for part in parts)))
-        stream = _Stream(source, tokenizer)
+        stream = _Stream(source, tokenizer, embeddings)
         windows = _windows(stream, seq_len, SURPLUS * wanted)
         if len(windows) < wanted:
             _check_enough(source, len(windows) * seq_len, wanted * seq_len, seq_len)
@@ -231,13 +234,6 @@ def share(sources: tuple[Source, ...], sequences: int) -> list[int]:
     return counts
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of a tokenizer: of its whole pipeline if it is a fast one, else of its vocabulary."""
-    if tokenizer.is_fast:
-        return hashlib.sha256(cast(Any, tokenizer).backend_tokenizer.to_str().encode()).hexdigest()
-    return digest([type(tokenizer).__name__, tokenizer.get_vocab()])
-
-
 def ids_hash(ids: Int[Tensor, "sequences length"]) -> str:
     """Return the SHA-256 of token ids as little-endian int64."""
     return hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
@@ -246,13 +242,14 @@ def ids_hash(ids: Int[Tensor, "sequences length"]) -> str:
 class _Stream:
     """A source's tokens in order, with the end-of-text token between documents; counts the documents it has begun."""
 
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.source, self.tokenizer, self.documents = source, tokenizer, 0
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, embeddings: int | None) -> None:
+        self.source, self.tokenizer, self.embeddings, self.documents = source, tokenizer, embeddings, 0
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the ids of one document, or of one piece, at a time."""
         end = self.tokenizer.eos_token_id
         separator = [] if end is None else [cast(int, end)]
+        refuse_unknown(self.tokenizer, separator, self.embeddings, "tokenizer's end-of-text token")
         last, inside = separator, False
         for document, ids in self._tokenised():
             if not inside:
@@ -269,9 +266,8 @@ class _Stream:
         stream = documents(self.source, self.tokenizer)
         while batch := list(islice(stream, BATCH)):
             texts = [document.text for document in batch]
-            encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
-            ids = cast(list[list[int]], encoded["input_ids"])
-            yield from zip(batch, ids, strict=True)
+            found = encoded(self.tokenizer, texts, self.embeddings, self.source.path, add_special_tokens=False)
+            yield from zip(batch, found["input_ids"], strict=True)
 
 
 def _windows(stream: _Stream, seq_len: int, limit: int) -> Int[Tensor, "sequences length"]:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, TextIO, cast
 
 from pydantic import Field
 
-from lillama.errors import CalibrationError, suggestion
+from lillama.calibration.paths import Standing, files_below, refuse_no_file, standing
+from lillama.errors import CalibrationError, LillamaError, suggestion
 from lillama.files import digest, file_digest
 
 FIELDS = ("text", "content", "messages", "conversations", "conversation")  # looked for in this order
@@ -21,6 +22,7 @@ SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
 PLAIN = (".txt", ".md")
 SPEECH, IMAGES = (".wav", ".flac", ".ogg", ".mp3"), (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FEATURES = ".npy"  # log-mel features that were computed before
+SHOWN = 20  # names of fields that an error tells
 SAVED = ("state.json", "dataset_dict.json")  # what `datasets.save_to_disk` leaves
 
 Row = Mapping[str, Any]
@@ -51,11 +53,11 @@ class Source:
 def fingerprint(source: Source) -> str:
     """Return what pins a source's content: SHA-256 of the file, of a folder's file list, or the hub's commit."""
     path = Path(source.path)
-    if path.is_file():
-        return file_digest(path)
-    if not path.is_dir():
-        check_exists(source)
-        return _revision(source.path)
+    match check_exists(source):
+        case "file":
+            return file_digest(path)
+        case "nothing":
+            return _revision(source.path)
     media = media_files(path, (*SPEECH, *IMAGES, FEATURES), none=True)
     if is_saved(path):
         files = sorted(path.rglob("*.arrow"))
@@ -97,7 +99,7 @@ def _parquet(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield f"{path}, record {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # values of no Python type among them
         raise CalibrationError(f"{path}: is no readable Parquet file ({first_line(error)}); write it anew") from error
 
 
@@ -114,7 +116,7 @@ def saved_rows(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
 
     try:
         dataset = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of parsers that share no base class
         raise CalibrationError(f"{path}: cannot be loaded ({first_line(error)}); save the dataset anew") from error
     if isinstance(dataset, DatasetDict):
         if source.split not in dataset:
@@ -122,8 +124,11 @@ def saved_rows(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
             raise CalibrationError(f"{path}: no split {source.split!r}; it has {', '.join(map(str, dataset))}{hint}")
         dataset = dataset[source.split]
     column = choose_field(dataset.column_names, source, str(path))
-    for number, row in enumerate(dataset.with_format(None).select_columns([column]), 1):
-        yield f"{path}, record {number}", cast(Row, row)
+    try:
+        for number, row in enumerate(dataset.with_format(None).select_columns([column]), 1):
+            yield f"{path}, record {number}", cast(Row, row)
+    except Exception as error:  # of decoders that share no base class
+        raise CalibrationError(f"{path}: cannot be read ({first_line(error)}); save the dataset anew") from error
 
 
 def hub_rows(source: Source) -> Iterator[tuple[str, Row]]:
@@ -159,8 +164,7 @@ def _revision(name: str) -> str:
 def data_files(folder: Path, source: Source) -> list[Path]:
     """List a folder's data files of the wanted split: those that name it, or for `train` those that name none."""
     root = folder / (source.config or "")
-    files = [path for path in sorted(root.rglob("*")) if path.is_file() and _kind(path) in (*PLAIN, *ROWS)]
-    files = [path for path in files if path.stem.lower() != "readme" and not path.name.startswith(".")]
+    files = [path for path in _data(root) if path.stem.lower() != "readme" and not path.name.startswith(".")]
     words = {path: set(re.split(r"[^a-z]+", path.relative_to(root).as_posix().lower())) for path in files}
     chosen = [path for path in files if source.split in words[path]]
     if not chosen and source.split == "train":
@@ -170,12 +174,14 @@ def data_files(folder: Path, source: Source) -> list[Path]:
             f"{root}: no {', '.join((*PLAIN, *ROWS))} file of split {source.split!r} among {len(files)} data files; "
             "check `split` and `config`"
         )
+    for path in chosen:
+        refuse_no_file(path)
     return chosen
 
 
 def _data(folder: Path) -> list[Path]:
     """List the files of a folder that hold text."""
-    return [path for path in folder.rglob("*") if path.is_file() and _kind(path) in (*PLAIN, *ROWS)]
+    return [path for path in files_below(folder) if _kind(path) in (*PLAIN, *ROWS)]
 
 
 def media_files(folder: Path, kinds: Sequence[str], none: bool = False) -> list[Path]:
@@ -184,8 +190,10 @@ def media_files(folder: Path, kinds: Sequence[str], none: bool = False) -> list[
     Raises:
         CalibrationError: there is none, unless `none` allows that.
     """
-    inside = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
-    files = [path for path in inside if path.is_file() and path.suffix.lower() in kinds]
+    inside = files_below(folder) if standing(folder) == "folder" else [folder]
+    files = [path for path in inside if path.suffix.lower() in kinds]
+    for path in files:
+        refuse_no_file(path)
     if not files and not none:
         raise CalibrationError(
             f"{folder}: no file of type {', '.join(kinds)}, which this model takes; give a folder of such files"
@@ -204,13 +212,12 @@ def choose_field(names: Iterable[str], source: Source, where: str) -> str:
     wanted = "no text or chat field" if source.field is None else f"no field {source.field!r}"
     hints = [suggestion(word, names) for word in ([source.field] if source.field else FIELDS)]
     hint = next(filter(None, hints), "; name one with `field`")
-    raise CalibrationError(f"{where}: {wanted}; it has {', '.join(names) or 'no fields'}{hint}")
+    raise CalibrationError(f"{where}: {wanted}; it has {', '.join(names[:SHOWN]) or 'no fields'}{hint}")
 
 
 def check_kind(path: Path, kinds: Iterable[str]) -> str:
     """Return the kind (suffix without .gz) of a file that must exist and be of one of the kinds."""
-    if not path.is_file():
-        raise CalibrationError(f"{path}: no such file; check the path")
+    refuse_no_file(path)
     kind = _kind(path)
     if kind not in kinds:
         raise CalibrationError(
@@ -238,8 +245,10 @@ def _parsed(text: str, where: str, kind: type = dict) -> Any:
     """Parse JSON that must hold an object (or the kind given)."""
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise CalibrationError(f"{where}: is not JSON ({error}); .jsonl wants one object on each line") from error
+    except (ValueError, RecursionError) as error:  # the latter where it is nested without end
+        raise CalibrationError(
+            f"{where}: is not JSON ({first_line(error)}); .jsonl wants one object on each line"
+        ) from error
     if not isinstance(value, kind):
         raise CalibrationError(f"{where}: is JSON {type(value).__name__}; it must be an object with fields")
     return value
@@ -257,10 +266,18 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in SAVED)
 
 
-def check_exists(source: Source) -> None:
-    """Raise `CalibrationError` for a source that is neither here nor has the form of a hub id."""
-    if not Path(source.path).exists() and not is_hub_id(source.path):
+def check_exists(source: Source) -> Standing:
+    """Return what stands at a source's path; where there is nothing, it has the form of a hub id.
+
+    Raises:
+        CalibrationError: it is neither here nor has that form, or what stands there cannot be read.
+    """
+    if not source.path:
+        raise CalibrationError("a calibration source has an empty path; name a file, a folder or a dataset")
+    found = standing(Path(source.path))
+    if found == "nothing" and not is_hub_id(source.path):
         raise CalibrationError(f"{source.path}: no such file; check the path")
+    return found
 
 
 def is_hub_id(path: str) -> bool:
@@ -268,6 +285,18 @@ def is_hub_id(path: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)) and _kind(Path(path)) not in (*PLAIN, *ROWS)
 
 
-def first_line(error: Exception) -> str:
+def refuse_halves(text: str, where: str, kind: type[LillamaError] = CalibrationError) -> None:
+    """Raise an error of a kind where a text holds half of a surrogate pair, as scraped JSON does: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise kind(
+            f"{where}: character {error.start + 1} is {half}, half of a surrogate pair and no letter; take it out, or leave "
+            "the record out"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

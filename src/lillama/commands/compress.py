@@ -1,6 +1,5 @@
 """`lillama compress`."""
 
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -133,7 +132,7 @@ def _table(result: "Result") -> None:
     """Print what was made, what it costs, and how to load it."""
     from rich.table import Table
 
-    from lillama.cli_output import duration, print_tables
+    from lillama.cli_output import duration, print_tables, say
     from lillama.hub.card import auto_class
     from lillama.resources import readable
 
@@ -153,4 +152,4 @@ def _table(result: "Result") -> None:
     table.add_row("peak memory", "", readable(result.peak_bytes), "")
     print_tables(table)
     loader = f"transformers.{auto_class(spec.architecture)}.from_pretrained({str(result.path)!r})"
-    sys.stdout.write(f"import lillama, transformers; model = {loader}\n")
+    say(f"import lillama, transformers; model = {loader}")

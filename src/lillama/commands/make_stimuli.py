@@ -1,6 +1,5 @@
 """`lillama probe make`."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -72,7 +71,7 @@ def _tables(out: Path, sets: "Sequence[StimuliSet]") -> None:
     """Print for each set how far n-gram models get, and the command that uses it."""
     from rich.table import Table
 
-    from lillama.cli_output import print_tables
+    from lillama.cli_output import print_tables, say
 
     for stimuli in sets:
         models = list(next(iter(stimuli.control.values())))
@@ -84,7 +83,6 @@ def _tables(out: Path, sets: "Sequence[StimuliSet]") -> None:
             table.add_row(part, *(f"{100 * figures[model]:.1f}" for model in models))
         print_tables(table)
         if stimuli.whole:
-            sys.stdout.write(
-                f"hardly any word of these lists is in the vocabulary; used whole: {', '.join(stimuli.whole)}\n"
-            )
-    sys.stdout.writelines(f"lillama probe MODEL --benchmark {out / stimuli.name}.yaml\n" for stimuli in sets)
+            say(f"hardly any word of these lists is in the vocabulary; used whole: {', '.join(stimuli.whole)}")
+    for stimuli in sets:
+        say(f"lillama probe MODEL --benchmark {out / stimuli.name}.yaml")

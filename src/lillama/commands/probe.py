@@ -1,6 +1,5 @@
 """`lillama probe`."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -112,10 +111,9 @@ def _check(
 
 def _tables(results: "list[ProbeResult]") -> None:
     """Print one table for each benchmark, and its notes."""
-    from rich.markup import escape
     from rich.table import Table
 
-    from lillama.cli_output import print_tables
+    from lillama.cli_output import print_tables, say
 
     for result in results:
         compared = result.total.dense is not None
@@ -124,7 +122,7 @@ def _tables(results: "list[ProbeResult]") -> None:
             table.add_column(column, justify="right" if column else "left", overflow="fold", no_wrap=bool(column))
         shown: list[list[list[str]]] = []
         for name, groups in result.breakdowns.items():
-            rows = [[escape(group.label), *_cells(group, compared)] for group in groups]
+            rows = [[group.label, *_cells(group, compared)] for group in groups]
             if rows not in shown:  # subtypes may be the types again
                 table.add_row(f"by {name}", style="italic")
                 for row in rows:
@@ -135,7 +133,7 @@ def _tables(results: "list[ProbeResult]") -> None:
         table.add_row("chance", "", "50.0")
         print_tables(table)
         for note in result.notes:
-            sys.stdout.write(f"note: {note}\n")
+            say(f"note: {note}")
 
 
 def _cells(group: "Accuracy", compared: bool) -> list[str]:

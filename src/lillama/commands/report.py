@@ -40,10 +40,11 @@ def report(
     """
     import sys
 
+    from lillama.errors import plain
     from lillama.report.evidence import Extra
     from lillama.report.watch import default_place, watched, written
 
     extra = Extra(evaluation, tuple(probe or ()), bench)
     place = out or default_place(paths[0])
     page = watched(paths, place, extra, every) if watch else written(paths, place, extra)
-    sys.stdout.write(f"{page}\n")
+    sys.stdout.write(f"{plain(str(page))}\n")

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lillama.calibration.documents import read_text
-from lillama.calibration.gather import load_tokenizer
+from lillama.calibration.tokenizer import embeddings_of, load_tokenizer
 from lillama.errors import CalibrationError, ModelError, ResourceError
 from lillama.evaluation.continuation import GRAM, PROMPT, Continued, continuations, continued, cut_prompts
 from lillama.evaluation.differences import Agreement, Measured, summary
@@ -127,9 +127,9 @@ def _windows(
     found: dict[str, dict[str, Windows]] = {}
     for role, folder in folders.items():
         refuse_too_long(length, opened[role].skeleton.config)
-        tokenizer = load_tokenizer(folder)
+        tokenizer, known = load_tokenizer(folder), embeddings_of(opened[role].skeleton)
         found[role] = {
-            name: cut(name, text, tokenizer, length, protocol.stride, protocol.windows)
+            name: cut(name, text, tokenizer, length, protocol.stride, protocol.windows, known)
             for name, text in contents.items()
         }
     sizes = {role: one.skeleton.config.get_text_config().vocab_size for role, one in opened.items()}

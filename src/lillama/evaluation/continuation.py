@@ -75,9 +75,10 @@ def continuations(
     total, done = len(folders) * sum(map(len, batches.values())), 0
     written: dict[str, dict[str, Tensor]] = {}
     for name, folder in folders.items():
-        model = load_whole(folder, device)
-        pad = model.generation_config.pad_token_id or 0
-        model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=pad)
+        how = GenerationConfig(
+            do_sample=False, max_new_tokens=new, pad_token_id=0
+        )  # nothing ends, so nothing is padded
+        model = load_whole(folder, device, how)
         written[name] = {}
         for text, parts in batches.items():
             outputs = []

@@ -19,11 +19,12 @@ from jinja2 import TemplateError
 from torch import Tensor
 from yaml import YAMLError
 
-from lillama.calibration.gather import load_tokenizer
+from lillama.calibration.tokenizer import load_tokenizer, unknown_refused
 from lillama.errors import RecipeError
 from lillama.evaluation.whole import load_whole
 from lillama.progress import Progress, Report
 from lillama.resources import shortage_explained
+from lillama.yaml_text import refuse_unbounded
 
 BATCH = 8
 FEWSHOT_SEED = 1234  # the harness's own
@@ -46,7 +47,7 @@ KINDS = {  # how a metric comes from the mean over documents
     "bits": lambda mean: -mean / math.log(2),
 }
 UNUSABLE = (AssertionError, AttributeError, DatasetsError, HfHubHTTPError, ImportError, LookupError, NotImplementedError,
-            OSError, TemplateError, TypeError, ValueError, YAMLError)  # fmt: skip
+            OSError, RecursionError, TemplateError, TypeError, ValueError, YAMLError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def ask(
     model_class, evaluate = _module("lm_eval.models.huggingface").HFLM, _module("lm_eval").evaluate
     answers: dict[tuple[str, str], Answers] = {}
     model, tokenizer = load_whole(folder, device), load_tokenizer(folder)
-    with _quiet():
+    with _quiet(), unknown_refused(model, tokenizer, str(folder)):
         asked = model_class(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
         for done, task in enumerate(tasks):
             report(Progress("tasks", done, len(tasks), f"{task.name}, {role}"))
@@ -181,6 +182,7 @@ def _refuse_unknown(name: str, known: Sequence[str]) -> None:
     if Path(name).suffix in YAML:
         if not Path(name).is_file():
             raise RecipeError(f"{name}: no such task file")
+        refuse_unbounded(Path(name))
     elif name not in known:
         near = get_close_matches(name, known, n=3)
         hint = f"nearest: {', '.join(near)}" if near else "`lm_eval ls tasks` lists all, or give a YAML file"

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lillama.calibration.documents import read_text
-from lillama.calibration.gather import load_tokenizer
+from lillama.calibration.tokenizer import embeddings_of, load_tokenizer
 from lillama.evaluation.tally import log_probs, tallies
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
 from lillama.model.remote import remote_code
@@ -133,5 +133,6 @@ def perplexity(
         tokenizer = load_tokenizer(path)
         length = default_length(streamed) if seq_len is None else seq_len
         refuse_too_long(length, streamed.skeleton.config)
-        pieces = {name: cut(name, text, tokenizer, length, stride, windows) for name, text in contents.items()}
+        known = embeddings_of(streamed.skeleton)
+        pieces = {name: cut(name, text, tokenizer, length, stride, windows, known) for name, text in contents.items()}
         return score_texts(streamed, pieces, Shelf.on(chosen, Path(folder), activation_memory), report)

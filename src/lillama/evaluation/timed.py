@@ -147,8 +147,8 @@ def loaded(folder: str, setting: Setting) -> Loaded:
     idle = _peak(setting.device)
     with remote_code(setting.remote_code):
         kind = model_class(load_config(Path(folder)))
-        model = load(kind, Path(folder), setting.device, dtype=setting.dtype or "auto")
-    model.generation_config = GenerationConfig()  # the model's own may sample, search beams or stop early
+        how = GenerationConfig()  # the model's own may sample, search beams or stop early
+        model = load(kind, Path(folder), setting.device, dtype=setting.dtype or "auto", generation_config=how)
     return Loaded(model, idle)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lillama.calibration.tokenizer import encoded
 from lillama.errors import CalibrationError
 from lillama.stream.streamed import StreamedModel
 
@@ -64,6 +65,7 @@ def cut(
     length: int,
     stride: int | None = None,
     most: int | None = None,
+    embeddings: int | None = None,
 ) -> Windows:
     """Tokenise a text without special tokens and cut it into windows; a shorter text is one window.
 
@@ -74,6 +76,7 @@ def cut(
         length: tokens of a window.
         stride: from window to window; by default `length`.
         most: keep so many windows, spread evenly over the text; by default all.
+        embeddings: tokens that the model has embeddings for; None knows no bound.
 
     Raises:
         CalibrationError: windows or text have fewer than two tokens, or the stride leaves tokens out.
@@ -84,7 +87,7 @@ def cut(
         raise CalibrationError(f"stride is {stride}; it must lie between 1 and the window's {length} tokens")
     if most is not None and most < 1:
         raise CalibrationError(f"windows is {most}; at least one is needed")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    (ids,) = encoded(tokenizer, [text], embeddings, name, add_special_tokens=False)["input_ids"]
     if len(ids) < 2:
         raise CalibrationError(f"{name}: {len(ids)} tokens; a text of at least two is needed to measure perplexity")
     length = min(length, len(ids))
@@ -118,9 +121,16 @@ def labelled(texts: Texts) -> list[tuple[str | None, Path]]:
     """
     found: list[tuple[str | None, Path]] = []
     for text in [texts] if isinstance(texts, str | Path) else texts:
-        parts = None if Path(text).exists() else LABEL.fullmatch(str(text))
+        parts = None if _is_there(text) else LABEL.fullmatch(str(text))
         found.append((parts[1], Path(parts[2])) if parts else (None, Path(text)))
     return found
+
+
+def _is_there(text: str | Path) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # too long for a name, or in a folder that may not be looked at: `read_text` tells
+        return False
 
 
 def languages(texts: Texts) -> dict[str, list[str]]:

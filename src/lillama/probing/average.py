@@ -1,5 +1,6 @@
 """From trials to accuracies: the averaging that a benchmark's authors define, groups, and how sure the figures are."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from lillama.probing.trials import Trial
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+LONGEST = 4000  # digits of what is ordered as a number; Python reads no more
 Interval = tuple[float, float]
 
 
@@ -137,10 +139,10 @@ def _interval(values: Float[np.ndarray, " items"], seed: int) -> Interval | None
 
 
 def _band(grouping: Grouping, column: str, value: str) -> str:
-    try:
-        place = bisect_right(grouping.bands, float(value)) - 1
-    except ValueError:
-        raise ProbeError(f"column {column!r} holds {value!r}; its groups are bands of numbers") from None
+    number = _number(value)
+    if number is None:
+        raise ProbeError(f"column {column!r} holds {value!r}; its groups are bands of numbers")
+    place = bisect_right(grouping.bands, number) - 1
     if place < 0:
         raise ProbeError(
             f"column {column!r} holds {value}, below the first band, which begins at {grouping.bands[0]:g}"
@@ -148,6 +150,15 @@ def _band(grouping: Grouping, column: str, value: str) -> str:
     return grouping.labels[place]
 
 
+def _number(value: str) -> float | None:
+    """Return the finite number that a text writes; None where it writes none."""
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _order(value: str) -> tuple[int, str]:
     """Return what sorts whole numbers as numbers, and all other words before them."""
-    return (int(value), "") if value.isdecimal() else (-1, value)
+    return (int(value), "") if value.isdecimal() and len(value) <= LONGEST else (-1, value)

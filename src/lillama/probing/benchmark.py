@@ -13,9 +13,11 @@ from pydantic import Field, TypeAdapter, ValidationError, with_config
 
 from lillama.errors import ProbeError, suggestion
 from lillama.packaged import packaged
+from lillama.yaml_text import read_yaml
 
 Unit = Literal["token", "char", "word", "phoneme"]
 ScoreName = Literal["mean", "sum", "penalised"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Columns = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
@@ -31,7 +33,7 @@ class Grouping:
     """
 
     column: str = ""
-    bands: tuple[float, ...] = ()
+    bands: tuple[Finite, ...] = ()
     labels: tuple[str, ...] = ()
 
 
@@ -159,10 +161,7 @@ def load_benchmark(benchmark: str | Path) -> Benchmark:
         lillama.errors.ProbeError: benchmark blimpp: neither a YAML file nor one of ...; did you mean 'blimp'?
     """
     path = benchmark_file(benchmark)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProbeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path, ProbeError)
     if not isinstance(tree, dict):
         raise ProbeError(f"{path}: a benchmark is a mapping of keys to values, found {type(tree).__name__}")
     return _validated(tree, path)
@@ -180,7 +179,7 @@ def _validated(tree: dict[str, Any], path: Path) -> Benchmark:
         if first["type"] == "missing":
             raise ProbeError(f"{path}: key {key} is missing") from None
         expected = first["msg"].replace("Input should be ", "it must be ")
-        raise ProbeError(f"{path}: {key} is {first['input']!r}: {expected}") from None
+        raise ProbeError(f"{path}: {key} is {first['input']!r:.100}: {expected}") from None
     _check(found, path)
     return found
 
@@ -195,10 +194,20 @@ def _check(benchmark: Benchmark, path: Path) -> None:
             raise ProbeError(f"{path}: groups.{name} has {counts}; give one label for each band")
         if any(low >= high for low, high in pairwise(grouping.bands)):
             raise ProbeError(f"{path}: groups.{name}.bands is {list(grouping.bands)}: it must ascend")
+    outside = next((glob for glob in benchmark.files if not _stays(glob)), None)
+    if outside is not None:
+        raise ProbeError(f"{path}: files holds {outside!r}; globs of files below the data folder are wanted")
     try:
         re.compile(benchmark.file_name)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ProbeError(f"{path}: file_name is {benchmark.file_name!r}: {error}") from None
+
+
+def _stays(glob: str) -> bool:
+    """Return whether a glob is one that `Path.glob` takes, and stays below its folder."""
+    parts = Path(glob).parts
+    doubled = any("**" in part and part != "**" for part in parts)
+    return bool(parts) and not Path(glob).is_absolute() and ".." not in parts and not doubled and "\0" not in glob
 
 
 def _inside(folder: str) -> Path:

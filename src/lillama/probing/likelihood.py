@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lillama.calibration.tokenizer import embeddings_of, refuse_unknown
+from lillama.calibration.tokenizer import encoded as tokenised
 from lillama.errors import ModelError, ProbeError
 from lillama.probing.benchmark import ScoreName, Unit
 from lillama.probing.scorer import Scorer
@@ -77,13 +79,18 @@ def likelihoods(scorer: Scorer, texts: Sequence[str], report: Report) -> dict[st
 def encoded(scorer: Scorer, texts: Sequence[str]) -> list[Tokens]:
     """Tokenise texts and mark what is scored."""
     if scorer.masked:
-        found: Any = scorer.tokenizer(list(texts), return_special_tokens_mask=True, verbose=False)
+        found = _tokenised(scorer, texts, return_special_tokens_mask=True)
         rows = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
         return [Tokens(tuple(ids), tuple(i for i, mark in enumerate(special) if not mark)) for ids, special in rows]
     first: Any = scorer.tokenizer.bos_token_id
     start = () if first is None else (first,)
-    found = scorer.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+    refuse_unknown(scorer.tokenizer, start, embeddings_of(scorer.model), "tokenizer's beginning-of-text token")
+    found = _tokenised(scorer, texts, add_special_tokens=False)
     return [Tokens((*start, *ids), tuple(range(1, len(start) + len(ids)))) for ids in found["input_ids"]]
+
+
+def _tokenised(scorer: Scorer, texts: Sequence[str], **options: bool) -> dict[str, list[list[int]]]:
+    return tokenised(scorer.tokenizer, texts, embeddings_of(scorer.model), "probed texts", **options)
 
 
 def score(kind: ScoreName, unit: Unit, text: str, likelihood: Likelihood) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lillama.calibration.paths import whole_text
 from lillama.errors import ProbeError
 from lillama.probing.benchmark import Benchmark, Stimuli
 from lillama.probing.table import Row, Table, read_table
@@ -63,9 +64,11 @@ def without_optional(benchmark: Benchmark, columns: Sequence[str]) -> tuple[str,
 def read_stimuli(benchmark: Benchmark, stimuli: Stimuli, path: Path) -> Table:
     """Read a table of single texts and check it; the text stands in the first of `stimuli.text`."""
     others = (*stimuli.pair, stimuli.correct)
-    table = read_table(path, (*stimuli.text, *others, stimuli.voice, stimuli.filename, *benchmark.columns))
+    table = read_table(
+        path, (*stimuli.text, *others, stimuli.voice, stimuli.filename, *benchmark.columns), stimuli.text
+    )
     table.require(without_optional(benchmark, others))
-    text = next((c for c in stimuli.text if c in table.columns and all(row[c] for row in table.rows)), None)
+    text = next((c for c in stimuli.text if c in table.columns and all(row[c].strip() for row in table.rows)), None)
     if text is None:
         table.require(stimuli.text[-1:])
         raise ProbeError(f"{path}: none of the columns {', '.join(stimuli.text)} is filled in every row")
@@ -123,14 +126,16 @@ def _rows(benchmark: Benchmark, path: Path, named: Row) -> Iterator[Row]:
     if path.suffix == ".txt":
         yield from (row | named for row in _lines(benchmark, path))
         return
-    table = read_table(path, (benchmark.good, benchmark.bad, *benchmark.columns))
+    texts = (benchmark.good, benchmark.bad)
+    table = read_table(path, (*texts, *benchmark.columns), texts)
     needed = (benchmark.good, benchmark.bad, *benchmark.columns)
     table.require(column for column in without_optional(benchmark, needed) if column not in named)
     yield from (row | named for row in table.rows)
 
 
 def _lines(benchmark: Benchmark, path: Path) -> Iterator[Row]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    text = whole_text(path, ProbeError)
+    lines = text.removesuffix("\n").split("\n") if text else []
     empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
     if not lines or len(lines) % 2 or empty is not None:
         what = f"line {empty} is empty" if empty is not None else f"{len(lines)} lines"

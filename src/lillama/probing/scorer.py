@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
 )
 
-from lillama.calibration.gather import load_tokenizer
+from lillama.calibration.tokenizer import load_tokenizer
 from lillama.errors import ModelError, ProbeError
 from lillama.model.loading import load
 from lillama.model.source import load_config, locate, stored_dtype
@@ -71,7 +72,7 @@ def load_scorer(model: str | Path, device: torch.device, batch_tokens: int | Non
         raise ModelError(f"{model}: the tokenizer has no mask token, which pseudo-log-likelihood needs")
     text = config.get_text_config()
     bounds = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]
-    longest = min((bound for bound in bounds if bound and bound < 10**9), default=None)
+    longest = min((bound for bound in bounds if bound and 0 < bound < 10**9), default=None)
     at_once = batch_tokens or min(TOKENS_AT_ONCE, max(1, LOGIT_BYTES // (4 * text.vocab_size)))
     return Scorer(str(model), _load(path, config, masked, device), tokenizer, masked, at_once, longest)
 
@@ -99,4 +100,4 @@ def fills_masks(config: PretrainedConfig) -> bool:
 def _load(path: Path, config: PretrainedConfig, masked: bool, device: torch.device) -> PreTrainedModel:
     kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
-    return load(kind, path, device, dtype=dtype)
+    return load(kind, path, device, dtype=dtype, generation_config=GenerationConfig())

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lillama.calibration.paths import whole_text
 from lillama.errors import ProbeError
 from lillama.files import atomic_file
 from lillama.probing.benchmark import Benchmark
@@ -50,7 +51,7 @@ def read_trials(path: Path, benchmark: Benchmark) -> tuple[Trial, ...]:
     """
     scores = (f"{SCORE} {benchmark.good}", f"{SCORE} {benchmark.bad}")
     needed = (benchmark.good, benchmark.bad, *scores, *benchmark.columns)
-    table = read_table(path, (*needed, SCORE))
+    table = read_table(path, (*needed, SCORE), (benchmark.good, benchmark.bad))
     table.require(without_optional(benchmark, needed))
 
     def trial(index: int, row: Row) -> Trial:
@@ -101,7 +102,7 @@ def join_probabilities(probabilities: Path, gold: Path, benchmark: Benchmark) ->
 
 
 def _probabilities(path: Path) -> Iterator[tuple[str, float]]:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = whole_text(path, ProbeError).split("\n")
     if not any(line.strip() for line in lines):
         raise ProbeError(f"{path}: no rows in this file")
     for number, line in enumerate(lines, 1):

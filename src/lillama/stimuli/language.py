@@ -6,11 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-import yaml
 from pydantic import Field, TypeAdapter, with_config
 
 from lillama.errors import ProbeError, suggestion
 from lillama.packaged import packaged
+from lillama.yaml_text import read_yaml
 
 LanguageName = Literal["en", "fr"]
 LANGUAGES: tuple[LanguageName, ...] = get_args(LanguageName)
@@ -98,7 +98,7 @@ def load_language(name: str) -> Language:
     """
     if name not in LANGUAGES:
         raise ProbeError(f"language {name}: choose one of {', '.join(LANGUAGES)}{suggestion(name, LANGUAGES)}")
-    tree = yaml.safe_load((language_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    tree = read_yaml(language_folder() / f"{name}.yaml", ProbeError)
     return TypeAdapter(Language).validate_python(tree)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lillama.calibration.documents import read_text
+from lillama.calibration.paths import whole_text
 from lillama.errors import ProbeError
 
 WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*")  # noqa: RUF001
@@ -89,11 +90,8 @@ def read_known(path: Path) -> list[str]:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Return the lines that are not empty, with their numbers."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ProbeError(f"{path}: byte {error.start} is not UTF-8; convert the file") from error
-    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = whole_text(path, ProbeError).split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _words(text: str) -> Iterable[str]:
