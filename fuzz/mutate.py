@@ -127,11 +127,11 @@ def _change(parent: Any, step: Any, root: Any, chance: Random, raw: tuple[str, .
 
     old = deepcopy(parent[step])
     match chance.randrange(12):
-        case 0 | 1 | 2 | 3:
+        case 0 | 1 | 2:
             parent[step] = deepcopy(chance.choice(ODD))
-        case 4 | 5:
+        case 3:
             parent[step] = marked(chance.choice(raw))
-        case 6 | 7:
+        case 4 | 5 | 6 | 7:
             parent[step] = _near(old, chance)
         case 8:
             parent[step] = deepcopy(_at(root, _place(root, ("",), chance)))  # another value of the same file
