@@ -1,6 +1,7 @@
 """Sound input, made once: tiny models, compressed in every form, with all the files that lillama reads."""
 
 import json
+import logging
 import random
 import shutil
 from contextlib import chdir
@@ -44,9 +45,9 @@ SMALL = {  # sizes under every name that configurations have for them
 
 def make(folder: Path) -> None:
     """Write one folder of sound input for each kind of target."""
-    torch.manual_seed(0)
-    transformers.utils.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
     base = folder / "llama"
     base.mkdir(parents=True)
     (base / "text.txt").write_text(_text(1500), encoding="utf-8")
