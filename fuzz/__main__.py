@@ -5,7 +5,6 @@ import gc
 import io
 import multiprocessing
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 
 from fuzz import material
 from fuzz.isolated import Outcome, outcomes, status_of
-from fuzz.targets import TARGETS, Case
+from fuzz.targets import TARGETS, Case, copied
 from lillama import prepare
 
 TOGETHER = 20  # cases one after the other in one process, unless one breaks it
@@ -78,9 +77,7 @@ def _warm(sound: Path, scratch: Path, targets: list[str]) -> None:
         for folder in TARGETS[name].sound:
             for number, command in enumerate(TARGETS[name].commands):
                 place = scratch / "warm" / f"{name}-{folder}-{number}"
-                shutil.copytree(sound / folder, place)
-                if name in ("readme", "run"):
-                    shutil.rmtree(place / "out")
+                copied(sound / folder, place)
                 with chdir(place), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
                     status = status_of(command)
                 if status:

@@ -17,6 +17,7 @@ from lillama import cli
 CPU_SECONDS, SECONDS = 10, 120  # of the processor; on the clock, for what waits without computing
 SPIKE, MOST = 2 << 30, 8 << 30  # bytes more than before: a fault; refused
 BROKEN = 70  # exit status: something else than an error of ours
+SAID = ("stdout", "stderr", ENDED := "ended.json")  # files in which a command and its end are told
 FRAME = re.compile(r'File "[^"]*/(lillama/[^"]*)", line (\d+),? in (\w+)')
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 OURS = re.compile("(error|warning): ")
@@ -41,10 +42,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Call:
-    """A command of lillama, and the folder to run it in."""
+    """A command of lillama.
+
+    Attributes:
+        command: its words.
+        folder: to run it in.
+        made: folder that it makes, if it ends well.
+        weights: what the weights of that folder must be; None for any.
+    """
 
     command: str
     folder: Path
+    made: str = "nothing"
+    weights: Path | None = None
 
 
 def status_of(command: str) -> int:
@@ -67,8 +77,8 @@ def outcomes(calls: Sequence[Call]) -> Iterator[Outcome]:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         for call in calls:
             calls = calls[1:]
-            record = call.folder / "ended.json"
-            yield _judged(call, *(json.loads(record.read_text()) if record.exists() else (code, 0, 0)))
+            record = call.folder / ENDED
+            yield _judged(call, *(json.loads(record.read_text()) if record.exists() else (code, 0, 0, True)))
             if not record.exists():
                 break
 
@@ -86,12 +96,14 @@ def _work(calls: Sequence[Call]) -> None:
                 os.dup2(place, number)
                 os.close(place)
             before = resource.getrusage(resource.RUSAGE_SELF)
+            kept = _kept(call)
             _limit_time(before.ru_utime + before.ru_stime)
             status = status_of(call.command)
             sys.stdout.flush()
             after = resource.getrusage(resource.RUSAGE_SELF)
             seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            (call.folder / "ended.json").write_text(json.dumps([status, seconds, after.ru_maxrss - before.ru_maxrss]))
+            grown = (after.ru_maxrss - before.ru_maxrss) * 1024
+            (call.folder / ENDED).write_text(json.dumps([status, seconds, grown, _kept(call) == kept]))
         os._exit(0)
     except BaseException:  # noqa: BLE001  (what gets here is what is looked for)
         traceback.print_exc()
@@ -108,9 +120,32 @@ def _limit_time(used: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (int(used) + CPU_SECONDS, resource.RLIM_INFINITY))
 
 
-def _judged(call: Call, status: int, seconds: float, grown: int) -> Outcome:
-    out, err = ((call.folder / name).read_bytes().decode(errors="replace") for name in ("stdout", "stderr"))
-    return Outcome(128 - status if status < 0 else status, _fault(status, out, err, grown * 1024), err, seconds)
+def _kept(call: Call) -> dict[Path, bytes | None]:
+    """Return what a command must leave as it is: all files and folders but its own."""
+    own = [call.folder / name for name in (call.made, "out.run", *SAID)]
+    found = (path for path in call.folder.rglob("*") if not any(path.is_relative_to(one) for one in own))
+    return {path: path.read_bytes() if path.is_file() else None for path in found}
+
+
+def _judged(call: Call, status: int, seconds: float, grown: int, kept: bool) -> Outcome:
+    out, err = ((call.folder / name).read_bytes().decode(errors="replace") for name in SAID[:2])
+    fault = _fault(status, out, err, grown) or _fault_of_files(call, status, kept)
+    return Outcome(128 - status if status < 0 else status, fault, err, seconds)
+
+
+def _fault_of_files(call: Call, status: int, kept: bool) -> str | None:
+    made = call.folder / call.made
+    if not kept:
+        return "files changed that are not the command's, or left behind"
+    if status and made.exists():
+        return "refused, and yet the result is there"
+    if (
+        status == 0
+        and call.weights is not None
+        and (made / call.weights.name).read_bytes() != call.weights.read_bytes()
+    ):
+        return "other weights than from sound input"
+    return None
 
 
 def _fault(status: int, out: str, err: str, grown: int) -> str | None:

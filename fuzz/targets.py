@@ -52,17 +52,28 @@ TARGETS = {
     ),
     "section": Target(COMPRESSED, ("model/config.json",), (EVALUATE, *EXPORTS), 110, ("quantization_config",)),
     "tensors": Target(COMPRESSED, ("model/model.safetensors",), (EVALUATE, EXPORTS[0]), 80),
-    "weights": Target(("llama", "sharded"), ("model/*.safetensors",), (EVALUATE, COMPRESS), 40),
+    "weights": Target(("llama", "sharded"), ("model/*.safetensors",), (EVALUATE, COMPRESS), 50),
     "plan": Target(("llama",), ("plan.json",), ("plan model --plan plan.json",), 60),
     "index": Target(("sharded",), ("model/model.safetensors.index.json",), (EVALUATE, COMPRESS), 60),
     "recipe": Target(("llama",), ("recipe.yaml",), ("plan model --recipe recipe.yaml",), 80),
     "readme": Target(("finished",), ("model/README.md",), (COMPRESS,), 20),
     "card": Target(COMPRESSED, ("model/README.md",), EXPORTS, 30),
-    "run": Target(("finished",), ("out.run/**/*",), (COMPRESS, "report out.run --out report.html"), 60),
-    "result": Target(("finished",), ("out/*.json",), ("report out --out report.html", COMPRESS), 30),
+    "run": Target(("finished",), ("out.run/**/*",), (COMPRESS, "report out.run --out out.run/report.html"), 80),
     "generation": Target(("llama",), ("model/generation_config.json",), (f"compress model out {SHORT.format('self')}",), 10),
     "rows": Target(("llama",), ("rows.jsonl",), (f"compress model out {SHORT.format('rows.jsonl')}",), 30),
 }  # fmt: skip
+
+
+def copied(sound: Path, folder: Path) -> None:
+    """Copy sound input; what a finished run made of it is left out, so that it is made again."""
+    shutil.copytree(sound, folder, ignore=lambda place, _: ["out"] if Path(place) == sound else [])
+
+
+def call(command: str, sound: Path, folder: Path) -> Call:
+    """Return a command as it is called in a copy of sound input."""
+    weights = sound / "out" / "model.safetensors"
+    made = {"compress": "out", "export": "exported"}.get(command.split()[0], "nothing")
+    return Call(command, folder, made, weights if command == COMPRESS and weights.is_file() else None)
 
 
 @dataclass(frozen=True)
@@ -79,9 +90,8 @@ class Case:
     def prepared(self, material: Path, folder: Path) -> Call:
         """Copy the sound input into a new folder, damage it there, and return the command that is to read it."""
         chance, target = Random(f"{self.target}/{self.seed}/{self.number}"), TARGETS[self.target]
-        shutil.copytree(material / chance.choice(target.sound), folder)
-        if self.target in ("readme", "run"):
-            shutil.rmtree(folder / "out")
+        sound = material / chance.choice(target.sound)
+        copied(sound, folder)
         files = sorted({file for glob in target.files for file in folder.glob(glob) if file.is_file()})
         file = chance.choice(files)
         if chance.random() < 0.03:
@@ -91,7 +101,7 @@ class Case:
         if self.target == "run" and chance.random() < 0.3:  # of an unfinished run
             chance.choice(files).unlink(missing_ok=True)
         command = chance.choices(target.commands, [1 / (i + 1) for i in range(len(target.commands))])[0]
-        return Call(command, folder)
+        return call(command, sound, folder)
 
 
 def _replace(file: Path, files: list[Path], chance: Random) -> None:

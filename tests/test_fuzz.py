@@ -33,7 +33,8 @@ cli.main = lambda words: sys.exit(WAYS[" ".join(words)]())
 isolated.CPU_SECONDS, isolated.SPIKE = 1, 100 << 20
 with tempfile.TemporaryDirectory() as scratch:
     calls = [isolated.Call(way, Path(scratch) / way) for way in WAYS]
-    for call in calls: call.folder.mkdir()
+    for call in calls:
+        call.folder.mkdir()
     print(json.dumps({call.command: found.fault for call, found in zip(calls, isolated.outcomes(calls), strict=True)}))
 """
 
