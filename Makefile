@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # The matrices of the small models here are too small to share among threads; processes run side by side instead.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help demo test check docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny kills clean
+.PHONY: help demo test fuzz check docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny kills clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ demo: $(VENV)/.ready  ## compress the model in demo/model at two sizes and compa
 
 test: $(VENV)/.ready  ## run all tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+fuzz: $(VENV)/.ready  ## damage every kind of input in 20,000 ways; each must end with success or one clear line
+	$(BIN)/python -m fuzz
 
 check: $(VENV)/.ready  ## lint, formatting, types, import floors, the tables of the docs
 	$(BIN)/ruff check .
@@ -58,7 +61,7 @@ kills: $(VENV)/.ready  ## kill runs at random instants, 60 times, and compare ev
 
 clean:  ## remove what the targets made, .venv excepted
 	rm -rf demo/out site dist build ci-artefacts .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find src tests bench docs demo -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests fuzz bench docs demo -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
