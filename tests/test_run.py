@@ -31,6 +31,15 @@ def test_a_run_is_begun_and_found_again(tmp_path):
         assert not again.scratch.exists()
 
 
+def test_what_memory_decided_at_first_is_followed(tmp_path):
+    with opened(tmp_path / "run", IDENTITY) as run:
+        assert run.decision("recovery compiled", True) and not run.decision("stack 0 compiled", False)
+    with opened(tmp_path / "run", IDENTITY) as run:
+        assert run.decision("recovery compiled", False) and not run.decision("stack 0 compiled", True)
+    with opened(tmp_path / "run", IDENTITY, restart=True) as run:
+        assert not run.decision("recovery compiled", False)
+
+
 def test_a_block_without_its_log_is_not_finished(tmp_path):
     with opened(tmp_path, IDENTITY) as run:
         run.save_block(0, {"w": torch.zeros(1)}, LOG)

@@ -103,7 +103,7 @@ def test_the_next_block_is_read_while_one_is_taught_where_memory_is_ample(tiny, 
 
     def taught(learner, name, data, *rest):
         if ample and data.index < 2:
-            assert ahead[data.index + 1].wait(30)
+            assert ahead[data.index + 1].wait(300)
         return train(learner, name, data, *rest)
 
     plain = compress(tiny, tmp_path / "plain", recipe=short())

@@ -79,9 +79,14 @@ class Lesson:
             gc.collect()
         trim_memory()
 
-    def compiled(self, batch_size: int) -> int:
-        """Return the sequences of the micro-batches for which steps are compiled; 0 for none."""
-        return min(batch_size, self.job.micro_batch) if self.job.machine.compile else 0
+    def compiled(self, batch_size: int, stage: str, ample: bool = True) -> int:
+        """Return the sequences of the micro-batches for which the steps of a stage are compiled; 0 for none.
+
+        Compiled steps round differently: what memory allowed at first is noted, and a resumed run follows it.
+        """
+        if not self.job.machine.compile or not self.run.decision(f"{stage} compiled", ample):
+            return 0
+        return min(batch_size, self.job.micro_batch)
 
     def ranks(self, block: BlockSpec) -> dict[str, int]:
         """Return name within the block -> rank."""

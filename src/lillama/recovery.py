@@ -210,7 +210,7 @@ def _chain(
     """Return the blocks under training; `boundaries` is filled where graphs do not fit into memory."""
     blocks = range(min(trained), len(lesson.teacher.names))
     resident = free_memory(lesson.teacher.device) // 2 // (STATE_BYTES * max(b.params for b in trained.values()))
-    compiled = lesson.compiled(config.batch_size) if resident >= len(trained) else 0
+    compiled = lesson.compiled(config.batch_size, "recovery", resident >= len(trained))
     bench = Bench(_learners(lesson, config, compiled), scratch, resident)
     if resident < len(trained) or not _graphs_fit(lesson, bench, blocks, config, calls, inputs):
         shelf, shape = lesson.shelf(), (config.batch_size, *inputs.shape[1:])

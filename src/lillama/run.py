@@ -4,6 +4,7 @@ run.json                  what the run is: recipe, model, data (its identity), v
 spec.json  plan.json      the model's blocks and linears; the rank of each linear
 spectra.safetensors       whitened singular values of each linear
 allocation.json           rank plans that were compared, and which was chosen
+machine.json              what was decided by the memory that was free, where rounding hangs on it
 calibration/              tokens and their manifest
 blocks/0003.safetensors   a finished block, in fp32
 blocks/0003.json          how it was taught
@@ -41,7 +42,7 @@ MARKER, LOCK, SCRATCH = "run.json", "lock", "scratch"
 HALF = rf"\..+(\.\d+\.tmp|{re.escape(ASIDE)})"  # what a killed process leaves
 TAUGHT = re.compile(r"blocks|joint(-\d+)?|recovered|recovery")  # made from tokens and rank plan
 RESULTS = re.compile(rf"(plan|allocation)\.json|spectra\.safetensors|{TAUGHT.pattern}")  # made from the tokens
-OWN = re.compile(rf"{RESULTS.pattern}|(run|spec|metrics)\.json|{LOCK}|calibration|{SCRATCH}|{HALF}")
+OWN = re.compile(rf"{RESULTS.pattern}|(run|spec|metrics|machine)\.json|{LOCK}|calibration|{SCRATCH}|{HALF}")
 INNER = re.compile(rf"(\d+|log|state|tokens|manifest)\.(json|safetensors)|{LOCK}|{HALF}")  # in the folders among these
 BESIDE = re.compile(r"report\.(html|md|json)|(evaluation|bench|probe.*)\.json")  # what other commands put there
 
@@ -85,6 +86,14 @@ class RunDir:
     def joint(self) -> Path:
         """Folder of the state of a joint schedule."""
         return self.path / "joint"
+
+    def decision(self, name: str, now: bool) -> bool:
+        """Return what was decided when this was first asked in this run; only then does `now` count, and is noted."""
+        place = self.path / "machine.json"
+        known = load_json(place) if place.is_file() else {}
+        if name not in known:
+            save_json(place, known | {name: now})
+        return known.get(name, now)
 
     def save_spec(self, spec: ModelSpec) -> None:
         """Write the description of the model."""
@@ -169,6 +178,8 @@ class RunDir:
         """Yield what checks some artefacts, and these; the tokens are checked when they are read."""
         if self.spectra.exists():
             yield partial(checked, self.spectra), (self.spectra,)
+        if (machine := self.path / "machine.json").exists():
+            yield partial(load_json, machine), (machine,)
         if self.allocation.exists():
             yield partial(load_json, self.allocation), (self.allocation,)
             yield partial(load_json, self.plan), (self.allocation, self.plan)

@@ -146,7 +146,7 @@ def _taught(lesson: Lesson, block: BlockSpec, student: nn.Module, streams: Strea
         streams.look_ahead(block.index + 1, following)
     data = streams.data(block.index, config.stream, following)
     lr, units = config.peak_lr(lesson.job.plan.spec.hidden_size), data.units(config.loss, rows.held_out)
-    compiled = lesson.compiled(config.batch_size)
+    compiled = lesson.compiled(config.batch_size, "blocks")
     learner = Learner(student, config, lr, step_total(rows, config), units, compiled=compiled)
     return distill_block(learner, block.name, data, rows, lesson.seed(block), lesson.report)
 
@@ -167,7 +167,7 @@ def _teach_stack(lesson: Lesson, stack: int, trained: Mapping[int, BlockSpec], s
     config, rows, before = lesson.job.recipe.distill, lesson.rows, _before(lesson, stack)
     initial, units = _initial_students(lesson, trained, stack, before)
     lr, resident = config.peak_lr(lesson.job.plan.spec.hidden_size), _resident(lesson, trained)
-    compiled = lesson.compiled(config.batch_size) if resident >= len(trained) else 0
+    compiled = lesson.compiled(config.batch_size, f"stack {stack}", resident >= len(trained))
 
     def learner(index: int) -> Learner:
         return Learner(initial(index), config, lr, step_total(rows, config), units[index], compiled=compiled)
