@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lillama.compression import compress
 from lillama.hub.rights import Rights, rights_of
 
 BOMB = "license: mit\na0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -74,3 +75,15 @@ def test_pipes_links_and_folders_are_no_readme(tmp_path: Path) -> None:
     (tmp_path / "link" / "README.md").symlink_to("../secret.md")
     (tmp_path / "folder" / "README.md").mkdir()
     assert {rights_of(tmp_path / name) for name in ("pipe", "link", "folder", "none")} == {Rights()}
+
+
+@pytest.mark.parametrize(
+    "front", ["language: 5", "license: !!timestamp x", "license: |\n  # Owned\n  <script>x</script>"]
+)
+def test_no_readme_ends_a_run_or_takes_its_card_over(front: str, make_model, quick, tmp_path: Path) -> None:
+    model = make_model()
+    (model / "README.md").write_text(f"---\n{front}\n---\n", encoding="utf-8")
+    result = compress(model, tmp_path / "small", recipe=quick(distill={"epochs": 0}, calibration={"tokens": 64}))
+    card = (result.path / "README.md").read_text(encoding="utf-8")
+    body = card.split("---\n", 2)[2]
+    assert "\n# Owned" not in body and "<script>" not in body and str(tmp_path) not in card
