@@ -103,7 +103,7 @@ def test_every_option_reaches_the_library(monkeypatch, tmp_path):
     words = """org/model out --keep 0.5 --recipe paper --calibration a.txt b.txt --tokens 7 --seq-len 8 --scope blocks
         --targets mlp.* self_attn.* --ignore *.0.* --seed 4 --plan p.json --text x.txt y.txt --run r --restart
         --device cpu --micro-batch 3 --activation-memory 4GB --shard-size 1MiB --bytes 1MB --max-loss 0.1 --bits 8
-        --no-recover --compile"""
+        --no-recover --compile --trust-remote-code"""
     with pytest.raises(SystemExit):
         main(["compress", *words.split()])
     report = given.pop("report")
@@ -113,6 +113,7 @@ def test_every_option_reaches_the_library(monkeypatch, tmp_path):
         "tokens": 7, "seq_len": 8, "scope": "blocks", "targets": ["mlp.*", "self_attn.*"], "ignore": ["*.0.*"], "seed": 4,
         "rank_plan": Path("p.json"), "texts": [Path("x.txt"), Path("y.txt")], "run": Path("r"), "restart": True,
         "machine": Machine("cpu", 3, 4 * 10**9, 2**20, True), "nbytes": 10**6, "max_loss": 0.1, "bits": 8, "recover": False,
+        "trust_remote_code": True,
     }  # fmt: skip
 
 
@@ -128,6 +129,7 @@ def test_defaults_are_left_to_the_recipe(monkeypatch):
         main(["compress", "m", "out"])
     assert {k: v for k, v in given.items() if v is not None} == {
         "recipe": "default", "texts": (), "restart": False, "machine": Machine(), "report": given["report"], "recover": True,
+        "trust_remote_code": False,
     }  # fmt: skip
 
 
@@ -155,6 +157,7 @@ def test_help_names_commands_and_options(capsys):
         ("7", 7),
         ("7B", 7),
         ("2T", 2 * 10**12),
+        ("0.1TB", 10**11),
         (None, None),
     ],
 )
@@ -162,7 +165,7 @@ def test_sizes(text, count):
     assert size(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "four", "1e9", "4GBs"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "four", "1e9", "4GBs", "9" * 400, "1." + "0" * 10**6])
 def test_no_sizes(text):
     with pytest.raises(RecipeError, match="give bytes"):
         size(text)

@@ -116,7 +116,7 @@ class _Work:
         """Tokens on which gradients are measured."""
         return min(self.tokens, PROBED_TOKENS) if self.gradients else 0
 
-    @property
+    @cached_property
     def moments_again(self) -> bool:
         """Whether the moments are computed each time that they are asked for, or kept from when the spectra were."""
         return not (self.open_ranks and moments_fit(self.plan.spec, self.free))

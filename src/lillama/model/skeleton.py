@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor
+from torch.nn import init
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -21,7 +22,7 @@ LARGE = 1 << 28  # numbers; no buffer has so many
 MOST_NUMBERS, MOST_TENSORS = 10**14, 1 << 18  # of a model; the largest public ones have 2 * 10**12, and 10**5
 FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 RANGES = (torch.arange, torch.linspace)
-DRAWS = (Tensor.normal_, Tensor.uniform_)
+DRAWS = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_, init.xavier_uniform_)
 
 
 class _LargeOnMeta(TorchFunctionMode):
@@ -36,8 +37,9 @@ class _LargeOnMeta(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in DRAWS and args[0].is_meta:
-            return args[0]
+        if func in DRAWS:  # of weights that are not there: slow, and without effect
+            drawn = args[0] if args else kwargs["tensor"]
+            return drawn if drawn.is_meta else func(*args, **kwargs)
         if func in RANGES and any(isinstance(value, int | float) and abs(value) > LARGE for value in args):
             raise ValueError(f"a range up to {shown(max(map(abs, args)))}, longer than any model's")
         if func in FACTORIES:
