@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lillama import making, teach
-from lillama.artefacts import checked, load_json, load_tensors, load_whole, save_json, save_tensors
+from lillama.artefacts import checked, load_json, load_tensors, load_whole, save_json, save_tensors, seal_of
 from lillama.compression import compress
 from lillama.distill import tail
 from lillama.errors import DamagedError
@@ -129,8 +129,8 @@ def test_what_is_simply_not_there_is_made_without_a_word(again, tmp_path):
     assert again() == []
 
 
-def test_blocks_that_change_places_are_found(again, tmp_path):
-    first, second = (tmp_path / "out.run" / "blocks" / f"000{n}.safetensors" for n in range(2))
+def test_files_of_one_name_that_change_places_are_found(again, tmp_path):
+    first, second = (tmp_path / "out.run" / folder / "0000.safetensors" for folder in ("blocks", "recovered"))
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(content)
@@ -218,23 +218,35 @@ def test_a_damaged_state_of_a_training_is_not_gone_on_from(
 def test_a_seal_covers_names_types_shapes_and_bytes(tmp_path):
     tensors = {"a": torch.arange(6.0), "b": torch.tensor(3), "empty": torch.empty(0, 2), "bits": torch.ones(3).bool(),
                "half": torch.ones(2, dtype=torch.bfloat16), "view": torch.arange(6.0).view(2, 3).T}  # fmt: skip
-    seals = [
-        save_tensors(tmp_path / f"{n}", kind)
-        for n, kind in enumerate(
-            (
-                tensors,
-                {**tensors, "a": tensors["a"].view(2, 3)},
-                {("c" if name == "a" else name): tensor for name, tensor in tensors.items()},
-                {**tensors, "a": tensors["a"].int()},
-                {**tensors, "a": -tensors["a"]},
-            )
-        )
-    ]
-    assert len(set(seals)) == 5
+    others = (
+        tensors | {"a": tensors["a"].view(2, 3)},
+        {("c" if name == "a" else name): tensor for name, tensor in tensors.items()},
+        tensors | {"a": tensors["a"].int()},
+        tensors | {"a": -tensors["a"]},
+    )
+    seals = [seal_of("0", kind) for kind in (tensors, *others)] + [seal_of("1", tensors)]
+    assert len(set(seals)) == 6
+    assert save_tensors(tmp_path / "0", tensors) == seals[0]
     back = load_tensors(tmp_path / "0")
     assert set(back) == set(tensors)
     assert all(torch.equal(back[n], tensor) and back[n].dtype == tensor.dtype for n, tensor in tensors.items())
-    assert checked(tmp_path / "0") == seals[0] == save_tensors(tmp_path / "again", dict(reversed(tensors.items())))
+    assert checked(tmp_path / "0") == seals[0] == seal_of("0", dict(reversed(tensors.items())))
+
+
+def test_no_artefact_passes_for_another(tmp_path):
+    save_json(tmp_path / "a.json", {"a": 1})
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    for suffix, load in (("json", load_json), ("safetensors", load_tensors), ("safetensors", checked)):
+        shutil.copyfile(tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}")
+        with pytest.raises(DamagedError, match="does not match its digest"):
+            load(tmp_path / f"b.{suffix}")
+
+
+def test_a_folder_in_the_place_of_an_artefact_is_named(tmp_path):
+    for name, load in (("a.json", load_json), ("a.safetensors", load_tensors)):
+        (tmp_path / name).mkdir()
+        with pytest.raises(IsADirectoryError, match=name):
+            load(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"{", b"[" * 10**5, b'{"seal": 1}', b"\xff\xfe"])

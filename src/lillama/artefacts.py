@@ -1,11 +1,14 @@
 """Artefacts of a run folder, JSON and tensors: each carries a digest of itself, so that a damaged one is never used.
 
-The digest lies in the file itself, under `seal`, and appears with it in one rename. JSON that stands for files of tensors
+The digest lies in the file itself, under `seal`, and appears with it in one rename; it covers the file's name too, so that no
+artefact passes for another. JSON that stands for files of tensors
 (the log of a block, the state of a training) names their digests too: these files belong together.
 """
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +34,7 @@ def save_json(path: Path, value: Mapping[str, Any], tensors: Mapping[str, str] |
         tensors: name of a file beside it -> seal, of the files of tensors that belong to it.
     """
     whole = json.loads(json.dumps({**value, **({} if tensors is None else {TENSORS: dict(tensors)})}))
-    write_json(path, whole | {SEAL: digest(whole)})
+    write_json(path, whole | {SEAL: digest([path.name, whole])})
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def load_json(path: Path) -> dict[str, Any]:
         raise DamagedError(path, "is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedError(path) from None
-    if digest(value) != seal:
+    if digest([path.name, value]) != seal:
         raise DamagedError(path)
     return value
 
@@ -68,7 +71,7 @@ def load_whole(path: Path) -> dict[str, Any]:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a few tensors to one safetensors file, atomically; return their seal."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    seal = seal_of(held)
+    seal = seal_of(path.name, held)
     with atomic_file(path) as temporary:
         write_tensors(temporary, held, {SEAL: seal})
     return seal
@@ -82,7 +85,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no dict)
-        if seal_of(tensors) != _seal(file):
+        if seal_of(path.name, tensors) != _seal(file):
             raise DamagedError(path)
     return tensors
 
@@ -94,15 +97,15 @@ def checked(path: Path) -> str:
         DamagedError: the file is missing, or is not what was written.
     """
     with _opened(path) as file:
-        seal = _digest((name, file.get_tensor(name)) for name in sorted(file.keys()))
+        seal = _digest(path.name, ((name, file.get_tensor(name)) for name in sorted(file.keys())))
         if seal != _seal(file):
             raise DamagedError(path)
     return seal
 
 
-def seal_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors in memory: of names, types, shapes and bytes."""
-    return _digest((name, tensors[name]) for name in sorted(tensors))
+def seal_of(file: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors in memory, for a file of that name: of names, types, shapes and bytes."""
+    return _digest(file, ((name, tensors[name]) for name in sorted(tensors)))
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
@@ -116,8 +119,8 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], notes: Mapping[str, st
     file.chmod(mode)
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    found = hashlib.sha256()
+def _digest(file: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    found = hashlib.sha256(file.encode(errors="surrogatepass"))
     for name, tensor in tensors:
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -130,6 +133,8 @@ def _seal(file: safe_open) -> str | None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file

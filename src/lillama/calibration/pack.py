@@ -123,7 +123,7 @@ class TokenBlocks:
     @property
     def seal(self) -> str:
         """SHA-256 of all tensors, as their file names it."""
-        return seal_of(self._tensors)
+        return seal_of(FILE, self._tensors)
 
     def save(self, folder: Path) -> None:
         """Write `tokens.safetensors` and `manifest.json` as a folder that appears at once."""
