@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lillama import cli
 
-CPU_SECONDS, SECONDS = 10, 120  # of the processor; on the clock, for what waits without computing
+CPU_SECONDS, SECONDS = 10, 20  # of the processor; on the clock, for what waits without computing
 SPIKE, MOST = 2 << 30, 8 << 30  # bytes more than before: a fault; refused
 BROKEN = 70  # exit status: something else than an error of ours
 SAID = ("stdout", "stderr", ENDED := "ended.json")  # files in which a command and its end are told
@@ -124,7 +124,7 @@ def _kept(call: Call) -> dict[Path, bytes | None]:
     """Return what a command must leave as it is: all files and folders but its own."""
     own = [call.folder / name for name in (call.made, "out.run", *SAID)]
     found = (path for path in call.folder.rglob("*") if not any(path.is_relative_to(one) for one in own))
-    return {path: path.read_bytes() if path.is_file() else None for path in found}
+    return {path: path.read_bytes() if path.is_file() and path.stat().st_size < SPIKE else None for path in found}
 
 
 def _judged(call: Call, status: int, seconds: float, grown: int, kept: bool) -> Outcome:
