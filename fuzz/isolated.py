@@ -115,7 +115,7 @@ def _work(calls: Sequence[Call]) -> None:
 def _limit_time(used: float) -> None:
     """Let a command that takes too long say where it is, and end the process."""
     faulthandler.enable()
-    faulthandler.register(signal.SIGXCPU, chain=True)
+    faulthandler.register(signal.SIGXCPU, all_threads=False, chain=True)
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used) + CPU_SECONDS, resource.RLIM_INFINITY))
 
@@ -174,8 +174,8 @@ def _fault(status: int, out: str, err: str, grown: int) -> str | None:
 
 
 def _frame(text: str, first: bool = False) -> str:
-    """Return the innermost frame of lillama in a traceback; faulthandler begins with it."""
-    found = FRAME.findall(text)
+    """Return the innermost frame of lillama in a traceback; faulthandler begins with it, and tells the main thread last."""
+    found = FRAME.findall(text.rpartition("(most recent call first)")[2])
     return ":".join(found[0 if first else -1][:2]) if found else "?"
 
 
