@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lillama import cli
 
-CPU_SECONDS, SECONDS = 10, 120  # of the processor; on the clock, for what waits without computing
+CPU_SECONDS, SECONDS = 10, 20  # of the processor; on the clock, for what waits without computing
 SPIKE, MOST = 2 << 30, 8 << 30  # bytes more than before: a fault; refused
 BROKEN = 70  # exit status: something else than an error of ours
 SAID = ("stdout", "stderr", ENDED := "ended.json")  # files in which a command and its end are told
@@ -115,7 +115,7 @@ def _work(calls: Sequence[Call]) -> None:
 def _limit_time(used: float) -> None:
     """Let a command that takes too long say where it is, and end the process."""
     faulthandler.enable()
-    faulthandler.register(signal.SIGXCPU, chain=True)
+    faulthandler.register(signal.SIGXCPU, all_threads=False, chain=True)
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used) + CPU_SECONDS, resource.RLIM_INFINITY))
 
@@ -124,7 +124,7 @@ def _kept(call: Call) -> dict[Path, bytes | None]:
     """Return what a command must leave as it is: all files and folders but its own."""
     own = [call.folder / name for name in (call.made, "out.run", *SAID)]
     found = (path for path in call.folder.rglob("*") if not any(path.is_relative_to(one) for one in own))
-    return {path: path.read_bytes() if path.is_file() else None for path in found}
+    return {path: path.read_bytes() if path.is_file() and path.stat().st_size < SPIKE else None for path in found}
 
 
 def _judged(call: Call, status: int, seconds: float, grown: int, kept: bool) -> Outcome:
@@ -174,8 +174,8 @@ def _fault(status: int, out: str, err: str, grown: int) -> str | None:
 
 
 def _frame(text: str, first: bool = False) -> str:
-    """Return the innermost frame of lillama in a traceback; faulthandler begins with it."""
-    found = FRAME.findall(text)
+    """Return the innermost frame of lillama in a traceback; faulthandler begins with it, and tells the main thread last."""
+    found = FRAME.findall(text.rpartition("(most recent call first)")[2])
     return ":".join(found[0 if first else -1][:2]) if found else "?"
 
 

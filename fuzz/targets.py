@@ -1,6 +1,7 @@
 """What is damaged, and which commands read it."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ SHORT = "--calibration {} --tokens 128 --seq-len 16 --device cpu --recipe recipe
 PLAN = "plan model --keep 0.98"
 COMPRESS = f"compress model out {SHORT.format('text.txt')}"
 EVALUATE = f"evaluate model {WINDOW}"
+ENDLESS = 4 << 30  # bytes of a file, which takes no room on the disk
 EXPORTS = ("export model exported --format dense", "export model exported --format portable")
 
 
@@ -94,7 +96,7 @@ class Case:
         copied(sound, folder)
         files = sorted({file for glob in target.files for file in folder.glob(glob) if file.is_file()})
         file = chance.choice(files)
-        if chance.random() < 0.03:
+        if chance.random() < 0.5:
             _replace(file, files, chance)
         else:
             _damage(file, chance, target.within)
@@ -105,15 +107,20 @@ class Case:
 
 
 def _replace(file: Path, files: list[Path], chance: Random) -> None:
-    """Let a file be gone, be a folder, be a link that leads nowhere, or hold what another one holds."""
+    """Let a file be gone, a folder, a pipe, a link that leads nowhere, endless, or what another one is."""
     content = chance.choice(files).read_bytes()
     file.unlink()
-    match chance.randrange(4):
+    match chance.randrange(6):
         case 0:
             file.mkdir()
         case 1:
-            file.symlink_to("nowhere")
+            os.mkfifo(file)
         case 2:
+            file.symlink_to(chance.choice(("nowhere", file.name)))
+        case 3:
+            file.write_bytes(content)
+            os.truncate(file, ENDLESS)
+        case 4:
             file.write_bytes(content)
 
 

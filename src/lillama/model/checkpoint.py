@@ -242,10 +242,10 @@ class CheckpointWriter:
 
 
 def _opened(file: Path, remedy: str) -> safe_open:
+    if not file.is_file():  # a pipe would never end
+        raise ModelError(f"{file}: this file of weights is missing; {remedy}")
     try:
         return safe_open(file, framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise ModelError(f"{file}: this file of weights is missing; {remedy}") from None
     except SafetensorError as error:
         if "os error" in str(error):  # the machine's trouble, not the file's
             raise
