@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lillama.cli import quieten  # before what it is to keep quiet
+from lillama.cli_process import quieten  # before what it is to keep quiet
 
 quieten()
 

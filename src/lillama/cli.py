@@ -1,16 +1,13 @@
 """The command line: parse, call the library, print. Errors are one line on standard error."""
 
-import logging
-import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cyclopts import App, CycloptsError
 
-from lillama.cli_process import Stopped, status, stoppable, streams, unwritten
+from lillama.cli_process import Stopped, quieten, status, stoppable, streams, unwritten
 from lillama.commands.bench import bench
 from lillama.commands.compress import compress
 from lillama.commands.evaluate import evaluate
@@ -47,9 +44,6 @@ probing.default(probe)
 probing.command(make, name="make")
 app.command(probing)
 
-# Libraries that other libraries import, and that tell on import what does not concern a user of this command.
-TALKATIVE = ("torchao", "torch.utils._pytree")
-
 
 def console() -> None:
     """Run the `lillama` command of a terminal, in which lillama alone speaks.
@@ -59,15 +53,6 @@ def console() -> None:
     """
     quieten()
     main()
-
-
-def quieten() -> None:
-    """Let other libraries tell of errors only; call it before they are imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
 
 
 def main(tokens: Sequence[str] | None = None) -> None:

@@ -1,12 +1,14 @@
-"""What a process has from the system: streams that may be closed or full, and signals that ask it to stop."""
+"""A process as the system sees it: streams that may be closed or full, signals that ask it to stop, whose lines it prints."""
 
 import errno
+import logging
 import os
 import select
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -14,6 +16,18 @@ from typing import Any
 
 GRACE = 8.0  # seconds from a signal to the end, whatever is computed meanwhile
 STOPS = frozenset(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+# Libraries that other libraries import, and that tell on import what does not concern a user of this command.
+TALKATIVE = ("torchao", "torch.utils._pytree")
+
+
+def quieten() -> None:
+    """Let other libraries tell of errors only; call it before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 class Stopped(KeyboardInterrupt):
