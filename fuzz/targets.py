@@ -96,7 +96,7 @@ class Case:
         copied(sound, folder)
         files = sorted({file for glob in target.files for file in folder.glob(glob) if file.is_file()})
         file = chance.choice(files)
-        if chance.random() < 0.5:
+        if chance.random() < 0.03:
             _replace(file, files, chance)
         else:
             _damage(file, chance, target.within)

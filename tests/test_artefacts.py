@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -247,6 +249,13 @@ def test_a_folder_in_the_place_of_an_artefact_is_named(tmp_path):
         (tmp_path / name).mkdir()
         with pytest.raises(IsADirectoryError, match=name):
             load(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "load"), [("a.json", load_json), ("a.safetensors", load_tensors)])
+def test_a_pipe_is_no_artefact(tmp_path, name, load):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DamagedError, match=rf"{re.escape(name)} is missing"):
+        load(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"{", b"[" * 10**5, b'{"seal": 1}', b"\xff\xfe"])

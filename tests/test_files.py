@@ -187,9 +187,12 @@ def test_what_is_no_json_object_is_refused_in_one_line(kind: str, tmp_path: Path
     assert text.startswith(f"{path}: ") and text.endswith("; mend it") and len(text.splitlines()) == 1
 
 
-def test_a_folder_and_a_file_of_endless_size_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="cannot be read"):
-        read_json(tmp_path, ModelError, "mend it")
+def test_what_is_no_file_and_what_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ModelError, match="cannot be read"):
+            read_json(place, ModelError, "mend it")
     monkeypatch.setattr(files, "JSON_BYTES", 10)
+    (tmp_path / "large").write_text('["more than ten"]')
     with pytest.raises(ModelError, match="larger than"):
-        read_json(Path("/dev/zero"), ModelError, "mend it")
+        read_json(tmp_path / "large", ModelError, "mend it")

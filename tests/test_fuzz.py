@@ -51,7 +51,7 @@ with tempfile.TemporaryDirectory() as scratch:
         cases = [Case("config", seed, number) for seed in range(2) for number in range(30)]
         calls = [case.prepared(sound, Path(scratch) / f"{turn}-{place}") for place, case in enumerate(cases)]
         files = [call.folder / "model" / "config.json" for call in calls]
-        found.append([(call.command, file.read_bytes() if file.is_file() else None) for call, file in zip(calls, files)])
+        found.append([(call.command, file.read_bytes() if file.is_file() and file.stat().st_size < 1 << 20 else None) for call, file in zip(calls, files)])
     assert found[0] == found[1]
     assert len({content for _, content in found[0]}) > 30
 """

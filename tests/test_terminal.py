@@ -72,6 +72,16 @@ def test_errors_are_one_line_of_what_prints(capsys):
     assert "\x1b" not in printed and "\u202e" not in printed
 
 
+def test_of_a_long_value_an_error_shows_little(capsys):
+    def work():
+        raise LillamaError(f"r.yaml: keep is {'x' * 100_000}: it must be a number")
+
+    assert cli.run(work) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: r.yaml: keep is xxx") and printed.endswith("x: it must be a number\n")
+    assert len(printed) < 1100
+
+
 def test_outputs_that_know_few_letters_get_escapes(monkeypatch):
     out = TextIOWrapper(BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lillama.errors import DamagedError
-from lillama.files import atomic_file, digest, write_json
+from lillama.files import atomic_file, digest, read_small, write_json
 
 SEAL, TENSORS = "seal", "tensors"
 
@@ -44,7 +44,7 @@ def load_json(path: Path) -> dict[str, Any]:
         DamagedError: the file is missing, or is not what was written.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_small(path).decode())
         seal = value.pop(SEAL)
     except FileNotFoundError:
         raise DamagedError(path, "is missing") from None
@@ -135,11 +135,11 @@ def _seal(file: safe_open) -> str | None:
 def _opened(path: Path) -> Iterator[safe_open]:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not path.is_file():  # a pipe would never end
+        raise DamagedError(path, "is missing")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
-    except FileNotFoundError:
-        raise DamagedError(path, "is missing") from None
     except SafetensorError as error:
         if "os error" in str(error):  # the machine's trouble, not the file's
             raise

@@ -16,7 +16,7 @@ from lillama.commands.make_stimuli import make
 from lillama.commands.plan import plan
 from lillama.commands.probe import probe
 from lillama.commands.report import report
-from lillama.errors import LillamaError, RecipeError, plain
+from lillama.errors import LillamaError, RecipeError, one_line
 from lillama.version import __version__
 
 PATHS = (
@@ -110,7 +110,7 @@ def _unsaid(reason: str, in_files: bool) -> int:
 
 
 def _fail(text: str, code: int) -> int:
-    sys.stderr.write(f"error: {plain(' '.join(text.split()))}\n")
+    sys.stderr.write(f"error: {one_line(text)}\n")
     return code
 
 

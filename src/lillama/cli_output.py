@@ -16,7 +16,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from lillama.errors import plain
+from lillama.errors import one_line, plain
 from lillama.progress import Progress, Report, silent
 
 WORDS = {
@@ -43,7 +43,7 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return plain(" ".join(super().format(record).split()))
+        return one_line(super().format(record))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 SHOWN = 64  # characters of a value in a line
+LINE = 1000  # characters of a message
 JOINERS = "\u200c\u200d"  # without which some scripts and signs are written wrong; they move nothing
 
 
@@ -92,6 +93,16 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """
     near = get_close_matches(word, list(known), n=1) if len(word) <= 4 * SHOWN else []  # its time grows with the length
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def one_line(text: str) -> str:
+    r"""Return a message as one line that a terminal may show; of a very long one the beginning and the end.
+
+    >>> one_line("keep is\\n2"), len(one_line("a" * 100_000))
+    ('keep is 2', 1005)
+    """
+    line = plain(" ".join(text.split()))
+    return line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
 
 
 def plain(text: str) -> str:

@@ -217,12 +217,11 @@ def read_json(path: Path, error: type[LillamaError], remedy: str) -> dict[str, A
             not UTF-8 text, not JSON, or no object.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(JSON_BYTES + 1)
+        content = read_small(path)
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as failure:
         raise error(f"{path}: cannot be read ({failure.strerror}); {remedy}") from None
-    if len(content) > JSON_BYTES:
-        raise error(f"{path}: larger than {JSON_BYTES >> 20} MiB, which no such file is; {remedy}")
+    except ValueError as failure:
+        raise error(f"{path}: {failure}; {remedy}") from None
     try:
         value = json.loads(content.decode("utf-8"))
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character could be read, but never be written
@@ -236,6 +235,22 @@ def read_json(path: Path, error: type[LillamaError], remedy: str) -> dict[str, A
     if _is_deep(value):
         raise error(f"{path}: nested too deeply; {remedy}")
     return value
+
+
+def read_small(path: Path) -> bytes:
+    """Return the content of a file that is read at once.
+
+    Raises:
+        OSError: no such file, or one that may not be read; a pipe or a device, which may never end, is none.
+        ValueError: it is larger than 64 MiB.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileNotFoundError(errno.ENOENT, "a pipe, a socket or a device, and no file", str(path))
+    with path.open("rb") as file:
+        content = file.read(JSON_BYTES + 1)
+    if len(content) > JSON_BYTES:
+        raise ValueError(f"larger than {JSON_BYTES >> 20} MiB, which no such file is")
+    return content
 
 
 def _is_deep(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from lillama.distill.prediction import Change
 from lillama.errors import OutputError
 from lillama.evaluation.perplexity import TextScore
-from lillama.files import file_digest, resolved
+from lillama.files import file_digest, read_small, resolved
 from lillama.lowrank.pivot import Pivoting
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe
@@ -177,7 +177,7 @@ def refuse_foreign(out: Path) -> None:
 def _written(file: Path) -> dict[str, str] | None:
     """Return the files that a result says it was written with; None if it does not say so."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["files"]
+        found = json.loads(read_small(file).decode())["files"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -215,6 +216,15 @@ def test_a_folder_is_complete_with_the_last_of_its_files(folder: Path, tensors: 
 def test_a_missing_shard_is_refused(folder: Path, tensors: dict[str, Tensor]) -> None:
     write(folder, tensors, 3000)
     (folder / "model-00002-of-00004.safetensors").unlink()
+    with refused("model-00002-of-00004.safetensors", "missing", "fetch the model again"):
+        _ = CheckpointReader(folder).entries
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_and_a_folder_are_no_shards(make: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
+    write(folder, tensors, 3000)
+    (folder / "model-00002-of-00004.safetensors").unlink()
+    make(folder / "model-00002-of-00004.safetensors")
     with refused("model-00002-of-00004.safetensors", "missing", "fetch the model again"):
         _ = CheckpointReader(folder).entries
 

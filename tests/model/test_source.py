@@ -1,4 +1,6 @@
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,19 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json in this folder"):
+        locate(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "vocab.txt", "tokenizer.model"])
+def test_what_would_be_read_for_ever_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelError, match=rf"{re.escape(name)}: a pipe, a socket or a device"):
+        locate(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 1 << 40)
+    with pytest.raises(ModelError, match=rf"{re.escape(name)}: 1,099,511,627,776 bytes, more than any such file has"):
         locate(tmp_path)
 
 

@@ -18,6 +18,9 @@ from lillama.model.remote import announce, needs_code, runs_code
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
 ADAPTER = "adapter_config.json"
+READ_WHOLE = ("*config.json", "tokenizer*", "vocab*", "merges*", "added_tokens*", "special_tokens*", "chat_template*",
+              "additional_chat_templates/*", "*.model", "*.tiktoken")  # fmt: skip
+LARGEST = 256 << 20  # bytes of one of them; those of the largest vocabularies take 40 MB
 CONFIG_ONLY = ["config.json", ADAPTER]
 # What is made in a loop, by the end of its key: far more of it than any public model has would take for ever.
 MOST = {
@@ -45,6 +48,7 @@ def locate(model: str | Path, weights: bool = True) -> Path:
         _refuse_adapter(path)
         if not (path / "config.json").is_file():
             raise ModelError(f"{path}: no config.json in this folder; a Hugging Face model folder is needed")
+        _refuse_bottomless(path)
         return path
     if path.exists():
         raise ModelError(f"{path}: this is a file; give the model's folder")
@@ -103,6 +107,17 @@ def _refuse_adapter(folder: Path) -> None:
             f"{folder / ADAPTER}: an adapter lies in this folder, and only whole models are read; merge it into its model "
             "(PEFT: `merge_and_unload()`, then `save_pretrained` to another folder), or remove it"
         )
+
+
+def _refuse_bottomless(folder: Path) -> None:
+    """Refuse what transformers would read whole and for ever: pipes, devices, and files that no tokenizer is as large as."""
+    for file in (file for names in READ_WHOLE for file in folder.glob(names) if file.exists() and not file.is_dir()):
+        if not file.is_file():
+            raise ModelError(f"{file}: a pipe, a socket or a device, and no file; put the file itself there")
+        if file.stat().st_size > LARGEST:
+            raise ModelError(
+                f"{file}: {file.stat().st_size:,} bytes, more than any such file has; fetch the model again"
+            )
 
 
 def _refuse_other_kinds(path: Path, raw: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
+from lillama.files import read_small
+
 Json = dict[str, Any]
 Values = NDArray[np.floating[Any]]
 Place = tuple[str | int, ...]
@@ -45,7 +47,7 @@ class Reader:
             key: without which it is no such file.
             form: brings one form of the file into that of `shape`.
         """
-        read = self._read(path, lambda: [json.loads(path.read_text(encoding="utf-8"))], wanted)
+        read = self._read(path, lambda: [json.loads(read_small(path).decode())], wanted)
         if read is None:
             return {}
         name, (value,) = _name(path), read
