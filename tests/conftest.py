@@ -1,6 +1,7 @@
 """Tiny trained-looking models and text for all tests that need a model folder."""
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 1,
 }
 
+PACKAGE = "transformers_modules"  # as which transformers imports the code of models
+
 MakeModel = Callable[..., Path]
 
 
@@ -60,6 +63,15 @@ def save_model(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own for the code of models, and none of it imported: transformers would find that of an earlier test."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not (Path(place) / PACKAGE).is_dir()])
+    for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def test_the_run_folder_tells_how_ranks_were_chosen(tiny, result):
     assert set(spectra.singular) == set(result.plan.ranks)
     assert spectra.rise(result.plan) == pytest.approx(best["predicted"])
     spec = describe(AutoModelForCausalLM.from_pretrained(tiny).config)
-    assert RankPlan.load(result.run / "plan.json", spec, result.plan.storage) == result.plan
+    assert RankPlan.load(result.run / "plan.json", spec, result.plan.storage).ranks == result.plan.ranks
 
 
 def test_the_result_loads_and_its_size_is_what_it_says(result):

@@ -236,9 +236,8 @@ def test_code_is_not_taken_from_outside(with_code: Path, tmp_path: Path, out: Pa
 
 
 def test_a_native_model_that_names_code_loads_everywhere_with_and_without_trust(
-    make_model, quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model, quick, tmp_path: Path, code_cache: None
 ) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = write(make_model(), CODE)
     for name, found in (("config.json", AUTO_MAP), ("tokenizer_config.json", TOKENIZER_MAP)):
         settings = json.loads((model / name).read_text())

@@ -14,8 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "using.md"
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # Trainer's, without a GPU
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own business
-def test_snippets_run(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_snippets_run(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code_cache: None) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(saved.folder, tmp_path / "compressed")

@@ -32,8 +32,7 @@ class OddForCausalLM(LlamaForCausalLM):
 
 
 @pytest.fixture
-def odd(make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def odd(make_model: Callable[..., Path], code_cache: None) -> Path:
     model = make_model()
     (model / "configuration_odd.py").write_text(CONFIGURATION)
     (model / "modeling_odd.py").write_text(MODELING)

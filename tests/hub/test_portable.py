@@ -3,7 +3,6 @@
 import ast
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,10 +141,8 @@ SMALL = {
 @pytest.mark.parametrize(("name", "changes", "linears"), ARCHITECTURES, ids=[name for name, _, _ in ARCHITECTURES])
 @torch.no_grad()
 def test_every_architecture_loads_all_its_weights_in_all_forms(
-    name: str, changes: dict[str, int], linears: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, changes: dict[str, int], linears: list[str], tmp_path: Path, code_cache: None
 ) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", sys.path.copy())
     architecture = getattr(transformers, name)
     torch.manual_seed(0)
     model = architecture(architecture.config_class(**SMALL | changes)).eval()

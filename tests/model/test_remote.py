@@ -24,9 +24,8 @@ MODELING = (
 
 
 @pytest.fixture
-def odd(saved: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def odd(saved: Save, tmp_path: Path, code_cache: None) -> Path:
     """A model of a kind of its own, whose code leaves a mark when it runs."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     _, folder = saved()
     mark = MARK.format(mark=str(tmp_path / "ran"))
     (folder / "configuration_odd.py").write_text(mark + CONFIGURATION)
