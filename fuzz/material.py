@@ -87,7 +87,7 @@ def _compressed(base: Path, folder: Path, recipe: dict[str, Any]) -> None:
 
 
 def _configuration(name: str, architecture: str) -> PretrainedConfig:
-    kind = type(transformers.AutoConfig.for_model(name))
+    kind: Any = type(transformers.AutoConfig.for_model(name))
     known = vars(kind()) | kind.attribute_map
     return kind(**{key: value for key, value in SMALL.items() if key in known}, architectures=[architecture])
 

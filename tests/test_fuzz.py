@@ -51,7 +51,9 @@ with tempfile.TemporaryDirectory() as scratch:
         cases = [Case("config", seed, number) for seed in range(2) for number in range(30)]
         calls = [case.prepared(sound, Path(scratch) / f"{turn}-{place}") for place, case in enumerate(cases)]
         files = [call.folder / "model" / "config.json" for call in calls]
-        found.append([(call.command, file.read_bytes() if file.is_file() and file.stat().st_size < 1 << 20 else None) for call, file in zip(calls, files)])
+        small = [file.is_file() and file.stat().st_size < 1 << 20 for file in files]
+        contents = [file.read_bytes() if read else None for file, read in zip(files, small)]
+        found.append([(call.command, content) for call, content in zip(calls, contents)])
     assert found[0] == found[1]
     assert len({content for _, content in found[0]}) > 30
 """
