@@ -86,11 +86,15 @@ def _warm(sound: Path, scratch: Path, targets: list[str]) -> None:
 
 
 def _run(cases: list[Case], sound: Path, scratch: Path, jobs: int) -> dict[Case, Outcome]:
-    start, found = time.monotonic(), {}
+    start, found, known = time.monotonic(), {}, set[str]()
     chunks = [cases[first : first + TOGETHER] for first in range(0, len(cases), TOGETHER)]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for results in pool.imap_unordered(partial(_tried, sound, scratch), chunks):
             found |= results
+            new = {result.fault: case for case, result in results.items() if result.fault and result.fault not in known}
+            known |= set(new)
+            for fault, case in new.items():
+                sys.stderr.write(f"{fault}\n    {case}\n")
             if len(found) // 500 > (len(found) - len(results)) // 500:
                 sys.stderr.write(
                     f"{len(found)} of {len(cases)}, {len(found) / (time.monotonic() - start):.1f} a second\n"

@@ -296,19 +296,25 @@ def test_a_broken_pipe_is_no_traceback():
     assert cli.run(work) == 1
 
 
+TWO_SIDED = {"init": {"name": "two-sided"}}
+
+
 @pytest.mark.parametrize(
-    ("tensor", "named", "changes"),
+    ("tensor", "value", "named", "changes"),
     [
-        ("model.layers.1.mlp.down_proj.weight", r"the output of model\.layers\.1", {}),
-        ("model.layers.1.mlp.down_proj.weight", r"the output of model\.layers\.1", {"init": {"name": "two-sided"}}),
-        ("lm_head.weight", "what the head predicts", {"init": {"name": "two-sided"}}),
+        ("model.layers.1.mlp.down_proj.weight", 3e38, r"the output of model\.layers\.1", {}),
+        ("model.layers.1.mlp.down_proj.weight", 1e25, r"the output of model\.layers\.1", {}),  # its square overflows
+        ("model.layers.1.mlp.down_proj.weight", 3e38, r"the output of model\.layers\.1", TWO_SIDED),
+        ("lm_head.weight", 3e38, "what the head predicts", TWO_SIDED),
     ],
 )
 def test_finite_weights_that_overflow_are_found_before_any_block_is_taught(
-    make_model, quick, tmp_path, text, tensor, named, changes
+    make_model, quick, tmp_path, text, tensor, value, named, changes
 ):
     model = make_model()
-    edit_weights(model, lambda tensors: tensors.update({tensor: torch.full_like(tensors[tensor], 3e38)}))
-    with pytest.raises(ModelError, match=f"{named} of the original holds NaN or infinite values.*float32"):
+    edit_weights(model, lambda tensors: tensors.update({tensor: torch.full_like(tensors[tensor], value)}))
+    with pytest.raises(
+        ModelError, match=f"{named} of the original holds NaN, infinite or far too large values.*float32"
+    ):
         compress(model, tmp_path / "out", recipe=quick(**changes), calibration=text)
     assert not (tmp_path / "out.run" / "blocks").exists()

@@ -52,8 +52,8 @@ with tempfile.TemporaryDirectory() as scratch:
         calls = [case.prepared(sound, Path(scratch) / f"{turn}-{place}") for place, case in enumerate(cases)]
         files = [call.folder / "model" / "config.json" for call in calls]
         small = [file.is_file() and file.stat().st_size < 1 << 20 for file in files]
-        read = [file.read_bytes() if here else None for file, here in zip(files, small)]
-        found.append(list(zip([call.command for call in calls], read)))
+        contents = [file.read_bytes() if read else None for file, read in zip(files, small)]
+        found.append([(call.command, content) for call, content in zip(calls, contents)])
     assert found[0] == found[1]
     assert len({content for _, content in found[0]}) > 30
 """

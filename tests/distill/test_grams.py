@@ -45,6 +45,14 @@ def test_without_a_mask_every_token_counts():
     assert whole["o"].count == parts["o"].count == 30
 
 
+@pytest.mark.parametrize("value", [1e30, float("nan")])
+def test_values_whose_squares_are_no_numbers_are_refused_by_name(value):
+    x = torch.randn(6, 5, 4)
+    x[3, 2, 1] = value
+    with pytest.raises(ModelError, match=r"q: what enters it .* too large on the calibration text"):
+        collect_grams(Split(), ["q"], [(BlockCall(), x, None)])
+
+
 def routed_block() -> tuple[nn.Module, Experts]:
     """Return a block of four experts, whose router sends a token to the expert that its first number names, and to 3."""
     torch.manual_seed(0)

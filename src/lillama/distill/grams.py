@@ -123,7 +123,7 @@ def shrunk(block: nn.Module, grams: Mapping[str, Gram], names: Iterable[str]) ->
         names: of linears; all get a Gram.
 
     Raises:
-        ModelError: a linear was never called.
+        ModelError: a linear was never called, or its Gram is not finite.
     """
     names, found = list(names), dict(grams)
     for group in _alike(block, names):
@@ -139,6 +139,12 @@ def shrunk(block: nn.Module, grams: Mapping[str, Gram], names: Iterable[str]) ->
         raise ModelError(
             f"{missing} is not called as a module when its block runs, so that its inputs are not known; leave it dense: "
             f"--ignore '*{missing}'"
+        )
+    endless = next((name for name in names if not found[name].mean_eigenvalue.isfinite().all()), None)
+    if endless is not None:
+        raise ModelError(
+            f"{endless}: what enters it or comes back to it is NaN or too large on the calibration text; get a sound copy of "
+            f"the model, give other --calibration, or leave it dense: --ignore '*{endless}'"
         )
     return {name: found[name] for name in names}
 

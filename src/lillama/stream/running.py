@@ -17,6 +17,7 @@ from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves, map_call
 from lillama.stream.store import ActivationStore, RowTable
 from lillama.stream.streamed import StreamedModel
 
+SQUARABLE = torch.finfo(torch.float32).max ** 0.5
 # Of what comes behind the blocks: its weights may lack, or it wants what blocks of another width would have made.
 FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Forward = Callable[[int, nn.Module, tuple[Any, ...], Mapping[str, Any]], Any]
@@ -97,7 +98,7 @@ def advance(
     """Run a block on all rows of `source` and write its outputs to `sink`, which may be the same store.
 
     Returns:
-        whether all outputs are finite.
+        whether all outputs are finite, and their squares too, of which losses are made.
 
     Raises:
         ModelError: the block's outputs are of another shape than its inputs.
@@ -111,7 +112,7 @@ def advance(
                 f"{type(block).__name__} {index} turns activations of shape {tuple(hidden.shape[1:])} into "
                 f"{tuple(output.shape[1:])}; only models whose blocks are all of one width can be compressed"
             )
-        finite &= output.isfinite().all()
+        finite &= torch.linalg.vector_norm(output, dtype=torch.float32) < SQUARABLE  # not, if one is NaN
         sink.write(rows, output)
     return bool(finite)
 
@@ -120,8 +121,8 @@ def overflow(what: str, dtype: torch.dtype) -> ModelError:
     """Return the error for a model whose weights are finite and whose activations are not."""
     kind = str(dtype).removeprefix("torch.")
     return ModelError(
-        f"{what} of the original holds NaN or infinite values on the calibration text, computed in {kind}; get a sound copy of "
-        "the model, or give other --calibration"
+        f"{what} of the original holds NaN, infinite or far too large values on the calibration text, computed in {kind}; "
+        "get a sound copy of the model, or give other --calibration"
     )
 
 
