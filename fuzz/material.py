@@ -15,9 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 
 from lillama import compress, load_recipe, plan
 
-LLAMA: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24,
-         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
+LLAMA: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 UNTAUGHT = {"distill": {"epochs": 0}, "recover": {"epochs": 0}, "ranks": {"name": "uniform", "multiple_of": 1},
             "storage": {"form": "plain"}}  # fmt: skip
 TAUGHT = {"distill": {"epochs": 1}, "recover": {"epochs": 1}, "ranks": {"multiple_of": 1}, "storage": {"form": "plain"}}

@@ -255,10 +255,14 @@ def test_an_earlier_result_is_replaced_and_anything_else_refused(tiny, quick, tm
     out = tmp_path / "out"
     out.mkdir()
     first = compress(tiny, out, recipe=quick())
-    (out / "stale.txt").write_text("x")
     before = weights(first.path)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds notes\.txt, which would be lost"):
+        compress(tiny, out, recipe=quick(), keep=0.6, restart=True)
+    assert (out / "notes.txt").read_text() == "mine" and weights(first.path) == before
+    (out / "notes.txt").unlink()
     second = compress(tiny, out, recipe=quick(), keep=0.6, restart=True)
-    assert not (out / "stale.txt").exists() and weights(second.path) != before
+    assert weights(second.path) != before
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("dear")

@@ -98,7 +98,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 def one_line(text: str) -> str:
     r"""Return a message as one line that a terminal may show; of a very long one the beginning and the end.
 
-    >>> one_line("keep is\\n2"), len(one_line("a" * 100_000))
+    >>> one_line("keep is\n2"), len(one_line("a" * 100_000))
     ('keep is 2', 1005)
     """
     line = plain(" ".join(text.split()))
