@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lillama import cli
 
-CPU_SECONDS, SECONDS = 10, 20  # of the processor; on the clock, for what waits without computing
+CPU_SECONDS, SECONDS = 10, 60  # of the processor; on the clock, for what waits without computing
 SPIKE, MOST = 2 << 30, 8 << 30  # bytes more than before: a fault; refused
 BROKEN = 70  # exit status: something else than an error of ours
 SAID = ("stdout", "stderr", ENDED := "ended.json")  # files in which a command and its end are told
@@ -78,7 +78,7 @@ def outcomes(calls: Sequence[Call]) -> Iterator[Outcome]:
         for call in calls:
             calls = calls[1:]
             record = call.folder / ENDED
-            yield _judged(call, *(json.loads(record.read_text()) if record.exists() else (code, 0, 0, True)))
+            yield _judged(call, *(json.loads(record.read_text()) if record.exists() else [code, 0, 0, True]))
             if not record.exists():
                 break
 

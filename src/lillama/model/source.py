@@ -24,7 +24,7 @@ LARGEST = 256 << 20  # bytes of one of them; those of the largest vocabularies t
 CONFIG_ONLY = ["config.json", ADAPTER]
 # What is made in a loop, by the end of its key: far more of it than any public model has would take for ever.
 MOST = {
-    re.compile(r"(^|_)(layers?|blocks|stages|depths?)$"): 2048,
+    re.compile(r"(^|_)(layers?|blocks|stages|depths?)$"): 1024,
     re.compile(r"(^|_)(experts|heads|codebooks|labels)$"): 1 << 18,
 }
 KINDS: Mapping[str, type] = {"model_type": str, "architectures": list, "dtype": str, "torch_dtype": str,
