@@ -105,6 +105,7 @@ LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausa
         ({"text_config": {"encoder_layers": 10**9}}, "encoder_layers is"),
         ({"num_labels": 10**9}, "num_labels is"),
         ({"depths": [2, 10**9]}, "depths is"),
+        ({"num_experts_per_tok": 10**400}, "num_experts_per_tok is 10*"),
     ],
 )
 def test_a_configuration_that_cannot_be_used_is_refused_in_one_line(content: Any, what: str, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ MOST = {
     re.compile(r"(^|_)(layers?|blocks|stages|depths?)$"): 1024,
     re.compile(r"(^|_)(experts|heads|codebooks|labels)$"): 1 << 18,
 }
+COUNTABLE = 10**100  # numbers beyond are no floating-point ones either
 KINDS: Mapping[str, type] = {"model_type": str, "architectures": list, "dtype": str, "torch_dtype": str,
                              "auto_map": dict, "quantization_config": dict}  # fmt: skip
 WORDS = {str: "a text", list: "a list of class names", dict: "an object"}
@@ -133,6 +134,8 @@ def _refuse_endless(path: Path, raw: Any) -> None:
         most = next((most for end, most in MOST.items() if end.search(key)), None)
         if most is not None and value > most:
             raise ModelError(f"{path}: {key} is {shown(value)}, more than any model has ({most:,}); get a sound copy")
+        if abs(value) > COUNTABLE:
+            raise ModelError(f"{path}: {key} is {shown(value)}, which no part of a model counts; get a sound copy")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
