@@ -16,6 +16,10 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from lillama.cli_process import quieten  # before what it is to keep quiet
+
+quieten()
+
 from lillama.calibration.sources import Source
 from lillama.recipe import Recipe, load_recipe, recipe_names
 
