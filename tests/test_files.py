@@ -196,3 +196,9 @@ def test_what_is_no_file_and_what_is_too_large_is_refused(tmp_path: Path, monkey
     (tmp_path / "large").write_text('["more than ten"]')
     with pytest.raises(ModelError, match="larger than"):
         read_json(tmp_path / "large", ModelError, "mend it")
+
+
+def test_a_link_in_a_circle_is_no_file(tmp_path):
+    (tmp_path / "plan.json").symlink_to("plan.json")
+    with pytest.raises(ModelError, match=r"plan\.json: cannot be read \(Too many levels of symbolic links\); mend it"):
+        read_json(tmp_path / "plan.json", ModelError, "mend it")

@@ -246,8 +246,13 @@ def read_small(path: Path) -> bytes:
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileNotFoundError(errno.ENOENT, "a pipe, a socket or a device, and no file", str(path))
-    with path.open("rb") as file:
-        content = file.read(JSON_BYTES + 1)
+    try:
+        with path.open("rb") as file:
+            content = file.read(JSON_BYTES + 1)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from None  # there is no such file
     if len(content) > JSON_BYTES:
         raise ValueError(f"larger than {JSON_BYTES >> 20} MiB, which no such file is")
     return content

@@ -136,7 +136,8 @@ def held(features: int, widest: int | None = None) -> int:
     """Return how many numbers a Gram of vectors of a length holds."""
     if widest is not None and features > widest:
         return features
-    return sum(rows * columns for rows, columns in _shapes(features))
+    whole, rest = divmod(features, TILE)
+    return TILE * (whole * features - TILE * whole * (whole - 1) // 2) + rest**2
 
 
 def exact_device(device: torch.device) -> torch.device:
