@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -318,3 +319,11 @@ def test_finite_weights_that_overflow_are_found_before_any_block_is_taught(
     ):
         compress(model, tmp_path / "out", recipe=quick(**changes), calibration=text)
     assert not (tmp_path / "out.run" / "blocks").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ELOOP, errno.ENAMETOOLONG])
+def test_names_that_no_file_can_have_are_the_users_to_mend(number):
+    def work():
+        raise OSError(number, os.strerror(number), "plan.json")
+
+    assert cli.run(work) == 2

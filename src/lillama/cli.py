@@ -1,5 +1,6 @@
 """The command line: parse, call the library, print. Errors are one line on standard error."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ PATHS = (
     NotADirectoryError,
     IsADirectoryError,
 )  # the user named it
+NAMES = (errno.ELOOP, errno.ENAMETOOLONG)  # no file can have them
 
 IN_FILES = (["compress"], ["export"], ["report"], ["probe", "make"])  # commands whose work is not what they print
 
@@ -97,7 +99,8 @@ def run(work: Callable[[], Any], resumable: bool = False) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        return _fail(f"{error.filename or 'machine'}: {error.strerror or error}", 2 if isinstance(error, PATHS) else 1)
+        named = isinstance(error, PATHS) or error.errno in NAMES
+        return _fail(f"{error.filename or 'machine'}: {error.strerror or error}", 2 if named else 1)
     return 0
 
 
