@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # The matrices of the small models here are too small to share among threads; processes run side by side instead.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help demo test fuzz check docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny kills clean
+.PHONY: help demo test fuzz check house docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny kills clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ check: $(VENV)/.ready  ## lint, formatting, types, import floors, the tables of 
 	$(BIN)/lint-imports
 	$(BIN)/python docs/recipe_table.py --check
 	$(BIN)/python docs/architectures.py --check
+
+house: $(VENV)/.ready  ## measure the shape of the code: entries, the longest function, parameters, names
+	$(BIN)/python bench/house.py
 
 docs: $(VENV)/.ready-docs  ## write the recipe table and build the documentation in site/
 	$(BIN)/python docs/recipe_table.py
