@@ -50,12 +50,12 @@ def micro_batch(hidden: int) -> Any:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from lillama.distill.objective import MicroBatch
-    from lillama.stream.calls import BlockCall
+    from lillama.stream.calls import BlockArgs
 
     x, target = torch.randn(2, BATCH, SEQ_LEN, hidden)
     config = LlamaConfig(hidden_size=hidden, num_attention_heads=hidden // 64)
     positions = LlamaRotaryEmbedding(config)(x, torch.arange(SEQ_LEN)[None])
-    call = BlockCall((), {"position_embeddings": positions, "attention_mask": None})
+    call = BlockArgs((), {"position_embeddings": positions, "attention_mask": None})
     return MicroBatch(call, {"student": x}, target, None, BATCH * SEQ_LEN)
 
 

@@ -23,7 +23,7 @@ from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 from lillama.resources import free_memory, trim_memory
-from lillama.stream.calls import CallTable
+from lillama.stream.calls import BlockInputs
 from lillama.stream.running import advance, begin
 from lillama.stream.store import ActivationStore, Stores
 
@@ -173,7 +173,7 @@ def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[
     wanted = ["original", *(f"plan-{n}" for n in range(len(plans)))]
     new = {name: Stores(shelf, model.dtype, f"ranks-{name}", len(wanted) + 1) for name in wanted}
     ends = {name: list[ActivationStore]() for name in wanted}  # of the stacks that are done with
-    calls: dict[str, CallTable] = {}
+    calls: dict[str, BlockInputs] = {}
     for stack in range(len(model.stacks)):
         now: dict[str, ActivationStore] = {}
         for name in wanted:
@@ -200,7 +200,7 @@ def _advance(
     fisher: Fisher,
     block: BlockSpec,
     plans: list[RankPlan],
-    calls: Mapping[str, CallTable],
+    calls: Mapping[str, BlockInputs],
     now: Mapping[str, ActivationStore],
 ) -> None:
     """Run a block of the original, and its initial student by every plan, each on its own activations."""

@@ -34,7 +34,7 @@ from lillama.model.spec import BlockSpec
 from lillama.model.unfused import routers
 from lillama.progress import Progress
 from lillama.resources import free_memory, trim_memory
-from lillama.stream.calls import CallTable
+from lillama.stream.calls import BlockInputs
 from lillama.stream.running import advance, begin
 from lillama.stream.store import ActivationStore, Stores
 from lillama.stream.through import through
@@ -168,7 +168,7 @@ def _largest(state: Mapping[str, Tensor], name: str) -> float:
 
 def _streamed(
     lesson: Lesson, first: int, targets: Stores, own: Stores
-) -> tuple[CallTable, ActivationStore, ActivationStore]:
+) -> tuple[BlockInputs, ActivationStore, ActivationStore]:
     """Run the original over all sequences, and the compressed model as far as the tail does not reach.
 
     Args:
@@ -202,7 +202,7 @@ def _chain(
     lesson: Lesson,
     trained: Mapping[int, BlockSpec],
     config: RecoverConfig,
-    calls: CallTable,
+    calls: BlockInputs,
     inputs: ActivationStore,
     boundaries: dict[int, ActivationStore],
     scratch: Path,
@@ -221,7 +221,7 @@ def _chain(
 
 
 def _graphs_fit(
-    lesson: Lesson, bench: Bench, blocks: range, config: RecoverConfig, calls: CallTable, inputs: ActivationStore
+    lesson: Lesson, bench: Bench, blocks: range, config: RecoverConfig, calls: BlockInputs, inputs: ActivationStore
 ) -> bool:
     """Tell whether the graphs of all blocks for one batch take at most a quarter of the free memory."""
     rows = torch.arange(min(config.batch_size, lesson.job.micro_batch, inputs.shape[0]))

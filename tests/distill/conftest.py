@@ -15,7 +15,7 @@ from lillama.distill.losses import L1Cosine
 from lillama.distill.objective import MicroBatch, Units
 from lillama.lowrank.factors import truncated_svd
 from lillama.lowrank.install import install
-from lillama.stream.calls import BlockCall, CallTable
+from lillama.stream.calls import BlockArgs, BlockInputs
 from lillama.stream.store import ActivationStore, Shelf
 
 WIDTH, INNER, LENGTH = 12, 20, 6
@@ -73,7 +73,7 @@ class Toy:
         own = x + 0.1 * torch.randn(x.shape, generator=chance)
         return BlockData(
             index=0,
-            calls=CallTable([BlockCall()]),
+            calls=BlockInputs([BlockArgs()]),
             teacher=self.store("teacher", x.to(dtype)),
             student=self.store("student", own.to(dtype)) if parted else None,
             target=self.store("target", self.teacher(x)[0].to(dtype)),

@@ -14,7 +14,7 @@ from torch._dynamo.exc import Unsupported
 from lillama.distill import compiled
 from lillama.distill.learner import Learner
 from lillama.distill.objective import Units
-from lillama.stream.calls import BlockCall
+from lillama.stream.calls import BlockArgs
 
 ROWS = torch.arange(8)
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
@@ -63,7 +63,7 @@ def test_many_blocks_of_different_ranks_are_compiled_and_let_go(toy):
     students = []
     for rank in range(1, 5):
         one = Learner(toy.student(rank), toy.config(), 1e-3, 10, Units(), compiled=5)
-        one.run(BlockCall(), torch.randn(5, 6, 12)).sum().backward()
+        one.run(BlockArgs(), torch.randn(5, 6, 12)).sum().backward()
         assert one._fast.fast is not None
         students.append(weakref.ref(one.student))
     del one
@@ -77,8 +77,8 @@ def test_only_whole_micro_batches_with_gradients_are_compiled(toy, calls):
     one.step(toy.batch(data, ROWS), 48)
     assert calls == [5, 5]  # the first is a trial
     one.validate(toy.batch(data, ROWS))
-    one.forward(BlockCall(), torch.randn(5, 6, 12))
-    one.uncompiled(BlockCall(), torch.randn(5, 6, 12))
+    one.forward(BlockArgs(), torch.randn(5, 6, 12))
+    one.uncompiled(BlockArgs(), torch.randn(5, 6, 12))
     assert calls == [5, 5]
     one.halved().step(toy.batch(data, ROWS), 48)
     assert calls == [5, 5, 5]
@@ -166,7 +166,7 @@ def test_blocks_that_would_be_compiled_again_and_again_or_for_very_long_are_not(
     student, x = kind(), torch.randn(5, 6, 12)
     one = Learner(student, toy.config(), 1e-3, 10, Units(), compiled=5)
     for _ in range(2):
-        torch.testing.assert_close(one.run(BlockCall(), x), student(x))
+        torch.testing.assert_close(one.run(BlockArgs(), x), student(x))
     assert one._fast.fast is None
     assert len(told()) == 1 and re.search(reason, told()[0])
 
@@ -180,5 +180,5 @@ def test_memory_that_runs_out_is_not_taken_for_the_compilers_fault(toy, monkeypa
 
     monkeypatch.setattr(torch, "compile", full)
     with pytest.raises(torch.OutOfMemoryError):
-        learner(toy, 5).run(BlockCall(), torch.randn(5, 6, 12))
+        learner(toy, 5).run(BlockArgs(), torch.randn(5, 6, 12))
     assert not told()

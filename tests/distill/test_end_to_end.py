@@ -11,7 +11,7 @@ from lillama.distill.end_to_end import Chain, KeptGraphs, Part, Recomputed, grap
 from lillama.distill.joint import Bench
 from lillama.distill.learner import Learner
 from lillama.distill.objective import Units
-from lillama.stream.calls import BlockCall, CallTable
+from lillama.stream.calls import BlockArgs, BlockInputs
 from lillama.stream.store import ActivationStore, Shelf
 
 BATCH = torch.tensor([7, 2, 11, 5, 3])
@@ -35,7 +35,7 @@ def chain(toy):
             return Learner(copy.deepcopy(students[index]), config, 1e-3, 10, Units())
 
         bench = Bench(learner, toy.folder / "bench", resident)
-        return Chain(bench, frozenset(TRAINED), dense.__getitem__, BLOCKS, CallTable([BlockCall()] * 5), inputs, tape)
+        return Chain(bench, frozenset(TRAINED), dense.__getitem__, BLOCKS, BlockInputs([BlockArgs()] * 5), inputs, tape)
 
     make.whole = nn.ModuleList([copy.deepcopy(students.get(i, dense[i])) for i in BLOCKS])
     return make

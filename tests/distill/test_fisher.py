@@ -10,7 +10,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 from lillama.distill.fisher import BackwardRun, measured, moments
 from lillama.progress import silent
 from lillama.stream.batch import Batch
-from lillama.stream.calls import BlockCall
+from lillama.stream.calls import BlockArgs
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import open_streamed
 
@@ -109,7 +109,7 @@ def test_of_two_calls_the_last_one_counts_and_what_nothing_hangs_on_has_no_gradi
 
     torch.manual_seed(0)
     block, hidden, gradient = Odd().requires_grad_(False), torch.randn(2, 5, 6), torch.randn(2, 5, 6)
-    runs = [BackwardRun(BlockCall(), hidden[i : i + 1], (None,), gradient[i : i + 1]) for i in range(2)]
+    runs = [BackwardRun(BlockArgs(), hidden[i : i + 1], (None,), gradient[i : i + 1]) for i in range(2)]
     found = moments(block, ["twice", "idle"], runs, tokens=10)
     flat, entered = 3 * gradient.flatten(0, 1).double(), block.twice(hidden).flatten(0, 1).double()
     torch.testing.assert_close(found["twice"].gradients.sum, flat.T @ flat, rtol=1e-5, atol=1e-5)

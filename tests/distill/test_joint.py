@@ -15,7 +15,7 @@ from lillama.distill.losses import L1Cosine
 from lillama.distill.objective import Units
 from lillama.errors import TrainingError
 from lillama.progress import silent
-from lillama.stream.calls import BlockCall, CallTable
+from lillama.stream.calls import BlockArgs, BlockInputs
 
 ROWS, TRAINED, BLOCKS = Rows.split(24, 0.2, seed=0), (0, 2), 3
 
@@ -48,7 +48,7 @@ class Class:
             last=max(TRAINED),
             teacher=lambda index: self.teachers[index],
             bench=Bench(self.learner, self.toy.folder / f"{name}-bench", resident),
-            data=JointData(CallTable([BlockCall()] * BLOCKS), hidden, None, 3),
+            data=JointData(BlockInputs([BlockArgs()] * BLOCKS), hidden, None, 3),
             rows=ROWS,
             config=self.config,
             seed=5,

@@ -11,7 +11,7 @@ from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine, Mse, TokenMse, length_error
 from lillama.distill.objective import Units, recorded, sub_blocks, token_losses
 from lillama.progress import silent
-from lillama.stream.calls import BlockCall, CallTable
+from lillama.stream.calls import BlockArgs, BlockInputs
 
 ROWS = torch.arange(8)
 LOSSES = [L1Cosine(), Mse(), TokenMse()]
@@ -34,7 +34,7 @@ def surrounded(toy, next_block, mask=None, micro_batch=5, **changes):
     dtype = data.target.dtype
     parts = {name: toy.store(f"part-{name}", output.to(dtype)) for name, output in outputs.items()}
     following = NextBlock(1, next_block, toy.store("ahead", next_block(y)[0].to(dtype)))
-    return replace(data, calls=CallTable([BlockCall()] * 2), parts=parts, following=following)
+    return replace(data, calls=BlockInputs([BlockArgs()] * 2), parts=parts, following=following)
 
 
 def gradient(learner, data) -> Tensor:

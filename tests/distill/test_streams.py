@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lillama.distill.streams import Streams
 from lillama.errors import RecipeError
-from lillama.stream.calls import BlockCall, CallTable
+from lillama.stream.calls import BlockArgs, BlockInputs
 from lillama.stream.store import ActivationStore, Shelf
 
 SHAPE = (7, 6, 12)
@@ -30,7 +30,7 @@ def setting(toy, tmp_path, request) -> Setting:
     shelf = Shelf(torch.device("cpu"), tmp_path / "scratch", 0, 0)
     stores = [ActivationStore(SHAPE, torch.float32, shelf, request.param, n) for n in ("teacher", "target", "student")]
     stores[0].write(slice(0, SHAPE[0]), torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
-    streams = Streams(CallTable([BlockCall()] * 3), stores[0], stores[1], None, stores[2], (None,), 3)
+    streams = Streams(BlockInputs([BlockArgs()] * 3), stores[0], stores[1], None, stores[2], (None,), 3)
     torch.manual_seed(1)
     return Setting(streams, [type(toy.teacher)() for _ in range(3)])
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lillama.errors import ModelError
-from lillama.stream.calls import BlockCall, Rowwise, first, leaves, map_call, split_call
+from lillama.stream.calls import BlockArgs, Rowwise, hidden_of, map_call, split_call, tree_leaves
 
 HIDDEN = torch.ones(2, 3, 4)
 
@@ -27,7 +27,7 @@ def test_a_call_is_replayed_with_another_hidden_state(
 ) -> None:
     hidden, call = split_call(args, kwargs)
     assert hidden is HIDDEN
-    assert torch.equal(call(block, HIDDEN), first(block(*args, **kwargs)))
+    assert torch.equal(call(block, HIDDEN), hidden_of(block(*args, **kwargs)))
     assert torch.equal(call(block, 5 * HIDDEN) - call(block, HIDDEN), (4 * kwargs.get("scale", 1.0)) * HIDDEN)
 
 
@@ -37,10 +37,10 @@ def test_a_call_without_a_hidden_state_is_refused() -> None:
 
 
 def test_leaves_are_found_inside_tuples_lists_and_dicts_and_stay_in_place() -> None:
-    call = BlockCall((1, (2, [3, {"a": 4}])), {"b": 5, "c": None})
-    assert leaves([call]) == [1, 2, 3, 4, 5, None]
+    call = BlockArgs((1, (2, [3, {"a": 4}])), {"b": 5, "c": None})
+    assert tree_leaves([call]) == [1, 2, 3, 4, 5, None]
     doubled = map_call(lambda leaf: leaf and 2 * leaf, call)
-    assert doubled == BlockCall((2, (4, [6, {"a": 8}])), {"b": 10, "c": None})
+    assert doubled == BlockArgs((2, (4, [6, {"a": 8}])), {"b": 10, "c": None})
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((6, 2), 0), ((3, 6), 1), ((18, 1, 2), 0), ((2, 12, 3), 1)])

@@ -18,7 +18,7 @@ from lillama.distill.spectrum import largest_singular_values
 from lillama.distill.trace import DistillLog, Trace
 from lillama.errors import TrainingError
 from lillama.progress import Progress, Report
-from lillama.stream.calls import CallTable
+from lillama.stream.calls import BlockInputs
 from lillama.stream.store import ActivationStore
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class BlockData:
     """
 
     index: int
-    calls: CallTable
+    calls: BlockInputs
     teacher: ActivationStore
     student: ActivationStore | None
     target: ActivationStore
@@ -99,7 +99,7 @@ class BlockData:
     own_target: ActivationStore | None = None
     parts: Mapping[str, ActivationStore] = field(default_factory=dict)
     following: NextBlock | None = None
-    own_calls: CallTable | None = None
+    own_calls: BlockInputs | None = None
 
     def micro_batches(self, rows: Int[Tensor, " n"]) -> Iterator[MicroBatch]:
         """Read some sequences, a micro-batch at a time."""

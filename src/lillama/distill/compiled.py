@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lillama.stream.calls import first
+from lillama.stream.calls import hidden_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Compiled(nn.Module):
             _tell(f"a block of {counter.count} operations, which would take very long; at most {MOST_OPERATIONS}")
             return None
         fast: Callable[..., Any] = torch.compile(_own_code(self.block), dynamic=False, fullgraph=True)  # pyright: ignore[reportUnknownMemberType]
-        output = first(fast(*args, **kwargs))
+        output = hidden_of(fast(*args, **kwargs))
         parameters = [parameter for parameter in self.block.parameters() if parameter.requires_grad]
         torch.autograd.grad(output.sum(), parameters, allow_unused=True)
         return fast

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lillama.distill.joint import Bench
-from lillama.stream.calls import BlockCall, CallTable
+from lillama.stream.calls import BlockArgs, BlockInputs
 from lillama.stream.store import ActivationStore
 
 Run = Callable[[Tensor], Tensor]
@@ -106,7 +106,7 @@ class Chain:
     trained: frozenset[int]
     dense: Callable[[int], nn.Module]
     blocks: range
-    calls: CallTable
+    calls: BlockInputs
     inputs: ActivationStore
     tape: Tape
 
@@ -149,13 +149,13 @@ class Chain:
             run = partial(block, self._call(index, part))
             gradients[place] = self.tape.backward(index, part, run, gradients[place])
 
-    def _block(self, index: int) -> Callable[[BlockCall, Tensor], Tensor]:
+    def _block(self, index: int) -> Callable[[BlockArgs, Tensor], Tensor]:
         if index in self.trained:
             return self.bench[index].run
         block = self.dense(index)
         return lambda call, hidden: call(block, hidden)
 
-    def _call(self, index: int, part: Part) -> BlockCall:
+    def _call(self, index: int, part: Part) -> BlockArgs:
         return self.calls.select(index, part.ids, self.inputs.device)
 
 

@@ -20,7 +20,7 @@ from lillama.distill.probes import Probes
 from lillama.lowrank.gram import WIDEST, Gram, Moments
 from lillama.progress import Progress, Report
 from lillama.stream.batch import Batch
-from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves
+from lillama.stream.calls import BlockArgs, BlockInputs, Rowwise, tree_leaves
 from lillama.stream.running import advance, begin, entered, overflow, row_leaves, row_slices
 from lillama.stream.store import ActivationStore, Shelf, Stores
 from lillama.stream.streamed import StreamedModel
@@ -41,7 +41,7 @@ class BackwardRun:
         gradient: of the tokens' log-losses at its outputs.
     """
 
-    call: BlockCall
+    call: BlockArgs
     hidden: Float[Tensor, "sequences length width"]
     masks: Masks
     gradient: Float[Tensor, "sequences length width"]
@@ -66,7 +66,7 @@ class Fisher:
     rows: Int[Tensor, " n"]
     batch: Batch
     gradients: list[ActivationStore]
-    calls: list[CallTable]
+    calls: list[BlockInputs]
     stacks: list[int]
     tokens: int
     micro_batch: int
@@ -134,7 +134,8 @@ def measured(
     """
     batch, total, stacks = batch[rows], len(model.names), range(len(model.stacks))
     new = Stores(shelf, model.dtype, "fisher", total + len(stacks))
-    tables, stores = list[CallTable](), list[list[ActivationStore]]()  # of a stack: its input, then each block's output
+    tables = list[BlockInputs]()
+    stores = list[list[ActivationStore]]()  # of a stack: its input, then each block's output
     for stack in stacks:
         before = {earlier: outputs[-1] for earlier, outputs in enumerate(stores)}
         table, first = begin(model, batch, new, micro_batch, stack, before)
@@ -200,7 +201,7 @@ def moments(
             hooks.enter_context(block.get_submodule(name).register_forward_hook(reached.remember(name)))
         for run in runs:
             hidden = run.hidden.detach().requires_grad_()
-            given = [leaf for leaf in leaves([run.call]) if isinstance(leaf, Tensor)] if sink is not None else []
+            given = [leaf for leaf in tree_leaves([run.call]) if isinstance(leaf, Tensor)] if sink is not None else []
             for leaf in given:
                 leaf.requires_grad_(leaf.is_floating_point()).grad = None
             reached.masks = run.masks
@@ -275,14 +276,16 @@ class _Crossing:
         found: key of a `Rowwise` -> gradients, summed over the blocks.
     """
 
-    table: CallTable
+    table: BlockInputs
     new: Stores
     found: dict[int, ActivationStore] = field(default_factory=dict)
 
     def sink(self, index: int, store: ActivationStore) -> Sink:
         """Return what takes the gradients of a block."""
         marks = [
-            leaf for leaf in leaves([self.table.calls[index - self.table.first]]) if isinstance(leaf, Rowwise | Tensor)
+            leaf
+            for leaf in tree_leaves([self.table.calls[index - self.table.first]])
+            if isinstance(leaf, Rowwise | Tensor)
         ]
 
         def take(rows: slice, gradient: Tensor, given: list[tuple[Tensor, Tensor | None]]) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lillama.errors import ModelError
 from lillama.lowrank.gram import Gram
 from lillama.model.unfused import Experts
-from lillama.stream.calls import BlockCall, leaves
+from lillama.stream.calls import BlockArgs, tree_leaves
 
 logger = logging.getLogger(__name__)
 
-Run = tuple[BlockCall, Float[Tensor, "_ _ width"], Bool[Tensor, "_ _"] | None]  # sequences x length (x width)
+Run = tuple[BlockArgs, Float[Tensor, "_ _ width"], Bool[Tensor, "_ _"] | None]  # sequences x length (x width)
 
 
 @dataclass
@@ -39,9 +39,9 @@ class GramWatch:
     crossing: set[int] = field(default_factory=set)
     _seen: dict[str, Tensor] = field(default_factory=dict)
 
-    def call(self, call: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
+    def call(self, call: BlockArgs, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run the block, whose linears are watched."""
-        self.crossing = {_place(leaf) for leaf in leaves([call]) if isinstance(leaf, Tensor)}
+        self.crossing = {_place(leaf) for leaf in tree_leaves([call]) if isinstance(leaf, Tensor)}
         return call(block, hidden)
 
     def add(self, *masks: Bool[Tensor, "sequences _"] | None) -> None:

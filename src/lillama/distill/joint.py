@@ -27,7 +27,7 @@ from lillama.errors import TrainingError
 from lillama.files import atomic_folder
 from lillama.progress import Progress, Report
 from lillama.resources import trim_memory
-from lillama.stream.calls import BlockCall, CallTable
+from lillama.stream.calls import BlockArgs, BlockInputs
 from lillama.stream.store import ActivationStore
 
 SNAPSHOT_SECONDS = 300.0
@@ -46,11 +46,11 @@ class JointData:
         own_hidden: what enters the first block there; None if the same.
     """
 
-    calls: CallTable
+    calls: BlockInputs
     hidden: ActivationStore
     mask: Tensor | None
     micro_batch: int
-    own_calls: CallTable | None = None
+    own_calls: BlockInputs | None = None
     own_hidden: ActivationStore | None = None
 
 
@@ -208,7 +208,7 @@ class JointTraining:
     @torch.no_grad()
     def _micro_batch(
         self,
-        calls: tuple[BlockCall, BlockCall],
+        calls: tuple[BlockArgs, BlockArgs],
         block: nn.Module,
         teacher: Tensor,
         student: Tensor | None,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lillama.distill.compiled import Compiled
 from lillama.distill.config import DistillConfig
 from lillama.distill.objective import MicroBatch, Units, recorded, token_losses
-from lillama.stream.calls import BlockCall
+from lillama.stream.calls import BlockArgs
 
 NO_SCALE = 1e-3  # of the usual root mean square: a tensor below has no scale of its own
 
@@ -102,7 +102,7 @@ class Learner:
         return {stream: (total / tokens).item() for stream, total in sums.items()}
 
     @torch.no_grad()
-    def forward(self, call: BlockCall, hidden: Tensor) -> Tensor:
+    def forward(self, call: BlockArgs, hidden: Tensor) -> Tensor:
         """Run the student as it is now."""
         return self.run(call, hidden)
 
@@ -153,17 +153,17 @@ class Learner:
         """Return how often a stream counts: twice where both are wanted, but the student's is still the teacher's."""
         return 2.0 if self.config.stream == "both" and len(micro.inputs) == 1 else 1.0
 
-    def run(self, call: BlockCall, hidden: Tensor) -> Tensor:
+    def run(self, call: BlockArgs, hidden: Tensor) -> Tensor:
         """Run the student in the type of `hidden`, as the finished model will; gradients flow into the masters."""
         repeated = len(hidden) == self.compiled and torch.is_grad_enabled()
         return _run(self._fast if repeated else self.student, call, hidden)
 
-    def uncompiled(self, call: BlockCall, hidden: Tensor) -> Tensor:
+    def uncompiled(self, call: BlockArgs, hidden: Tensor) -> Tensor:
         """Do as `run`, without the help of `torch.compile`."""
         return _run(self.student, call, hidden)
 
 
-def _run(student: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
+def _run(student: nn.Module, call: BlockArgs, hidden: Tensor) -> Tensor:
     if hidden.dtype == torch.float32:
         return call(student, hidden)
     working = {name: parameter.to(hidden.dtype) for name, parameter in student.named_parameters()}

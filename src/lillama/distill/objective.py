@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lillama.distill.config import DistillConfig
 from lillama.distill.losses import Loss, length_error
-from lillama.stream.calls import BlockCall, first
+from lillama.stream.calls import BlockArgs, hidden_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Ahead:
     """
 
     block: nn.Module
-    call: BlockCall
+    call: BlockArgs
     target: Float[Tensor, "sequences length width"]
 
 
@@ -44,7 +44,7 @@ class MicroBatch:
         own_call: what the block is given in the student's stream; None if the same.
     """
 
-    call: BlockCall
+    call: BlockArgs
     inputs: Mapping[str, Float[Tensor, "sequences length width"]]
     target: Float[Tensor, "sequences length width"]
     mask: Bool[Tensor, "sequences length"] | None
@@ -52,9 +52,9 @@ class MicroBatch:
     own_target: Float[Tensor, "sequences length width"] | None = None
     parts: Mapping[str, Float[Tensor, "sequences length _"]] = field(default_factory=dict)
     ahead: Ahead | None = None
-    own_call: BlockCall | None = None
+    own_call: BlockArgs | None = None
 
-    def call_of(self, stream: str) -> BlockCall:
+    def call_of(self, stream: str) -> BlockArgs:
         """Return how the block is called in a stream."""
         return self.own_call if stream == "student" and self.own_call is not None else self.call
 
@@ -143,7 +143,7 @@ def recorded(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tenso
 
     def keep(name: str):
         def hook(module: nn.Module, args: object, output: object) -> None:
-            outputs[name] = first(output)
+            outputs[name] = hidden_of(output)
 
         return hook
 

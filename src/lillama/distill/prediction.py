@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lillama.stream.batch import Batch, fills_gaps
-from lillama.stream.calls import CallTable
+from lillama.stream.calls import BlockInputs
 from lillama.stream.running import finish, overflow, row_slices
 from lillama.stream.store import ActivationStore, Shelf, Stores
 from lillama.stream.streamed import StreamedModel
@@ -54,7 +54,7 @@ class Head:
 
     model: StreamedModel
     outside: PreTrainedModel
-    calls: CallTable
+    calls: BlockInputs
     logit_bytes: int = LOGIT_BYTES
 
     def compare(

@@ -3,7 +3,7 @@
 from torch import nn
 
 from lillama.stream.batch import Batch
-from lillama.stream.calls import CallTable
+from lillama.stream.calls import BlockInputs
 from lillama.stream.running import advance, begin
 from lillama.stream.store import ActivationStore, Shelf, Stores
 from lillama.stream.streamed import StreamedModel
@@ -26,7 +26,7 @@ class Probes:
     def __init__(self, model: StreamedModel, batch: Batch, shelf: Shelf, micro_batch: int) -> None:
         self.model, self.batch, self.shelf, self.micro_batch = model, batch, shelf, micro_batch
         self._next, self._new = 0, self._stores()
-        self._tables: list[CallTable] = []
+        self._tables: list[BlockInputs] = []
         self._ends: list[ActivationStore] = []  # of each stack, its activations as far as they have come
 
     def before(self, index: int) -> ActivationStore:

@@ -13,7 +13,7 @@ from lillama.distill.objective import recorded
 from lillama.errors import RecipeError
 from lillama.lowrank.gram import Gram
 from lillama.stream.batch import Batch
-from lillama.stream.calls import CallTable
+from lillama.stream.calls import BlockInputs
 from lillama.stream.running import advance, begin, row_slices
 from lillama.stream.store import ActivationStore, Shelf
 from lillama.stream.streamed import StreamedModel
@@ -40,14 +40,14 @@ class Streams:
         parts: child of the block -> the teacher's outputs of it, once `teach` was asked for them.
     """
 
-    calls: CallTable
+    calls: BlockInputs
     teacher: ActivationStore
     target: ActivationStore
     student: ActivationStore | None
     spare: ActivationStore | None
     masks: tuple[Bool[Tensor, "sequences _"] | None, ...]
     micro_batch: int
-    own_calls: CallTable | None = None
+    own_calls: BlockInputs | None = None
     before: Earlier = field(default_factory=dict)
     own_target: ActivationStore | None = None
     ahead: tuple[int, ActivationStore] | None = None

@@ -1,4 +1,4 @@
-"""How the model calls each of its blocks: captured once, replayed with any hidden state.
+"""What the model gives each of its blocks: captured once, replayed with any hidden state.
 
 Nothing is assumed of a block's signature but that the hidden state is its first positional argument, or is named
 `hidden_states`, and that it returns the new one alone or first in a tuple.
@@ -18,7 +18,7 @@ HIDDEN = "hidden_states"
 
 
 @dataclass(frozen=True)
-class BlockCall:
+class BlockArgs:
     """What a block is given besides its hidden state.
 
     Attributes:
@@ -34,8 +34,8 @@ class BlockCall:
     def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Run a block on `hidden` (sequences x length x width) and return the new hidden state."""
         if self.positional:
-            return first(block(hidden, *self.args, **self.kwargs))
-        return first(block(**{HIDDEN: hidden}, **self.kwargs))
+            return hidden_of(block(hidden, *self.args, **self.kwargs))
+        return hidden_of(block(**{HIDDEN: hidden}, **self.kwargs))
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class Rowwise:
 
 
 @dataclass
-class CallTable:
+class BlockInputs:
     """The calls of all blocks for all calibration sequences; tensors that blocks or sequences share are held once.
 
     Attributes:
         calls: one for each block of a stack; a tensor that grows with the number of sequences is replaced by `Rowwise`.
         tables: for each key of a `Rowwise`, its rows.
-        rests: for each class of block, what it returns after the hidden state, or None if it returns that alone.
+        extra_outputs: for each class of block, what it returns after the hidden state, or None if it returns that alone.
         first: index of the stack's first block in the model.
     """
 
-    calls: list[BlockCall] = field(default_factory=list)
+    calls: list[BlockArgs] = field(default_factory=list)
     tables: dict[int, RowTable] = field(default_factory=dict)
-    rests: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
+    extra_outputs: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
     first: int = 0
 
     def remove(self) -> None:
@@ -80,7 +80,7 @@ class CallTable:
         for table in self.tables.values():
             table.remove()
 
-    def select(self, index: int, rows: slice | Tensor, device: torch.device) -> BlockCall:
+    def select(self, index: int, rows: slice | Tensor, device: torch.device) -> BlockArgs:
         """Return the call of block `index` for some sequences."""
         call = self.calls[index - self.first]
 
@@ -90,25 +90,25 @@ class CallTable:
         return map_call(fill, call)
 
 
-def split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, BlockCall]:
+def split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, BlockArgs]:
     """Part a block's arguments into the hidden state and the rest.
 
     Raises:
         ModelError: the hidden state is not where it is expected.
     """
     if args and isinstance(args[0], Tensor):
-        return args[0], BlockCall(tuple(args[1:]), dict(kwargs))
+        return args[0], BlockArgs(tuple(args[1:]), dict(kwargs))
     if isinstance(kwargs.get(HIDDEN), Tensor):
-        return kwargs[HIDDEN], BlockCall((), {k: v for k, v in kwargs.items() if k != HIDDEN}, positional=False)
+        return kwargs[HIDDEN], BlockArgs((), {k: v for k, v in kwargs.items() if k != HIDDEN}, positional=False)
     raise ModelError(f"a block is called without a hidden state: arguments {list(kwargs)}; not supported yet")
 
 
-def map_call(function: Callable[[Any], Any], call: BlockCall) -> BlockCall:
+def map_call(function: Callable[[Any], Any], call: BlockArgs) -> BlockArgs:
     """Apply a function to every leaf of a call's arguments, inside tuples, lists and dicts too."""
-    return BlockCall(tuple(_map(function, a) for a in call.args), _map(function, call.kwargs), call.positional)
+    return BlockArgs(tuple(_map(function, a) for a in call.args), _map(function, call.kwargs), call.positional)
 
 
-def leaves(calls: Iterable[BlockCall]) -> list[Any]:
+def tree_leaves(calls: Iterable[BlockArgs]) -> list[Any]:
     """Return the leaves of all arguments, in order."""
     found: list[Any] = []
     for call in calls:
@@ -116,7 +116,7 @@ def leaves(calls: Iterable[BlockCall]) -> list[Any]:
     return found
 
 
-def first(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     """Return the hidden state of a block's output."""
     return output[0] if isinstance(output, tuple | list) else output
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lillama.errors import ModelError
 from lillama.stream.batch import Batch, heads_only
-from lillama.stream.calls import BlockCall, CallTable, Rowwise, leaves, map_call, split_call
+from lillama.stream.calls import BlockArgs, BlockInputs, Rowwise, map_call, split_call, tree_leaves
 from lillama.stream.store import ActivationStore, RowTable
 from lillama.stream.streamed import StreamedModel
 
@@ -37,7 +37,7 @@ def row_slices(total: int, size: int) -> Iterator[slice]:
 @torch.no_grad()
 def begin(
     model: StreamedModel, batch: Batch, new: NewStore, micro_batch: int, stack: int = 0, before: Before | None = None
-) -> tuple[CallTable, ActivationStore]:
+) -> tuple[BlockInputs, ActivationStore]:
     """Run what comes before a stack of blocks.
 
     Models pass no mask at all when no sequence of a batch is padded. The most padded sequence therefore goes along with
@@ -62,7 +62,7 @@ def begin(
     row = padded or [0]
     capture.check(batch[2 * row])
     templates = _marked(capture(batch, 2 * row)[1], capture(batch, 3 * row)[1])
-    table, hidden = CallTable(templates, first=model.indices(stack).start, rests=capture.rests), None
+    table, hidden = BlockInputs(templates, first=model.indices(stack).start, extra_outputs=capture.extra_outputs), None
     for rows in row_slices(len(batch), micro_batch):
         chosen = [*range(rows.start, rows.stop), *padded]
         count = rows.stop - rows.start
@@ -78,7 +78,7 @@ def begin(
 
 def entered(
     model: StreamedModel, outside: PreTrainedModel, batch: Batch, stack: int, before: Mapping[int, Tensor]
-) -> tuple[Tensor, list[BlockCall]]:
+) -> tuple[Tensor, list[BlockArgs]]:
     """Return what enters a stack of blocks, and how each is called, with the graph that leads there.
 
     Args:
@@ -93,7 +93,7 @@ def entered(
 
 @torch.no_grad()
 def advance(
-    block: nn.Module, index: int, calls: CallTable, source: ActivationStore, sink: ActivationStore, micro_batch: int
+    block: nn.Module, index: int, calls: BlockInputs, source: ActivationStore, sink: ActivationStore, micro_batch: int
 ) -> bool:
     """Run a block on all rows of `source` and write its outputs to `sink`, which may be the same store.
 
@@ -129,7 +129,7 @@ def overflow(what: str, dtype: torch.dtype) -> ModelError:
 def finish(
     model: StreamedModel,
     outside: PreTrainedModel,
-    calls: CallTable,
+    calls: BlockInputs,
     ids: Int[Tensor, "sequences length"],
     hidden: Float[Tensor, "sequences length width"],
 ) -> Float[Tensor, "sequences length vocabulary"]:
@@ -151,7 +151,7 @@ def finish(
         )
 
     def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return _returned(hidden, calls.rests[type(block)])
+        return _returned(hidden, calls.extra_outputs[type(block)])
 
     try:
         with _blocks_replaced(model, outside, forward):
@@ -169,14 +169,14 @@ class _Capture:
         outside: all of it but the blocks.
         stack: whose blocks' calls are captured.
         before: outputs of the earlier stacks.
-        rests: class of block -> what it returns after the hidden state, or None if it returns that alone.
+        extra_outputs: class of block -> what it returns after the hidden state, or None if it returns that alone.
     """
 
     model: StreamedModel
     outside: PreTrainedModel
     stack: int
     before: Before
-    rests: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
+    extra_outputs: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
     _earlier: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
     _alive: dict[tuple[bool, type[nn.Module]], nn.Module] = field(default_factory=dict)
 
@@ -205,10 +205,10 @@ class _Capture:
 
     def __call__(
         self, batch: Batch, rows: list[int], before: Mapping[int, Tensor] | None = None
-    ) -> tuple[Tensor, list[BlockCall]]:
+    ) -> tuple[Tensor, list[BlockArgs]]:
         """Return the hidden state that enters the stack's first block, and how each of its blocks is called."""
         ready = before or {stack: store.read(torch.tensor(rows)) for stack, store in self.before.items()}
-        captured: list[tuple[Tensor, BlockCall]] = []
+        captured: list[tuple[Tensor, BlockArgs]] = []
         last = {self.model.indices(stack).stop - 1: stack for stack in range(len(self.model.stacks))}
 
         def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -236,9 +236,9 @@ class _Capture:
     def _rest(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what a block gives besides its hidden state; only a block that does so is run again for every batch."""
         kind, here = type(block), index in self.model.indices(self.stack)
-        rests = self.rests if here else self._earlier
-        if kind in rests and not rests[kind]:
-            return rests[kind]
+        extra_outputs = self.extra_outputs if here else self._earlier
+        if kind in extra_outputs and not extra_outputs[kind]:
+            return extra_outputs[kind]
         real = self._alive.get((here, kind)) or self.model.block(index)
         try:
             with torch.no_grad():
@@ -250,7 +250,7 @@ class _Capture:
             raise self._refusal(
                 f"{self.model.names[index]} cannot run on what enters the first block ({reason})"
             ) from None
-        rests[kind] = rest = tuple(output[1:]) if isinstance(output, tuple | list) else None
+        extra_outputs[kind] = rest = tuple(output[1:]) if isinstance(output, tuple | list) else None
         if rest:
             self._alive[here, kind] = real
         return rest
@@ -279,10 +279,10 @@ def _returned(hidden: Tensor, rest: tuple[Any, ...] | None) -> Any:
     return hidden if rest is None else (hidden, *rest)
 
 
-def _marked(two: list[BlockCall], three: list[BlockCall]) -> list[BlockCall]:
+def _marked(two: list[BlockArgs], three: list[BlockArgs]) -> list[BlockArgs]:
     """Return calls for two sequences with every tensor replaced by `Rowwise` that is longer in those for three."""
     keys: dict[int, int] = {}
-    others = iter(leaves(three))
+    others = iter(tree_leaves(three))
 
     def mark(leaf: Any) -> Any:
         other = next(others)
@@ -293,7 +293,7 @@ def _marked(two: list[BlockCall], three: list[BlockCall]) -> list[BlockCall]:
     return [map_call(mark, call) for call in two]
 
 
-def row_leaves(templates: list[BlockCall], calls: list[BlockCall]) -> dict[Rowwise, Tensor]:
+def row_leaves(templates: list[BlockArgs], calls: list[BlockArgs]) -> dict[Rowwise, Tensor]:
     """Return the tensors of captured calls that stand where the templates have a `Rowwise`."""
-    pairs = zip(leaves(templates), leaves(calls), strict=True)
+    pairs = zip(tree_leaves(templates), tree_leaves(calls), strict=True)
     return {mark: leaf for mark, leaf in pairs if isinstance(mark, Rowwise)}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from lillama.stream.batch import Batch
-from lillama.stream.calls import CallTable
+from lillama.stream.calls import BlockInputs
 from lillama.stream.running import NewStore, advance, begin, overflow
 from lillama.stream.store import ActivationStore
 from lillama.stream.streamed import StreamedModel
@@ -22,7 +22,7 @@ def through(
     block: Callable[[int], nn.Module] | None = None,
     stacks: int | None = None,
     strict: bool = False,
-) -> tuple[list[CallTable], list[ActivationStore]]:
+) -> tuple[list[BlockInputs], list[ActivationStore]]:
     """Run a batch through the blocks of a model.
 
     Args:
@@ -41,7 +41,7 @@ def through(
     Raises:
         ModelError: the outputs of a block are not finite.
     """
-    calls: list[CallTable] = []
+    calls: list[BlockInputs] = []
     outputs: list[ActivationStore] = []
     for stack in range(len(model.stacks) if stacks is None else stacks):
         table, hidden = begin(model, batch, new, micro_batch, stack, dict(enumerate(outputs)))
