@@ -84,7 +84,7 @@ def homes(trees: dict[str, ast.Module]) -> dict[str, list[str]]:
 
 
 def participles(trees: dict[str, ast.Module]) -> list[str]:
-    """Return the public functions, methods and properties excepted, that are named by one word that ends in -ed, or by `made`."""
+    """Return the functions at the top of modules whose name ends in a participle."""
     return [
         f"{file}:{node.lineno} {node.name}"
         for file, tree in trees.items()

@@ -33,7 +33,7 @@ LATENT = {
     "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 12, "kv_lora_rank": 12,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
 }  # fmt: skip
-SSD = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+SSD = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
 BERT = TEXT | {"intermediate_size": 56}
 SPEECH = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 56, "conv_dim": (16, 16),
@@ -223,6 +223,7 @@ STATE_SPACE: list[Facts] = [
             "head_dim": 8,
             "n_groups": 1,
             "expand": 2,
+            "chunk_size": 16,
         },
     ),
     causal("Falcon Mamba", "FalconMamba", IDS | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
