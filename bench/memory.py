@@ -59,7 +59,7 @@ def compress(folder: Path, room: int) -> dict[str, int]:
 
     import lillama
     import lillama.compression
-    from lillama.prepare import Machine
+    from lillama.options import Machine
     from lillama.recipe import load_recipe
     from lillama.resources import trim_memory
 

@@ -200,7 +200,7 @@ def measure(hidden: int) -> dict[str, Any]:
     import lillama
     import lillama.compression
     from lillama.calibration.pack import TokenBlocks
-    from lillama.prepare import Machine
+    from lillama.options import Machine
     from lillama.recipe import load_recipe
 
     torch.set_num_threads(1)

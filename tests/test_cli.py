@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,9 @@ from lillama import __all__ as names
 from lillama import cli_output, compression
 from lillama.cli import main
 from lillama.cli_output import Drawing
-from lillama.commands.options import size
 from lillama.compression import compress
 from lillama.errors import RecipeError
-from lillama.prepare import Machine
+from lillama.options import Machine, Overrides, OverridesDict, parse_size
 from lillama.progress import Progress
 
 
@@ -109,8 +109,8 @@ def test_every_option_reaches_the_library(monkeypatch, tmp_path):
     report = given.pop("report")
     assert callable(report)
     assert given == {
-        "model": "org/model", "out": Path("out"), "keep": 0.5, "recipe": "paper", "calibration": ["a.txt", "b.txt"],
-        "tokens": 7, "seq_len": 8, "scope": "blocks", "targets": ["mlp.*", "self_attn.*"], "ignore": ["*.0.*"], "seed": 4,
+        "model": "org/model", "out": Path("out"), "keep": 0.5, "recipe": "paper", "calibration": ("a.txt", "b.txt"),
+        "tokens": 7, "seq_len": 8, "scope": "blocks", "targets": ("mlp.*", "self_attn.*"), "ignore": ("*.0.*",), "seed": 4,
         "rank_plan": Path("p.json"), "texts": [Path("x.txt"), Path("y.txt")], "run": Path("r"), "restart": True,
         "machine": Machine("cpu", 3, 4 * 10**9, 2**20, True), "nbytes": 10**6, "max_loss": 0.1, "bits": 8, "recover": False,
         "trust_remote_code": True,
@@ -128,9 +128,23 @@ def test_defaults_are_left_to_the_recipe(monkeypatch):
     with pytest.raises(SystemExit):
         main(["compress", "m", "out"])
     assert {k: v for k, v in given.items() if v is not None} == {
-        "recipe": "default", "texts": (), "restart": False, "machine": Machine(), "report": given["report"], "recover": True,
+        "recipe": "default", "texts": (), "restart": False, "machine": Machine(), "report": given["report"],
         "trust_remote_code": False,
     }  # fmt: skip
+
+
+def test_plan_takes_what_says_where_a_run_lies(tiny, recipe, tmp_path, capsys):
+    run("plan", tiny, "--recipe", recipe, "--run", tmp_path / "run", "--restart", "--json")
+    assert json.loads(capsys.readouterr().out)["version"] == 1 and not (tmp_path / "run").exists()
+
+
+def test_arguments_in_python_are_the_overrides():
+    assert list(OverridesDict.__annotations__) == [field.name for field in fields(Overrides)]
+    assert Overrides.of(keep=0.5, targets="mlp.*", calibration=[Path("a.txt"), "b.txt"]) == Overrides(
+        keep=0.5, targets=("mlp.*",), calibration=("a.txt", "b.txt")
+    )
+    with pytest.raises(TypeError, match="kep"):
+        Overrides.of(kep=0.5)  # pyright: ignore[reportCallIssue]
 
 
 def test_help_names_commands_and_options(capsys):
@@ -141,8 +155,10 @@ def test_help_names_commands_and_options(capsys):
         run(command, "--help")
         printed = capsys.readouterr().out
         for option in ("--keep", "--recipe", "--calibration", "--tokens", "--seq-len", "--scope", "--targets", "--ignore",
-                       "--seed", "--device", "--run", "--restart"):  # fmt: skip
+                       "--seed", "--device"):  # fmt: skip
             assert option in printed, (command, option)
+        for option in ("--run", "--restart"):  # which `plan` takes as well, but does nothing with
+            assert (option in printed) == (command == "compress"), (command, option)
     run("--version")
     assert re.search(r"\d+\.\d+\.\d+", capsys.readouterr().out)
     assert {"compress", "plan", "perplexity", "export"} <= set(names)
@@ -158,17 +174,18 @@ def test_help_names_commands_and_options(capsys):
         ("7B", 7),
         ("2T", 2 * 10**12),
         ("0.1TB", 10**11),
-        (None, None),
+        ("4GiB", 4 * 2**30),
+        ("400KB", 400_000),
     ],
 )
 def test_sizes(text, count):
-    assert size(text) == count
+    assert parse_size(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "four", "1e9", "4GBs", "9" * 400, "1." + "0" * 10**6])
 def test_no_sizes(text):
     with pytest.raises(RecipeError, match="give bytes"):
-        size(text)
+        parse_size(text)
 
 
 def test_bars_are_drawn_nested_and_begin_anew():

@@ -16,7 +16,7 @@ import lillama.lesson
 import lillama.teach
 from lillama.compression import compress
 from lillama.errors import OutputError, RecipeError
-from lillama.prepare import Machine
+from lillama.options import Machine
 from lillama.run import opened
 
 CASES = {

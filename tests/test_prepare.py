@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lillama import prepare
+from lillama import options, prepare
 from lillama.errors import RecipeError, ResourceError
-from lillama.prepare import Machine, checked_room, plan, prepared
+from lillama.options import Machine
+from lillama.prepare import checked_room, plan, prepared
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_identity_sees_recipe_model_data_and_ranks(job, text, quick, tiny):
 
 def test_sequences_at_once():
     cpu = torch.device("cpu")
-    assert Machine().rows(256, cpu) == prepare.CPU_TOKENS // 256
+    assert Machine().rows(256, cpu) == options.CPU_TOKENS // 256
     assert Machine().rows(10**9, cpu) == 1
     assert Machine(micro_batch=3).rows(256, cpu) == 3
 

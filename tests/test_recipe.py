@@ -9,8 +9,9 @@ from lillama.calibration.sources import Source
 from lillama.distill.losses import L1Cosine, Mse, TokenMse
 from lillama.errors import RecipeError
 from lillama.lowrank.initialize import Random, Svd, Whitened
+from lillama.options import Overrides
 from lillama.ranks.allocate import Bottom, Top, Uniform
-from lillama.recipe import Recipe, chosen, load_recipe, recipe_file, recipe_name, recipe_names
+from lillama.recipe import Recipe, load_recipe, override, recipe_file, recipe_name, recipe_names
 
 OTHER = replace(
     Recipe(),
@@ -131,7 +132,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path):
 
 def test_an_option_is_not_blamed_on_the_recipe():
     with pytest.raises(RecipeError, match=r"^keep is 2"):
-        chosen("paper", keep=2)
+        override("paper", Overrides(keep=2))
 
 
 def test_the_hash_is_stable_and_sees_every_value(tmp_path):
@@ -148,15 +149,26 @@ def test_the_hash_is_stable_and_sees_every_value(tmp_path):
 
 
 def test_options_replace_what_they_name():
-    recipe = chosen("paper", keep=0.4, scope="blocks", targets=["a"], ignore=["b"], calibration=["x.txt", "y.txt"],
-                    tokens=64, seq_len=32, seed=3)  # fmt: skip
+    recipe = override(
+        "paper",
+        Overrides(
+            keep=0.4,
+            scope="blocks",
+            targets=("a",),
+            ignore=("b",),
+            calibration=("x.txt", "y.txt"),
+            tokens=64,
+            seq_len=32,
+            seed=3,
+        ),
+    )
     assert (recipe.keep, recipe.scope, recipe.targets, recipe.ignore, recipe.seed) == (0.4, "blocks", ("a",), ("b",), 3)
     assert recipe.calibration == replace(
         recipe.calibration, sources=(Source("x.txt"), Source("y.txt")), tokens=64, seq_len=32
     )
     assert recipe.distill == load_recipe("paper").distill
-    assert chosen("paper", calibration=["self"]).calibration.sources == ()
-    assert chosen("paper") == load_recipe("paper")
+    assert override("paper", Overrides(calibration=("self",))).calibration.sources == ()
+    assert override("paper", Overrides()) == load_recipe("paper")
 
 
 def test_a_recipe_is_known_by_the_name_it_was_asked_for():

@@ -20,7 +20,8 @@ from lillama.distill.recover import RecoverConfig
 from lillama.distill.tail import Tail
 from lillama.lesson import Lesson
 from lillama.lowrank.install import install
-from lillama.prepare import Machine, prepared
+from lillama.options import Machine
+from lillama.prepare import prepared
 from lillama.progress import silent
 from lillama.ranks.plan import RankPlan
 from lillama.recovery import Recovered, recover

@@ -17,7 +17,7 @@ from lillama.compression import compress
 from lillama.distill.compiled import Compiled
 from lillama.distill.recover import RecoverConfig
 from lillama.errors import ModelError
-from lillama.prepare import Machine
+from lillama.options import Machine
 from lillama.stream.streamed import StreamedModel
 
 EVERYTHING = {"look_ahead": 0.5, "sub_blocks": 0.3, "adaptive": 0.5, "norm": 0.1}

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lillama.lowrank.linear import LowRankLinear
     from lillama.model.describe import describe
     from lillama.model.spec import ModelSpec
-    from lillama.prepare import Machine, plan
+    from lillama.options import Machine
+    from lillama.prepare import plan
     from lillama.probing.measure import probe
     from lillama.ranks.plan import RankPlan
     from lillama.recipe import Recipe, load_recipe
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _HOME = {
     "LillamaError": "lillama.errors",
     "LowRankLinear": "lillama.lowrank.linear",
-    "Machine": "lillama.prepare",
+    "Machine": "lillama.options",
     "ModelSpec": "lillama.model.spec",
     "RankPlan": "lillama.ranks.plan",
     "Recipe": "lillama.recipe",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from lillama.errors import OutputError
 from lillama.files import resolved
@@ -9,9 +10,10 @@ from lillama.fitting import preview as previewed
 from lillama.fitting import smallest
 from lillama.making import Order, made
 from lillama.model.remote import remote_code
-from lillama.prepare import Machine, Planned, refuse_two_sizes
+from lillama.options import Machine, Overrides, OverridesDict, refuse_two_sizes
+from lillama.prepare import Planned
 from lillama.progress import Report, silent
-from lillama.recipe import Recipe, chosen, recipe_name
+from lillama.recipe import Recipe, override, recipe_name
 from lillama.resources import shortage_explained
 from lillama.result import Result
 
@@ -20,19 +22,8 @@ def compress(
     model: str | Path,
     out: str | Path,
     *,
-    keep: float | None = None,
-    nbytes: int | None = None,
     max_loss: float | None = None,
     recipe: str | Path | Recipe = "default",
-    calibration: str | Path | Sequence[str | Path] | None = None,
-    tokens: int | None = None,
-    seq_len: int | None = None,
-    scope: str | None = None,
-    bits: int | None = None,
-    recover: bool = True,
-    targets: str | Sequence[str] | None = None,
-    ignore: str | Sequence[str] | None = None,
-    seed: int | None = None,
     rank_plan: str | Path | None = None,
     texts: str | Path | Sequence[str | Path] = (),
     run: str | Path | None = None,
@@ -40,6 +31,7 @@ def compress(
     machine: Machine | None = None,
     report: Report = silent,
     trust_remote_code: bool = False,
+    **options: Unpack[OverridesDict],
 ) -> Result:
     """Make a smaller model: factorise its linears and teach each block to reproduce the activations of the original.
 
@@ -48,20 +40,9 @@ def compress(
     Args:
         model: local folder or hub id of a model with safetensors weights.
         out: folder to make: an ordinary model folder.
-        keep: share of the parameters that remains; by default the recipe's.
-        nbytes: that the model may take, instead of `keep`.
         max_loss: the smallest model is looked for whose loss on held-out calibration sequences rises by at most so many
             nats a token; several models are made on the way.
         recipe: name, YAML file, or `Recipe`.
-        calibration: paths or dataset ids of text; `["self"]`, or nothing, lets the model write it.
-        tokens: of calibration.
-        seq_len: tokens of a sequence.
-        scope: what `keep` is a share of: `model` or `blocks`.
-        bits: of a stored number of a factor: 8 or 4; None keeps the original's type.
-        recover: whether all blocks are taught together in the end.
-        targets: globs of the linears to factorise.
-        ignore: globs of linears to leave dense.
-        seed: of every random choice.
         rank_plan: file of a plan to use instead of a new one.
         texts: files on which perplexity is measured before and after.
         run: folder of the run's artefacts; by default `out` with `.run` at the end.
@@ -69,6 +50,8 @@ def compress(
         machine: device, memory and file sizes.
         report: told about progress.
         trust_remote_code: whether code that lies in the model's folder (`auto_map`) may run, as in transformers.
+        **options: `keep`, `nbytes`, `calibration`, `tokens`, `seq_len`, `scope`, `bits`, `recover`, `targets`, `ignore`,
+            `seed`, which replace the recipe's values; see `lillama.options.Overrides`.
 
     Raises:
         LillamaError: something cannot be used; the text says what and how to mend it.
@@ -82,9 +65,9 @@ def compress(
         >>> smaller = transformers.AutoModelForCausalLM.from_pretrained(result.path)
     """
     out = Path(out).expanduser()
-    refuse_two_sizes(keep=keep, bytes=nbytes, max_loss=max_loss, plan=rank_plan)
-    wanted = chosen(recipe, keep=keep, scope=scope, nbytes=nbytes, bits=bits, recover=recover, targets=targets,
-                    ignore=ignore, calibration=calibration, tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
+    overrides = Overrides.of(**options)
+    refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes, max_loss=max_loss, plan=rank_plan)
+    wanted = override(recipe, overrides)
     order = Order(model, out, _run_folder(out, run), wanted, recipe_name(recipe), rank_plan, texts, restart,
                   machine or Machine(), report)  # fmt: skip
     with remote_code(trust_remote_code), shortage_explained():
@@ -94,20 +77,11 @@ def compress(
 def preview(
     model: str | Path,
     *,
-    keep: float | None = None,
-    nbytes: int | None = None,
     recipe: str | Path | Recipe = "default",
-    calibration: str | Path | Sequence[str | Path] | None = None,
-    tokens: int | None = None,
-    seq_len: int | None = None,
-    scope: str | None = None,
-    bits: int | None = None,
-    targets: str | Sequence[str] | None = None,
-    ignore: str | Sequence[str] | None = None,
-    seed: int | None = None,
     machine: Machine | None = None,
     report: Report = silent,
     trust_remote_code: bool = False,
+    **options: Unpack[OverridesDict],
 ) -> Planned:
     """Measure the spectra of a model's weights: the ranks that they lead to, and the loss predicted for every size.
 
@@ -123,9 +97,9 @@ def preview(
         >>> keep, 0 < rise < planned.curve[1][1]
         (0.95, True)
     """
-    refuse_two_sizes(keep=keep, bytes=nbytes)
-    wanted = chosen(recipe, keep=keep, scope=scope, nbytes=nbytes, bits=bits, targets=targets, ignore=ignore,
-                    calibration=calibration, tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
+    overrides = Overrides.of(**options)
+    refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes)
+    wanted = override(recipe, overrides)
     nowhere = Path("nowhere")
     order = Order(model, nowhere, nowhere, wanted, recipe_name(recipe), None, (), False, machine or Machine(), report)
     with remote_code(trust_remote_code), shortage_explained():

@@ -28,7 +28,8 @@ from lillama.lesson import Lesson
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.remote import runs_code
 from lillama.model.spec import BlockSpec
-from lillama.prepare import Job, Machine, checked_room, prepared
+from lillama.options import Machine
+from lillama.prepare import Job, checked_room, prepared
 from lillama.progress import Report
 from lillama.publishing import public_recipe
 from lillama.ranks.spectra import Spectra

@@ -1,16 +1,15 @@
 """Everything that is checked and decided before work begins: a compression as a value."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lillama.calibration.sources import Source, check_exists, fingerprint
 from lillama.calibration.tokenizer import load_tokenizer, tokenizer_hash
-from lillama.errors import BudgetError, CalibrationError, RecipeError, ResourceError
+from lillama.errors import BudgetError, CalibrationError, ResourceError
 from lillama.estimate import Estimate, estimate, matmul_rate
 from lillama.files import digest
 from lillama.lowrank.quantized import refuse_without_torchao
@@ -20,46 +19,15 @@ from lillama.model.remote import remote_code
 from lillama.model.sizes import as_stored
 from lillama.model.source import load_config, locate, refuse_too_long, stored_dtype
 from lillama.model.spec import ModelSpec
+from lillama.options import Machine, Overrides, OverridesDict, refuse_two_sizes
 from lillama.ranks.plan import RankPlan
-from lillama.recipe import Recipe, chosen
+from lillama.recipe import Recipe, override
 from lillama.resources import free_disk, free_memory, pick_device
 from lillama.stream.batch import fills_gaps
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import StreamedModel, open_streamed
 
 BISECTIONS = 30
-CPU_TOKENS, ACCELERATOR_TOKENS = 4096, 16384  # computed at once, if the user does not say
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How a compression is computed; nothing of it changes what is computed beyond rounding.
-
-    Attributes:
-        device: that computes; None takes an accelerator if there is one.
-        micro_batch: sequences that are computed at once; None takes as many as hold 4096 tokens, 16384 on accelerators.
-        activation_memory: bytes of activations between blocks that may lie in memory, more goes to disk; None takes a
-            quarter of what is free.
-        shard_bytes: largest size of a weight file of the result.
-        compile: whether `torch.compile` fuses the steps of each block, after a warm-up.
-
-    Examples:
-        >>> Machine(device="cpu", micro_batch=4).rows(seq_len=256, device=torch.device("cpu"))
-        4
-        >>> Machine().rows(seq_len=256, device=torch.device("cpu"))
-        16
-    """
-
-    device: str | None = None
-    micro_batch: int | None = None
-    activation_memory: int | None = None
-    shard_bytes: int = 5_000_000_000
-    compile: bool = False
-
-    def rows(self, seq_len: int, device: torch.device) -> int:
-        """Return the sequences that are computed at once."""
-        tokens = CPU_TOKENS if device.type == "cpu" else ACCELERATOR_TOKENS
-        return self.micro_batch or max(1, tokens // seq_len)
 
 
 @dataclass(frozen=True)
@@ -103,21 +71,11 @@ class Planned:
 def plan(
     model: str | Path,
     *,
-    keep: float | None = None,
     recipe: str | Path | Recipe = "default",
-    calibration: str | Path | Sequence[str | Path] | None = None,
-    tokens: int | None = None,
-    seq_len: int | None = None,
-    scope: str | None = None,
-    nbytes: int | None = None,
-    bits: int | None = None,
-    recover: bool = True,
-    targets: str | Sequence[str] | None = None,
-    ignore: str | Sequence[str] | None = None,
-    seed: int | None = None,
     rank_plan: str | Path | None = None,
     machine: Machine | None = None,
     trust_remote_code: bool = False,
+    **options: Unpack[OverridesDict],
 ) -> Planned:
     """Decide the rank of every linear from shapes alone; no weight is read.
 
@@ -126,21 +84,11 @@ def plan(
 
     Args:
         model: local folder or hub id.
-        keep: share of the parameters that remains; by default the recipe's.
         recipe: name, YAML file, or `Recipe`.
-        calibration: paths or dataset ids; `["self"]` lets the model write the text. It only matters for the estimate.
-        tokens: of calibration.
-        seq_len: tokens of a sequence.
-        scope: what `keep` is a share of: `model` or `blocks`.
-        nbytes: that the model may take, instead of `keep`.
-        bits: of a stored number of a factor: 8 or 4; None keeps the original's type.
-        recover: whether all blocks are taught together in the end.
-        targets: globs of the linears to factorise.
-        ignore: globs of linears to leave dense.
-        seed: of every random choice.
         rank_plan: file of a plan to use instead of a new one.
         machine: how it would be computed.
         trust_remote_code: whether code that lies in the model's folder (`auto_map`) may run, as in transformers.
+        **options: `keep`, `nbytes`, `tokens`, ..., which replace the recipe's values; see `lillama.options.Overrides`.
 
     Raises:
         LillamaError: the model, the recipe or the size cannot be used.
@@ -151,12 +99,10 @@ def plan(
         (7999744, True)
         >>> rank = planned.plan["model.layers.0.mlp.up_proj"]  # None would leave it dense
     """
-    machine = machine or Machine()
-    refuse_two_sizes(keep=keep, bytes=nbytes, plan=rank_plan)
-    _refuse_senseless(machine)
-    wanted = chosen(recipe, keep=keep, scope=scope, nbytes=nbytes, bits=bits, recover=recover, targets=targets,
-                    ignore=ignore, calibration=calibration,
-                    tokens=tokens, seq_len=seq_len, seed=seed)  # fmt: skip
+    machine, overrides = machine or Machine(), Overrides.of(**options)
+    refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes, plan=rank_plan)
+    machine.refuse_senseless()
+    wanted = override(recipe, overrides)
     for source in wanted.calibration.sources:
         check_exists(source)
     device = pick_device(machine.device)
@@ -235,7 +181,7 @@ def prepared(
     Raises:
         LillamaError: something cannot be used; the text says what and how to mend it.
     """
-    _refuse_senseless(machine)
+    machine.refuse_senseless()
     device = pick_device(machine.device)
     folder = locate(model)
     config = load_config(folder)
@@ -313,22 +259,6 @@ def _disk(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return path.stat().st_dev
-
-
-def refuse_two_sizes(**sizes: object) -> None:
-    """Raise `RecipeError` where more than one option would decide the size; None is an option that was not given."""
-    given = {name: value for name, value in sizes.items() if value is not None}
-    if len(given) > 1:
-        options = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-        raise RecipeError(f"{options}: each decides the size; give one of them")
-
-
-def _refuse_senseless(machine: Machine) -> None:
-    least = {"micro_batch": (machine.micro_batch, 1), "activation_memory": (machine.activation_memory, 0),
-             "shard_bytes": (machine.shard_bytes, 1)}  # fmt: skip
-    for name, (value, smallest) in least.items():
-        if value is not None and value < smallest:
-            raise RecipeError(f"{name} is {value}; it must be at least {smallest}")
 
 
 def sized(spec: ModelSpec, recipe: Recipe, rank_plan: str | Path | None) -> tuple[RankPlan, Recipe]:

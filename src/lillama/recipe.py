@@ -1,6 +1,6 @@
 """A recipe says what is computed; two runs with equal recipes, models and data give equal results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from lillama.errors import RecipeError, shown, suggestion
 from lillama.files import digest
 from lillama.lowrank.initialize import Initialiser, TwoSided
 from lillama.lowrank.storage import Storage
+from lillama.options import Overrides
 from lillama.packaged import packaged
 from lillama.ranks.adaptive import Adaptive, Allocator
 from lillama.ranks.plan import Scope
@@ -110,50 +111,25 @@ def load_recipe(recipe: "str | Path | Recipe" = "default", overrides: Mapping[st
     return _validated(_merged(base.as_dict(), overrides or {}), "")
 
 
-def chosen(
-    recipe: "str | Path | Recipe",
-    *,
-    keep: float | None = None,
-    scope: str | None = None,
-    nbytes: int | None = None,
-    bits: int | None = None,
-    recover: bool = True,
-    targets: str | Sequence[str] | None = None,
-    ignore: str | Sequence[str] | None = None,
-    calibration: str | Path | Sequence[str | Path] | None = None,
-    tokens: int | None = None,
-    seq_len: int | None = None,
-    seed: int | None = None,
-) -> Recipe:
-    """Return a recipe with the options replaced that are not None, as the command line gives them."""
-    words = listed(calibration)
-    sources = None if words is None else [asdict(source) for source in parse_sources(words)]
-    top = {
-        "keep": keep,
-        "scope": scope,
-        "bytes": nbytes,
-        "targets": listed(targets),
-        "ignore": listed(ignore),
-        "seed": seed,
-    }
-    inner = {"sources": sources, "tokens": tokens, "seq_len": seq_len}
-    given = {key: value for key, value in top.items() if value is not None}
-    forms = {4: {"form": "plain"}}  # rounded to 4 bits, pivots err twice as much (docs/findings.md)
-    given |= {} if bits is None else {"storage": {"bits": bits} | forms.get(bits, {})}
-    given |= {} if recover else {"recover": {"epochs": 0}}
-    return load_recipe(recipe, given | {"calibration": {k: v for k, v in inner.items() if v is not None}})
+def override(recipe: "str | Path | Recipe", overrides: Overrides) -> Recipe:
+    """Return a recipe, read like `load_recipe`, with the values replaced that are not None."""
+    given = {name: value for name, value in vars(overrides).items() if value is not None}
+    tree = {key: given[key] for key in ("keep", "scope", "targets", "ignore", "seed") if key in given}
+    tree["calibration"] = {key: given[key] for key in ("tokens", "seq_len") if key in given}
+    if overrides.nbytes is not None:
+        tree["bytes"] = overrides.nbytes
+    if overrides.calibration is not None:
+        tree["calibration"]["sources"] = [asdict(source) for source in parse_sources(overrides.calibration)]
+    if overrides.bits is not None:  # rounded to 4 bits, pivots err twice as much (docs/findings.md)
+        tree["storage"] = {"bits": overrides.bits} | ({"form": "plain"} if overrides.bits == 4 else {})
+    if overrides.recover is False:
+        tree["recover"] = {"epochs": 0}
+    return load_recipe(recipe, tree)
 
 
 def recipe_name(recipe: "str | Path | Recipe") -> str:
     """Return what a reader knows a recipe by: the name, or the file's name, that it was asked for."""
     return "(a Recipe in Python)" if isinstance(recipe, Recipe) else Path(recipe).name
-
-
-def listed(values: str | Path | Sequence[str | Path] | None) -> list[str] | None:
-    """Return texts or paths as a list of texts; a single one is a list of one, None stays None."""
-    if values is None:
-        return None
-    return [str(values)] if isinstance(values, str | Path) else [str(value) for value in values]
 
 
 def recipe_names() -> list[str]:

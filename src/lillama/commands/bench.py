@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from lillama.commands.options import Flag, Many
+from lillama.options import Flag, Many
 
 if TYPE_CHECKING:
     from lillama.evaluation.speed import Benchmark, Spread

@@ -2,9 +2,9 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from lillama.commands.options import Flag, Many, size
+from lillama.options import Flag, Flat, Machine, Many, Overrides, RunPlace
 
 if TYPE_CHECKING:
     from lillama.result import Result
@@ -15,28 +15,13 @@ def compress(
     out: Path,
     /,
     *,
-    keep: float | None = None,
-    bytes: str | None = None,
-    max_loss: float | None = None,
     recipe: str = "default",
-    calibration: Annotated[list[str] | None, Many] = None,
-    tokens: int | None = None,
-    seq_len: int | None = None,
-    scope: Literal["model", "blocks"] | None = None,
-    bits: Literal[4, 8] | None = None,
-    no_recover: Annotated[bool, Flag] = False,
-    targets: Annotated[list[str] | None, Many] = None,
-    ignore: Annotated[list[str] | None, Many] = None,
-    seed: int | None = None,
+    overrides: Annotated[Overrides, Flat] = Overrides(),
+    max_loss: float | None = None,
     plan: Path | None = None,
     text: Annotated[list[Path] | None, Many] = None,
-    run: Path | None = None,
-    restart: Annotated[bool, Flag] = False,
-    device: str | None = None,
-    micro_batch: int | None = None,
-    activation_memory: str | None = None,
-    shard_size: str = "5GB",
-    compile: Annotated[bool, Flag] = False,
+    place: Annotated[RunPlace, Flat] = RunPlace(),
+    machine: Annotated[Machine, Flat] = Machine(),
     log_dir: Path | None = None,
     wandb: Annotated[bool, Flag] = False,
     trust_remote_code: Annotated[bool, Flag] = False,
@@ -52,52 +37,15 @@ def compress(
         Local folder or hub id of a model with safetensors weights.
     out
         Folder to make.
-    keep
-        Share of the parameters that remains [default: the recipe's, 0.8].
-    bytes
-        Size that the weights may have, for example 4GiB, instead of --keep.
+    recipe
+        `default`, `paper`, another recipe that comes with lillama, or a YAML file.
     max_loss
         Instead of --keep: find the smallest model whose loss on held-out calibration text rises by at most so many nats a
         token; several models are made on the way.
-    recipe
-        `default`, `paper`, another recipe that comes with lillama, or a YAML file.
-    calibration
-        Files (.txt .md .jsonl .json .parquet), dataset folders or hub dataset ids; `self` [default] lets the model write.
-    tokens
-        Calibration tokens [default: the recipe's].
-    seq_len
-        Tokens of a sequence [default: the recipe's].
-    scope
-        What --keep is a share of: the whole `model` [default] or its `blocks`.
-    bits
-        Store the factors in 8 or 4 bits a number [default: the original's type].
-    no_recover
-        Leave out the recovery tail, in which all blocks learn together.
-    targets
-        Globs of the linears to factorise, by full name or by name within the block [default: all].
-    ignore
-        Globs of linears to leave dense.
-    seed
-        Of every random choice.
     plan
         Rank plan to replay, as an earlier run saved it (plan.json), instead of --keep.
     text
         Text files on which perplexity is measured before and after.
-    run
-        Run folder, where an unfinished run is found again [default: OUT.run].
-    restart
-        Forget an earlier run in the run folder.
-    device
-        `cpu`, `cuda`, `mps`, ... [default: an accelerator if there is one].
-    micro_batch
-        Sequences that are computed at once; lower it when memory is short.
-    activation_memory
-        Memory for activations between blocks, for example 4GB; what is more goes to disk [default: a quarter of what is free].
-    shard_size
-        Largest size of a weight file of the result.
-    compile
-        Fuse the steps of each block by torch.compile: somewhat faster after a warm-up of some seconds a block, the same result
-        up to rounding.
     log_dir
         Folder for TensorBoard's event files: the loss of each block, and of recovery.
     wandb
@@ -109,9 +57,7 @@ def compress(
     """
     from lillama import cli_output
     from lillama.compression import compress as work
-    from lillama.prepare import Machine
 
-    machine = Machine(device, micro_batch, size(activation_memory), size(shard_size) or 0, compile)
     with ExitStack() as stack:
         report = stack.enter_context(cli_output.progress(json))
         if log_dir is not None:
@@ -120,11 +66,19 @@ def compress(
             report = stack.enter_context(
                 logged(report, log_dir, ("tensorboard", "wandb") if wandb else ("tensorboard",))
             )
-        result = work(model, out, keep=keep, nbytes=size(bytes), max_loss=max_loss, recipe=recipe,
-                      calibration=calibration, tokens=tokens, seq_len=seq_len, scope=scope, bits=bits,
-                      recover=not no_recover, targets=targets, ignore=ignore, seed=seed, rank_plan=plan,
-                      texts=text or (), run=run, restart=restart, machine=machine, report=report,
-                      trust_remote_code=trust_remote_code)  # fmt: skip
+        result = work(
+            model,
+            out,
+            recipe=recipe,
+            max_loss=max_loss,
+            rank_plan=plan,
+            texts=text or (),
+            machine=machine,
+            report=report,
+            trust_remote_code=trust_remote_code,
+            **vars(place),
+            **vars(overrides),
+        )
     cli_output.show(result.as_json(), json, lambda: _table(result))
 
 

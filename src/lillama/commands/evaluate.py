@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-from lillama.commands.options import Flag, Many, size
+from lillama.options import Flag, Many, Size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     device: str | None = None,
-    activation_memory: str | None = None,
+    activation_memory: Size | None = None,
     trust_remote_code: Annotated[bool, Flag] = False,
     json: Annotated[bool, Flag] = False,
 ) -> None:
@@ -70,7 +70,7 @@ def evaluate(
     protocol = Protocol(seq_len, stride, windows, prompts, seed=seed)
     with cli_output.progress(json) as report:
         found = work(model, text or (), against=against, tasks=tasks or (), protocol=protocol, limit=limit,
-                     device=device, activation_memory=size(activation_memory), report=report,
+                     device=device, activation_memory=activation_memory, report=report,
                      trust_remote_code=trust_remote_code)  # fmt: skip
     cli_output.show(found.as_json(), json, lambda: _tables(found))
 

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lillama.commands.options import Flag
+from lillama.options import Flag
 
 
 def export(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from lillama.commands.options import Flag, Many
+from lillama.options import Flag, Many
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """`lillama plan`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from lillama.commands.options import Flag, Many, size
+from lillama.options import Flag, Flat, Machine, Overrides, RunPlace, Unshown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,24 +15,12 @@ def plan(
     model: str,
     /,
     *,
-    keep: float | None = None,
-    bytes: str | None = None,
     preview: Annotated[bool, Flag] = False,
     recipe: str = "default",
-    calibration: Annotated[list[str] | None, Many] = None,
-    tokens: int | None = None,
-    seq_len: int | None = None,
-    scope: Literal["model", "blocks"] | None = None,
-    bits: Literal[4, 8] | None = None,
-    no_recover: Annotated[bool, Flag] = False,
-    targets: Annotated[list[str] | None, Many] = None,
-    ignore: Annotated[list[str] | None, Many] = None,
-    seed: int | None = None,
+    overrides: Annotated[Overrides, Flat] = Overrides(),
     plan: Path | None = None,
-    run: Path | None = None,
-    restart: Annotated[bool, Flag] = False,
-    device: str | None = None,
-    micro_batch: int | None = None,
+    machine: Annotated[Machine, Flat] = Machine(),
+    _place: Annotated[RunPlace, Unshown] = RunPlace(),
     trust_remote_code: Annotated[bool, Flag] = False,
     json: Annotated[bool, Flag] = False,
 ) -> None:
@@ -42,42 +30,12 @@ def plan(
     ----------
     model
         Local folder or hub id; of weights that lie in the folder only the headers are read.
-    keep
-        Share of the parameters that remains [default: the recipe's, 0.8].
-    bytes
-        Size that the weights may have, for example 4GiB, instead of --keep.
     preview
         Read weights and calibration text, and show the ranks by spectra and the loss predicted for every size.
     recipe
         `default`, `paper`, another recipe that comes with lillama, or a YAML file.
-    calibration
-        As for `compress`.
-    tokens
-        Calibration tokens [default: the recipe's].
-    seq_len
-        Tokens of a sequence [default: the recipe's].
-    scope
-        What --keep is a share of: the whole `model` [default] or its `blocks`.
-    bits
-        Store the factors in 8 or 4 bits a number [default: the original's type].
-    no_recover
-        Leave out the recovery tail, in which all blocks learn together.
-    targets
-        Globs of the linears to factorise, by full name or by name within the block [default: all].
-    ignore
-        Globs of linears to leave dense.
-    seed
-        Of every random choice.
     plan
         Rank plan to show instead of making one.
-    run
-        Taken, as `compress` takes it, but nothing is read or written there.
-    restart
-        Taken, as `compress` takes it, without effect.
-    device
-        Where the work would be done.
-    micro_batch
-        Sequences that would be computed at once.
     trust_remote_code
         Run the code that lies in the model's folder (`auto_map` in config.json), for models that need it; read it first.
     json
@@ -86,22 +44,29 @@ def plan(
     from lillama import cli_output
     from lillama.compression import preview as look
     from lillama.errors import RecipeError
-    from lillama.prepare import Machine
     from lillama.prepare import plan as work
 
-    machine, nbytes = Machine(device, micro_batch), size(bytes)
     if preview and plan is not None:
         raise RecipeError(f"--preview and --plan {plan}: a saved plan needs no spectra; give one of them")
     with cli_output.progress(json) as report:
         if preview:
-            planned = look(model, keep=keep, nbytes=nbytes, recipe=recipe, calibration=calibration, tokens=tokens,
-                           seq_len=seq_len, scope=scope, bits=bits, targets=targets, ignore=ignore, seed=seed,
-                           machine=machine, report=report, trust_remote_code=trust_remote_code)  # fmt: skip
+            planned = look(
+                model,
+                recipe=recipe,
+                machine=machine,
+                report=report,
+                trust_remote_code=trust_remote_code,
+                **vars(overrides),
+            )
         else:
-            planned = work(model, keep=keep, nbytes=nbytes, recipe=recipe, calibration=calibration, tokens=tokens,
-                           seq_len=seq_len, scope=scope, bits=bits, recover=not no_recover, targets=targets,
-                           ignore=ignore, seed=seed, rank_plan=plan, machine=machine,
-                           trust_remote_code=trust_remote_code)  # fmt: skip
+            planned = work(
+                model,
+                recipe=recipe,
+                rank_plan=plan,
+                machine=machine,
+                trust_remote_code=trust_remote_code,
+                **vars(overrides),
+            )
     cli_output.show(planned.as_json(), json, lambda: _tables(planned))
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from lillama.commands.options import Flag
 from lillama.errors import ProbeError
+from lillama.options import Flag
 
 if TYPE_CHECKING:
     from lillama.probing.average import Accuracy

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from lillama.commands.options import Flag, Many
+from lillama.options import Flag, Many
 
 
 def report(
