@@ -1,13 +1,20 @@
-from typing import Any
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from lillama.errors import ModelError
 from lillama.stream.calls import BlockArgs, Rowwise, hidden_of, map_call, split_call, tree_leaves
 
 HIDDEN = torch.ones(2, 3, 4)
+
+
+class Size(NamedTuple):
+    height: int
+    width: int
 
 
 def positional(hidden: Tensor, shift: float, *, scale: float = 1.0) -> Tensor:
@@ -41,6 +48,23 @@ def test_leaves_are_found_inside_tuples_lists_and_dicts_and_stay_in_place() -> N
     assert tree_leaves([call]) == [1, 2, 3, 4, 5, None]
     doubled = map_call(lambda leaf: leaf and 2 * leaf, call)
     assert doubled == BlockArgs((2, (4, [6, {"a": 8}])), {"b": 10, "c": None})
+
+
+def test_an_output_of_a_model_is_a_tree_and_stays_what_it_is() -> None:
+    output = BaseModelOutput(last_hidden_state=HIDDEN, hidden_states=(HIDDEN, 2 * HIDDEN))  # pyright: ignore
+    call = BlockArgs((Size(1, 2), output), {"known": OrderedDict(a=3)})
+    assert [leaf if isinstance(leaf, int) else leaf.sum().item() for leaf in tree_leaves([call])] == [
+        1,
+        2,
+        24,
+        24,
+        48,
+        3,
+    ]
+    doubled = map_call(lambda leaf: 2 * leaf, call)
+    assert doubled.args[0] == Size(2, 4) and doubled.kwargs == {"known": OrderedDict(a=6)}
+    assert isinstance(doubled.args[1], BaseModelOutput)
+    assert torch.equal(doubled.args[1].hidden_states[1], 4 * HIDDEN)
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((6, 2), 0), ((3, 6), 1), ((18, 1, 2), 0), ((2, 12, 3), 1)])

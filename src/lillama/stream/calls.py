@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lillama.errors import ModelError
 from lillama.stream.store import RowTable
@@ -104,26 +105,19 @@ def split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor
 
 
 def map_call(function: Callable[[Any], Any], call: BlockArgs) -> BlockArgs:
-    """Apply a function to every leaf of a call's arguments, inside tuples, lists and dicts too."""
-    return BlockArgs(tuple(_map(function, a) for a in call.args), _map(function, call.kwargs), call.positional)
+    """Apply a function to every leaf of a call's arguments, inside all that torch has registered as a tree too.
+
+    These are tuples, named ones among them, lists, dicts and the outputs of models (`ModelOutput`).
+    """
+    args, kwargs = pytree.tree_map(function, (call.args, call.kwargs))
+    return BlockArgs(args, kwargs, call.positional)
 
 
 def tree_leaves(calls: Iterable[BlockArgs]) -> list[Any]:
     """Return the leaves of all arguments, in order."""
-    found: list[Any] = []
-    for call in calls:
-        map_call(found.append, call)
-    return found
+    return [leaf for call in calls for leaf in pytree.tree_leaves((call.args, call.kwargs))]
 
 
 def hidden_of(output: Any) -> Tensor:
     """Return the hidden state of a block's output."""
     return output[0] if isinstance(output, tuple | list) else output
-
-
-def _map(function: Callable[[Any], Any], tree: Any) -> Any:
-    if isinstance(tree, tuple | list):
-        return type(tree)(_map(function, item) for item in tree)
-    if isinstance(tree, dict):
-        return {key: _map(function, item) for key, item in tree.items()}
-    return function(tree)
