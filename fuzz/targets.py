@@ -18,7 +18,10 @@ SHORT = "--calibration {} --tokens 128 --seq-len 16 --device cpu --recipe recipe
 PLAN = "plan model --keep 0.98"
 COMPRESS = f"compress model out {SHORT.format('text.txt')}"
 EVALUATE = f"evaluate model {WINDOW}"
-ENDLESS = 4 << 30  # bytes of a file, which takes no room on the disk
+ENDLESS, HASHED = (
+    4 << 30,
+    128 << 20,
+)  # bytes of a file, which takes no room on the disk; of data, of which a digest is taken
 EXPORTS = ("export model exported --format dense", "export model exported --format portable")
 
 
@@ -119,7 +122,7 @@ def _replace(file: Path, files: list[Path], chance: Random) -> None:
             file.symlink_to(chance.choice(("nowhere", file.name)))
         case 3:
             file.write_bytes(content)
-            os.truncate(file, ENDLESS)
+            os.truncate(file, HASHED if file.suffix == ".jsonl" else ENDLESS)
         case 4:
             file.write_bytes(content)
 

@@ -54,6 +54,16 @@ def resolved(path: Path) -> Path:
         raise OutputError(f"{path}: a link that leads nowhere ({error}); name a folder") from None
 
 
+def refuse_present(folder: Path) -> None:
+    """Refuse a folder that is to be made and is there already.
+
+    Raises:
+        OutputError: something stands at its place, be it a link that leads nowhere.
+    """
+    if os.path.lexists(folder):
+        raise OutputError(f"{folder}: exists already; remove it or name another folder")
+
+
 @contextmanager
 def made_folder(path: Path) -> Iterator[None]:
     """Make a folder and those around it; in the end those that were made here and are empty are removed again."""

@@ -239,15 +239,15 @@ def _refuse_foreign(path: Path) -> None:
         raise OutputError(f"{path}: this is a file; choose another run folder with --run")
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set[str]()
     ours = LOCK in names and all(OWN.fullmatch(name) or BESIDE.fullmatch(name) for name in names)
-    if names and not ours and not _marked(path / MARKER):
+    if names and not ours and not is_run(path):
         found = MARKER if MARKER in names else min(names)
         raise OutputError(f"{path}: this folder holds something else than a run ({found}); choose another with --run")
 
 
-def _marked(marker: Path) -> bool:
-    """Tell whether a run folder's marker is one of ours; a damaged one is not."""
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder holds a run's marker; a damaged one is not one of ours."""
     try:
-        return isinstance(load_json(marker).get("identity"), dict)
+        return isinstance(load_json(folder / MARKER).get("identity"), dict)
     except (DamagedError, OSError):
         return False
 

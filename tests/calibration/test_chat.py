@@ -1,12 +1,14 @@
 """Chat turns go through the tokenizer's template in the form that it takes, and its failures are one line."""
 
 import json
+import resource
 import threading
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lillama.calibration import chat
+from lillama.calibration.bounded import within_memory
 from lillama.calibration.chat import chat_template
 from lillama.calibration.documents import documents
 from lillama.calibration.sources import Source
@@ -103,6 +105,11 @@ FAILURES: dict[str, tuple[object, str]] = {
     "escape": ("{{ messages.__class__.__mro__ }}", "unsafe"),
     "range": ("{% for i in range(10 ** 9) %}{% endfor %}", "[Rr]ange"),
     "memory": ("{{ 'a' * 10 ** 15 }}", "fills the memory"),
+    "much memory": ("{{ 'a' * 10 ** 10 }}", "fills the memory"),
+    "wide": ("{{ 'a'.center(10 ** 10) }}", "fills the memory"),
+    "format": ("{{ '%9999999999d' % 1 }}", "fills the memory"),
+    "power": ("{{ 9 ** 9 ** 9 }}", "raises to a power"),
+    "another power": ("{{ messages[0].content | length ** (9 * 10 ** 8) }}", "raises to a power"),
     "swells": ("{{ 'a' * 2000000 }}", "writes 2000000 characters"),
 }
 
@@ -124,6 +131,21 @@ def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(CalibrationError, match=r"here: the chat template .* has computed for 0\.1 s and does not end"):
         written(tokenizer, endless, AS_TEXT)
+
+
+def test_bounds_of_memory_end_with_their_context():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(MemoryError), within_memory(1 << 26):
+        assert len(b"x" * (1 << 20)) == 1 << 20
+        assert not b"x" * (1 << 28)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_arguments_by_name_are_no_power(tokenizer):
+    template = "{% set x = namespace(**{'a': 2}) %}{{ x.a ** 2 }}"
+    with pytest.raises(CalibrationError, match="raises to a power"):
+        written(tokenizer, template, AS_TEXT)
+    assert written(tokenizer, template.replace("x.a ** 2", "x.a * 2 ** 2"), AS_TEXT) == "8"
 
 
 def test_other_threads_write_too(tokenizer):

@@ -1,5 +1,6 @@
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -224,3 +225,60 @@ def test_read_text_takes_plain_text_only(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n")
     fails(lambda: read_text(path), "no text")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".json"])
+def test_a_line_without_end_is_refused(tmp_path, tokenizer, monkeypatch, kind):
+    monkeypatch.setattr(sources, "LINE", 1000)
+    path = tmp_path / f"a{kind}"
+    rows = (json.dumps({"text": "fine"}) + "\n" + json.dumps({"text": "x" * 2000})).encode()
+    path.write_bytes(gzip.compress(rows) if kind.endswith(".gz") else rows)
+    with pytest.raises(CalibrationError, match=r"line 2: longer than .* characters; cut it, or leave it out"):
+        texts(Source(str(path)), tokenizer)
+
+
+def test_a_bomb_fills_no_memory(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b" " * (sources.LINE + 1000), compresslevel=1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CalibrationError, match=r"line 1: longer than 64 Mi characters"):
+            texts(Source(str(path)), tokenizer)
+        assert tracemalloc.get_traced_memory()[1] < 6 * sources.LINE
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_read_whole_is_bounded(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(sources, "WHOLE", 1000)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 2000}]))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 2000))
+    with pytest.raises(CalibrationError, match=r"a\.json: longer than .*; write one object on each line"):
+        texts(Source(str(tmp_path / "a.json")), tokenizer)
+    with pytest.raises(CalibrationError, match=r"a\.txt\.gz: longer than .*; give a part of it"):
+        read_text(tmp_path / "a.txt.gz")
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/data-00000-of-00001.arrow", "/etc/passwd", "..", ".", "", "x.txt", 5, None, "a/b.arrow"]
+)
+def test_a_saved_dataset_names_its_own_files_alone(tmp_path, tokenizer, name):
+    other = tmp_path / "other"
+    Dataset.from_list([{"text": "SECRET"}]).save_to_disk(other)
+    for kind, state in (("saved", "state.json"), ("saved splits", "train/state.json")):
+        path = records(tmp_path, [{"text": "x"}], kind)
+        value = json.loads((path / state).read_text())
+        (path / state).write_text(json.dumps(value | {"_data_files": [{"filename": name}]}))
+        fails(lambda path=path: texts(Source(str(path)), tokenizer), "state.json: names", "save the dataset anew")
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc", "..", "", 5, "a/b"])
+def test_saved_splits_are_folders_of_their_own(tmp_path, tokenizer, name):
+    Dataset.from_list([{"text": "SECRET"}]).save_to_disk(tmp_path / "other")
+    path = records(tmp_path, [{"text": "x"}], "saved splits")
+    (path / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
+    fails(
+        lambda: texts(Source(str(path), split=str(name)), tokenizer),
+        "dataset_dict.json: names",
+        "save the dataset anew",
+    )

@@ -1,6 +1,8 @@
 """A model agrees with itself; with others as much as the full models say."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -117,3 +119,18 @@ def test_prompts_are_shortened_to_leave_room(tiny, text):
     protocol = replace(SHORT, seq_len=128, new_tokens=120)
     (found,) = agreement(tiny, tiny, text, protocol, device="cpu")
     assert found.continuation.prompts == 8
+
+
+def test_code_of_a_model_may_run(tiny, text, tmp_path, code_cache):
+    """Both models are asked with the code that lies in their folders, only where that is allowed."""
+    folder = shutil.copytree(tiny, tmp_path / "odd")
+    code = "from transformers import LlamaConfig\nclass Odd(LlamaConfig):\n    model_type = 'odd'\n"
+    (folder / "odd.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    changes = {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd"}}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    few = replace(SHORT, windows=2, prompts=0)
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        agreement(folder, tiny, text, few, device="cpu")
+    (found,) = agreement(folder, tiny, text, few, device="cpu", trust_remote_code=True)
+    assert found.kl.value == 0

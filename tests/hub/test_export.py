@@ -3,6 +3,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.hub.conftest import RANKS, Saved
 from transformers import AutoModelForCausalLM
 
 from lillama.errors import ModelError, OutputError
+from lillama.hub import export as module
 from lillama.hub.export import export
 from lillama.lowrank.install import low_rank_linears
 
@@ -125,3 +127,30 @@ def test_an_unknown_format_is_refused(complete: Path, tmp_path: Path) -> None:
     unchecked = inspect.unwrap(export)  # in tests a type checker stands before the function
     with pytest.raises(OutputError, match="'gguf' is not an export format; choose one of dense, portable"):
         unchecked(complete, tmp_path / "out", "gguf")
+
+
+@pytest.mark.parametrize("form", ["dense", "portable"])
+def test_what_comes_while_the_work_goes_on_stays(
+    form: str, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    annotated = module._annotate
+
+    def late(source: Path, folder: Path, loading: Any) -> None:
+        annotated(source, folder, loading)
+        write(tmp_path / "out", {"mine": "mine"})
+
+    monkeypatch.setattr(module, "_annotate", late)
+    with pytest.raises(OutputError, match="out: exists already"):
+        export(complete, tmp_path / "out", form)  # pyright: ignore[reportArgumentType]
+    assert names(tmp_path / "out") == {"mine"} and {path.name for path in tmp_path.iterdir()} == {"complete", "out"}
+
+
+def test_the_type_is_that_of_the_files_and_not_of_the_configuration(int8: Saved, tmp_path: Path) -> None:
+    shutil.copytree(int8.folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    export(tmp_path / "model", tmp_path / "dense", "dense")
+    export(int8.folder, tmp_path / "sound", "dense")
+    found, sound = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "sound"))
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert all(torch.equal(tensor, sound[name]) for name, tensor in found.items())

@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tests.hub.conftest import Saved
 
 from lillama.cli import main
@@ -53,6 +57,10 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "weights are a folder": (lambda m, out: folder(m / "model.safetensors"), "model"),
     "weights are a device": (lambda m, out: device(m / "model.safetensors"), "model.safetensors"),
     "weights are cut": (lambda m, out: (m / "model.safetensors").write_bytes(b"0" * 100), "model.safetensors"),
+    "an adapter lies beside": (
+        lambda m, out: (m / "adapter_config.json").write_text("{}"),
+        "an adapter lies in this folder",
+    ),
     "OUT is a file": (lambda m, out: file_at(out), "exists already"),
     "OUT is a folder": (lambda m, out: out.mkdir(), "exists already"),
     "OUT is a pipe": (lambda m, out: pipe(out), "exists already"),
@@ -132,3 +140,30 @@ def test_other_files_of_the_folder_stay_behind(format: str, model: Path, tmp_pat
     expected = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     code = {"modeling_lillama.py"} if format == "portable" else set()
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected | code
+
+
+@pytest.mark.parametrize("format", ["dense", "portable"])
+def test_an_index_that_does_not_count_stays_behind(format: str, model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}')
+    export(model, tmp_path / "out", format)  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_warnings_are_lines_of_ours(model: Path, tmp_path: Path) -> None:
+    """Names come from others: nothing of them moves the terminal."""
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"\x1b[2Jmodel.x": torch.zeros(1)}, model / "model.safetensors", metadata={"format": "pt"})
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "lillama.cli",
+        "export",
+        str(model),
+        str(tmp_path / "out"),
+        "--format",
+    ]
+    done = subprocess.run([*command, "dense"], capture_output=True, text=True, check=False)
+    (line,) = [line for line in done.stderr.splitlines() if "stored tensors" in line]
+    assert done.returncode == 0 and line.startswith("warning: ") and line.endswith("left out: \\x1b[2Jmodel.x")

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,12 @@ def test_an_adapter_of_the_hub_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     for weights in (True, False):
         with pytest.raises(ModelError, match="an adapter lies"):
             locate("org/name", weights)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "merges.txt", "spiece.model", "source.spm", "target.spm", "bpe.codes", "dict.bpe", "qwen.tiktoken",
+     "sentencepiece.bpe.model", "chat_template.jinja"],
+)  # fmt: skip
+def test_every_file_of_a_tokenizer_is_fetched(name: str) -> None:
+    assert any(fnmatch(name, pattern) for pattern in source.WANTED)

@@ -153,3 +153,16 @@ def test_without_a_benchmark_all_sets_that_come_with_lillama_are_used(tiny, caps
     assert [found["benchmark"] for found in value["results"]] == built_in_sets()
     for found in value["results"]:
         assert found["pairs"] == found["trials"] and 0.2 < found["overall"] < 0.8  # random weights
+
+
+def test_trials_replace_no_file(tiny, farm, tmp_path, capsys):
+    given = ["probe", "--trials", tmp_path / "given.csv", "--benchmark", farm, "--trials-out"]
+    write_trials(tmp_path / "given.csv", load_benchmark(farm), probe(tiny, farm).trials)
+    (tmp_path / "nowhere.csv").symlink_to("none")
+    before = (tmp_path / "given.csv").read_bytes()
+    for name in ("given.csv", "nowhere.csv"):
+        run(*given, tmp_path / name, status=2)
+        assert f"{name}: exists already; remove it" in capsys.readouterr().err
+    assert (tmp_path / "given.csv").read_bytes() == before
+    run(*given, tmp_path / "new.csv")
+    assert (tmp_path / "new.csv").read_bytes() == before

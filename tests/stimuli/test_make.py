@@ -9,6 +9,7 @@ from lillama.cli import main
 from lillama.errors import OutputError, ProbeError
 from lillama.probing.benchmark import load_benchmark, packaged_data
 from lillama.probing.pairs import read_pairs
+from lillama.stimuli import make
 from lillama.stimuli.make import make_stimuli, write_table
 from lillama.stimuli.sets import syntactic_set
 from lillama.stimuli.vocabulary import read_word_list
@@ -87,6 +88,8 @@ def test_word_lists_with_any_separator_and_header(text, tmp_path):
         ("rabbit,12\nlittle,five\n", "words.csv: line 2 is 'little,five'; a line holds a word and its count"),
         ("rabbit,12\nlittle\n", "words.csv: line 2 is 'little'; a line"),
         ("rabbit,12\n,3\n", "words.csv: line 2 is ',3'; a line"),
+        (f"rabbit,12\nlittle,{'9' * 400}\n", "words.csv: line 2 is 'little,999"),
+        (f"rabbit,12\n{'x' * 140_000},3\n", "words.csv: line 2: field larger than field limit"),
         ("", "words.csv: holds no words"),
         ("word,count\n", "words.csv: holds no words"),
     ],
@@ -112,7 +115,7 @@ def test_options_that_make_no_sense(tmp_path):
         make_stimuli(tmp_path / "out", "en", pairs=0)
     with pytest.raises(ProbeError, match="--vocabulary and --text are two sources"):
         make_stimuli(tmp_path / "out", "en", vocabulary="a", texts=["b"])
-    with pytest.raises(OutputError, match="exists; remove it or choose another OUT"):
+    with pytest.raises(OutputError, match="exists already; remove it or name another folder"):
         make_stimuli(tmp_path, "en")
 
 
@@ -122,3 +125,24 @@ def test_tables_are_plain_csv():
             rows = list(csv.DictReader(file))
         assert [row["id"] for row in rows] == [str(number) for number in range(1, 1201)]
         assert all(cell for row in rows for cell in row.values())
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link to nothing"])
+def test_what_comes_while_the_work_goes_on_stays(tmp_path, monkeypatch, kind):
+    out, described = tmp_path / "out", make.benchmarks
+
+    def late(stimuli):
+        if kind == "folder":
+            out.mkdir(exist_ok=True)
+            (out / "mine").touch()
+        elif kind == "file":
+            out.touch()
+        elif not out.is_symlink():
+            out.symlink_to("nowhere")
+        return described(stimuli)
+
+    monkeypatch.setattr(make, "benchmarks", late)
+    with pytest.raises(OutputError, match="exists already"):
+        make_stimuli(out, "en", pairs=4, tasks=("syntactic",))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not out.is_dir() or (out / "mine").is_file()

@@ -1,22 +1,22 @@
 """Chat turns as one text, written with the tokenizer's own template, which may fail in any way."""
 
 import re
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lillama.calibration.bounded import ended_within, within_memory
 from lillama.calibration.tokenizer import failures_explained
 from lillama.errors import CalibrationError
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of the roles
 OWN = ("role", "content", "from", "value")  # keys of a turn that are understood here; all others go to the template
 TEXT_PARTS = ("text", "input_text", "output_text")
-SECONDS = 5.0  # of computing that a template may take for one conversation
+DIGITS = 4  # of numbers whose power is computed in no time
+SECONDS, MEMORY = 5.0, 1 << 30  # of computing, and bytes, that a template may take for one conversation
 SWELL, ROOM = 100, 1 << 20  # characters of the text for each that is said, and besides
 ASKED = "What does a template do with this?"
 LISTED = re.compile(r"""['"]type['"]\s*:""")  # in a text: a list of parts that was printed as it stands
@@ -83,9 +83,38 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> ChatTemplat
     default = found["default"] if isinstance(found, dict) else found
     if not isinstance(default, str):
         raise CalibrationError(f"{where}: the tokenizer's chat template is {type(default).__name__}; it must be text")
+    if _raises_to_a_power(default):
+        raise CalibrationError(
+            f"{where}: the tokenizer's chat template raises to a power (**), which may never end and no template needs; take "
+            "it out"
+        )
     text, parts = (_attempt(tokenizer, content, where) for content in (ASKED, _parts([ASKED])))
     printed = len(LISTED.findall(parts)) > len(LISTED.findall(text))
     return ChatTemplate(tokenizer, ASKED in text, ASKED in parts and not printed)
+
+
+def _raises_to_a_power(template: str) -> bool:
+    """Tell whether a template holds a power of more than two small numbers: no signal ends that of large ones.
+
+    >>> [_raises_to_a_power(f"{{{{ {power} }}}}") for power in ("2**8", "f(**x)", "9**9**9", "9**x")]
+    [False, False, True, True]
+    """
+    try:
+        tokens = [(kind, text) for _, kind, text in Environment().lex(template) if kind != "whitespace"]
+    except TemplateError:  # which is told when it is used
+        return False
+    powers = [place for place, token in enumerate(tokens) if token == ("operator", "**")]
+    operands = ([tokens[place - 1], *tokens[place + 1 : place + 3]] for place in powers)
+    return any(
+        before[1] not in ("(", ",")  # of `f(**arguments)`
+        and not (_is_small(before) and all(map(_is_small, after[:1])) and ("operator", "**") not in after)
+        for before, *after in operands
+    )
+
+
+def _is_small(token: tuple[str, str]) -> bool:
+    kind, text = token
+    return kind == "integer" and len(text) <= DIGITS
 
 
 def _attempt(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]], where: str) -> str:
@@ -110,33 +139,15 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
             f"{where}: the chat template refuses the turns ({reason}); mend the template or the record"
         )
 
-    with failures_explained(explain), _ended_within(SECONDS):
+    with failures_explained(explain), ended_within(SECONDS):
         try:
-            text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+            with within_memory(MEMORY):
+                text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
         except MemoryError:
             raise explain("it fills the memory") from None
     if len(text) > SWELL * sum(len(str(message["content"])) for message in messages) + ROOM:
         raise explain(f"it writes {len(text)} characters")
     return text
-
-
-@contextmanager
-def _ended_within(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` when this process has computed for so long; only the main thread can be stopped."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f"it has computed for {seconds:g} s and does not end")
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _parts(texts: Sequence[str]) -> list[dict[str, str]]:

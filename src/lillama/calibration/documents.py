@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lillama.calibration.chat import ChatTemplate, chat_template
+from lillama.calibration.saved import is_saved
 from lillama.calibration.sources import (
     PLAIN,
     ROWS,
@@ -17,10 +18,10 @@ from lillama.calibration.sources import (
     choose_field,
     data_files,
     hub_rows,
-    is_saved,
     opened,
     refuse_halves,
     saved_rows,
+    whole,
 )
 from lillama.errors import CalibrationError
 
@@ -57,7 +58,7 @@ def read_text(path: str | Path) -> str:
     path = Path(path)
     check_kind(path, PLAIN)
     with opened(path) as file:
-        text = file.read()
+        text = whole(file, path, "give a part of it")
     if not text.strip():
         raise CalibrationError(f"{path}: holds no text; give another file")
     return text

@@ -10,6 +10,8 @@ from lillama.errors import CalibrationError, LillamaError
 
 OTHERS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
+WHOLE = 1 << 30  # bytes of a file that is read at once
+
 Standing = Literal["file", "folder", "nothing"]
 
 
@@ -57,10 +59,12 @@ def whole_text(path: Path, kind: type[LillamaError]) -> str:
     """Return a UTF-8 text file as it is, newlines apart.
 
     Raises:
-        LillamaError: of the kind given: it is not there, cannot be read or is not UTF-8.
+        LillamaError: of the kind given: it is not there, cannot be read, is larger than 1 GiB or is not UTF-8.
     """
     refuse_no_file(path, kind)
     try:
+        if (size := path.stat().st_size) > WHOLE:
+            raise kind(f"{path}: {size:,} bytes, and it is read as a whole; give a part of it")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise kind(f"{path}: not UTF-8 at byte {error.start}; convert it") from None

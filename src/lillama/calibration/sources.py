@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, TextIO, cast
+from typing import Annotated, Any, cast
 
 from pydantic import Field
 
 from lillama.calibration.paths import Standing, files_below, refuse_no_file, standing
+from lillama.calibration.saved import is_saved, refuse_outside
 from lillama.errors import CalibrationError, LillamaError, suggestion
 from lillama.files import digest, file_digest
 
@@ -23,7 +25,7 @@ PLAIN = (".txt", ".md")
 SPEECH, IMAGES = (".wav", ".flac", ".ogg", ".mp3"), (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FEATURES = ".npy"  # log-mel features that were computed before
 SHOWN = 20  # names of fields that an error tells
-SAVED = ("state.json", "dataset_dict.json")  # what `datasets.save_to_disk` leaves
+LINE, WHOLE = 64 << 20, 1 << 30  # characters of a record on one line, and of a text that is read at once
 
 Row = Mapping[str, Any]
 
@@ -69,7 +71,7 @@ def fingerprint(source: Source) -> str:
 def json_lines(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
     """Stream the records of a file with one JSON object on each line."""
     with opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines(file, path), 1):
             if not line.isspace():
                 yield f"{path}, line {number}", _parsed(line, f"{path}, line {number}")
 
@@ -77,12 +79,12 @@ def json_lines(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
 def _json(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
     """Yield the records of a JSON array, which is read whole; a file of JSON lines under this name is streamed."""
     with opened(path) as file:
-        is_array = next((line for line in file if not line.isspace()), "").lstrip().startswith("[")
+        is_array = next((line for line in lines(file, path) if not line.isspace()), "").lstrip().startswith("[")
     if not is_array:
         yield from json_lines(path, source)
         return
     with opened(path) as file:
-        rows = _parsed(file.read(), str(path), list)
+        rows = _parsed(whole(file, path, "write one object on each line (.jsonl)"), str(path), list)
     for number, row in enumerate(rows, 1):
         yield f"{path}, record {number}", row
 
@@ -114,6 +116,7 @@ def saved_rows(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
     """Stream the records of a folder saved by `datasets.save_to_disk`, from its memory-mapped files."""
     from datasets import DatasetDict, load_from_disk
 
+    refuse_outside(path)
     try:
         dataset = load_from_disk(str(path))
     except Exception as error:  # of parsers that share no base class
@@ -228,17 +231,43 @@ def check_kind(path: Path, kinds: Iterable[str]) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[TextIO]:
+def opened(path: Path) -> Iterator[TextIOWrapper]:
     """Open a UTF-8 text, packed with gzip or not, and turn what can go wrong while reading into one clear line."""
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with cast(TextIO, opener(path, "rt", encoding="utf-8-sig")) as file:
+        with cast(TextIOWrapper, opener(path, "rt", encoding="utf-8-sig")) as file:
             yield file
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise CalibrationError(f"{path}: is not UTF-8 text (byte 0x{byte:02x}); convert it to UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise CalibrationError(f"{path}: cannot be read ({first_line(error)}); check the file") from error
+
+
+def lines(file: TextIOWrapper, path: Path) -> Iterator[str]:
+    """Yield the lines of an opened text; of a few bytes gzip makes a line that fills all memory.
+
+    Raises:
+        CalibrationError: a line is longer than 64 Mi characters.
+    """
+    for number, line in enumerate(iter(lambda: file.readline(LINE + 1), ""), 1):
+        if len(line) > LINE:
+            raise CalibrationError(
+                f"{path}, line {number}: longer than {LINE >> 20} Mi characters; cut it, or leave it out"
+            )
+        yield line
+
+
+def whole(file: TextIOWrapper, path: Path, remedy: str) -> str:
+    """Return all of an opened text.
+
+    Raises:
+        CalibrationError: it is longer than 1 Gi characters.
+    """
+    text = file.read(WHOLE + 1)
+    if len(text) > WHOLE:
+        raise CalibrationError(f"{path}: longer than {WHOLE >> 30} Gi characters, and it is read as a whole; {remedy}")
+    return text
 
 
 def _parsed(text: str, where: str, kind: type = dict) -> Any:
@@ -259,11 +288,6 @@ def _kind(path: Path) -> str:
     name = path.name.lower()
     inner = Path(name.removesuffix(".gz")).suffix
     return inner if inner in (*PLAIN, ".jsonl") else Path(name).suffix
-
-
-def is_saved(folder: Path) -> bool:
-    """Tell whether `datasets.save_to_disk` made the folder."""
-    return any((folder / name).is_file() for name in SAVED)
 
 
 def check_exists(source: Source) -> Standing:

@@ -29,10 +29,11 @@ def export(
     trust_remote_code
         Run the code that lies in the model's folder (`auto_map` in config.json), for models that need it; read it first.
     """
+    from lillama.cli_output import progress
     from lillama.errors import plain
     from lillama.hub.export import export as work
     from lillama.resources import shortage_explained
 
-    with shortage_explained():
+    with progress(quiet=True), shortage_explained():
         work(source, destination, format, trust_remote_code)
     sys.stdout.write(f"{plain(str(destination))}\n")

@@ -1,5 +1,6 @@
 """`lillama probe`."""
 
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -56,7 +57,7 @@ def probe(
     gold
         The benchmark's table of texts, for --probabilities.
     trials_out
-        Table to write, with every pair and its two scores (.csv or .tsv).
+        Table to make, with every pair and its two scores (.csv or .tsv).
     batch_tokens
         Tokens that are computed at once; lower it when memory is short.
     device
@@ -85,6 +86,7 @@ def probe(
             results = probe_all(model, names, data, against=against, score=score, unit=unit, batch_tokens=batch_tokens,
                                 device=device, seed=seed, report=report, trust_remote_code=trust_remote_code)  # fmt: skip
     if trials_out is not None:
+        _refuse_taken(trials_out)  # once more, for something may have come in the meantime
         write_trials(trials_out, load_benchmark(names[0]), results[0].trials)
     values = [result.as_json() for result in results]
     value = values[0] if benchmark is not None else {"version": 1, "results": values}
@@ -105,8 +107,16 @@ def _check(
         raise ProbeError("--data needs --benchmark, which says how to read it")
     if many and trials_out is not None:
         raise ProbeError("--trials-out takes one benchmark: name it with --benchmark")
-    if trials_out is not None and not trials_out.parent.is_dir():
+    if trials_out is not None:
+        _refuse_taken(trials_out)
+
+
+def _refuse_taken(trials_out: Path) -> None:
+    """Refuse a place for trials where there is a file already, or no folder for one."""
+    if not trials_out.parent.is_dir():
         raise ProbeError(f"{trials_out.parent}: no such folder; make it, or choose another place for --trials-out")
+    if lexists(trials_out):
+        raise ProbeError(f"{trials_out}: exists already; remove it, or choose another place for --trials-out")
 
 
 def _tables(results: "list[ProbeResult]") -> None:

@@ -19,6 +19,7 @@ from lillama.evaluation.samples import Sample, samples
 from lillama.evaluation.tally import log_probs, pair_tallies
 from lillama.evaluation.whole import refuse_too_large
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
+from lillama.model.remote import remote_code
 from lillama.model.source import locate, refuse_too_long
 from lillama.progress import Report, silent
 from lillama.resources import pick_device, shortage_explained
@@ -58,6 +59,7 @@ def agreement(
     device: str | None = None,
     activation_memory: int | None = None,
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> list[Agreement]:
     """Compare a model with its dense original on text files; blocks are in memory one at a time, but for continuations.
 
@@ -70,6 +72,7 @@ def agreement(
         activation_memory: bytes that activations may take in memory before they go to disk; by default a quarter of what
             is free.
         report: told about progress.
+        trust_remote_code: whether code that lies in a model's folder (`auto_map`) may run, as in transformers.
 
     Raises:
         LillamaError: a model or a text cannot be used, or the two do not belong together.
@@ -81,7 +84,8 @@ def agreement(
         (0.0, 1.0, 0.0)
     """
     protocol = protocol or Protocol()
-    measured = measure(model, dense, texts, protocol, device, activation_memory, report)
+    with remote_code(trust_remote_code):
+        measured = measure(model, dense, texts, protocol, device, activation_memory, report)
     return [summary(name, [one], protocol.seed) for name, one in measured.items()]
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from lillama.errors import ModelError, OutputError
-from lillama.files import atomic_folder, write_json
+from lillama.files import atomic_folder, refuse_present, write_json
 from lillama.hub.card import Loading, with_loading
 from lillama.hub.companions import carry_along, is_inside, without_code
 from lillama.hub.portable import CODE, compressed_config, make_portable
 from lillama.lowrank.linear import low_rank_linears, merge
-from lillama.model.checkpoint import INDEX, CheckpointReader, CheckpointWriter
+from lillama.model.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter
 from lillama.model.remote import remote_code
-from lillama.model.source import stored_dtype
+from lillama.model.source import refuse_adapter, stored_dtype
 from lillama.model.weights import Weights, stored
 from lillama.stream.streamed import StreamedModel, open_streamed
 
@@ -58,12 +58,13 @@ def export(
     source, destination = Path(source), Path(destination)
     if format not in FORMATS:
         raise OutputError(f"{format!r} is not an export format; choose one of {', '.join(FORMATS)}")
-    if destination.exists():
-        raise OutputError(f"{destination}: exists already; remove it or name another folder")
+    refuse_present(destination)
     compressed_config(source)
+    refuse_adapter(source)
     _refuse_pipes(source)
     with remote_code(trust_remote_code), atomic_folder(destination) as folder:
         FORMATS[format](source, folder, trust_remote_code)
+        refuse_present(destination)  # once more, for something may have come in the meantime
 
 
 def _refuse_pipes(source: Path) -> None:
@@ -87,8 +88,8 @@ def _portable(source: Path, folder: Path, code: bool) -> None:
     model = open_streamed(source, torch.device("cpu"))
     for name in model.names:
         model.stored_block(name, None)  # what is damaged does not leave
-    index = source / INDEX
-    for file in (*model.reader.files, *([index] if index.is_file() else [])):
+    index, files = source / INDEX, model.reader.files
+    for file in (*files, *([index] if index.is_file() and source / SINGLE not in files else [])):
         shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", without_code(compressed_config(source), source, code))
     carry_along(source, folder, code, frozenset({PLOT}))
@@ -121,9 +122,11 @@ def _write(writer: CheckpointWriter, model: StreamedModel, tensors: dict[str, Te
 
 
 def _stored_type(weights: Weights, linear: str) -> torch.dtype:
-    """Return the type of a factorised weight: that of its factors, or the model's own where these are quantised."""
-    factor = f"{linear}.right.weight"
-    return weights.dtype(factor) if factor in weights.sources else stored_dtype(weights.model.config)
+    """Return the type that a factorised weight had: that of its factors, or where these are quantised of its empty place."""
+    factor, place = f"{linear}.right.weight", f"{linear}.weight"
+    if factor in weights.sources:
+        return weights.dtype(factor)
+    return weights.reader.dtype(place) if place in weights.reader.entries else stored_dtype(weights.model.config)
 
 
 def _annotate(source: Path, folder: Path, loading: Loading) -> None:

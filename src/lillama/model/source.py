@@ -16,10 +16,11 @@ from lillama.files import read_json
 from lillama.model.foreign import explained, reason
 from lillama.model.remote import announce, needs_code, runs_code
 
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "README.md",
+          "LICENSE*", "NOTICE*"]  # fmt: skip
 ADAPTER = "adapter_config.json"
 READ_WHOLE = ("*config.json", "tokenizer*", "vocab*", "merges*", "added_tokens*", "special_tokens*", "chat_template*",
-              "additional_chat_templates/*", "*.model", "*.tiktoken")  # fmt: skip
+              "additional_chat_templates/*", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken")  # fmt: skip
 LARGEST = 256 << 20  # bytes of one of them; those of the largest vocabularies take 40 MB
 CONFIG_ONLY = ["config.json", ADAPTER]
 # What is made in a loop, by the end of its key: far more of it than any public model has would take for ever.
@@ -46,7 +47,7 @@ def locate(model: str | Path, weights: bool = True) -> Path:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        _refuse_adapter(path)
+        refuse_adapter(path)
         if not (path / "config.json").is_file():
             raise ModelError(f"{path}: no config.json in this folder; a Hugging Face model folder is needed")
         _refuse_bottomless(path)
@@ -60,7 +61,7 @@ def locate(model: str | Path, weights: bool = True) -> Path:
         raise ModelError(f"{model}: no such folder, and not a hub id of the form org/name") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ModelError(f"{model}: no such folder, and the hub did not give it ({reason(error)})") from None
-    _refuse_adapter(path)
+    refuse_adapter(path)
     return path
 
 
@@ -101,7 +102,7 @@ def quantization(config: PretrainedConfig) -> dict[str, Any] | None:
     return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
-def _refuse_adapter(folder: Path) -> None:
+def refuse_adapter(folder: Path) -> None:
     """Refuse an adapter, alone or beside the weights that it changes: transformers would load both, we read weights alone."""
     if (folder / ADAPTER).is_file():
         raise ModelError(

@@ -13,11 +13,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lillama.files import atomic_file
 from lillama.publishing import escaped, markdown_templates, public_recipe
 from lillama.report import learning, measures, structure, summary
 from lillama.report.evidence import Evidence, Extra, collect
 from lillama.report.figure import Cell, Figure, shown
+from lillama.report.place import places, write_all
 from lillama.report.trust import doubts
 
 VERSION = 1
@@ -113,17 +113,15 @@ def report(paths: Sequence[Path], extra: Extra | None = None) -> Page:
 
 
 def write(page: Page, out: Path, refresh: float | None = None) -> tuple[Path, Path, Path]:
-    """Write a report beside `out`, with the suffixes .html, .md and .json, and return the three places."""
-    texts = {
-        ".html": page.as_html(refresh),
-        ".md": page.as_markdown(),
-        ".json": json.dumps(page.as_json(), indent=2, ensure_ascii=False) + "\n",
-    }
-    places = [out.with_name(out.name.removesuffix(".html") + suffix) for suffix in texts]
-    for place, text in zip(places, texts.values(), strict=True):
-        with atomic_file(place) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="replace")  # halves of characters are none
-    return places[0], places[1], places[2]
+    """Write a report beside `out`, with the suffixes .html, .md and .json, and return the three places.
+
+    Raises:
+        OutputError: something else than an earlier report stands at one of them.
+    """
+    html, markdown, value = places(out)
+    text = json.dumps(page.as_json(), indent=2, ensure_ascii=False)
+    write_all({html: page.as_html(refresh), markdown: page.as_markdown(), value: text})
+    return html, markdown, value
 
 
 def _chapter(evidence: Evidence) -> Chapter:

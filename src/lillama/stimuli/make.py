@@ -9,8 +9,8 @@ from typing import Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lillama.calibration.documents import read_text
-from lillama.errors import OutputError, ProbeError
-from lillama.files import atomic_folder
+from lillama.errors import ProbeError
+from lillama.files import atomic_folder, refuse_present
 from lillama.probing.benchmark import Benchmark, load_benchmark
 from lillama.stimuli.language import LanguageName, load_language
 from lillama.stimuli.pronounce import Espeak, Gruut, Pronouncer
@@ -104,8 +104,7 @@ def _check(out: Path, vocabulary: str | Path | None, texts: Sequence[Path], pair
         raise ProbeError("--vocabulary and --text are two sources of one thing; give one of them")
     if pairs < 1:
         raise ProbeError(f"--pairs is {pairs}; it is the number of pairs of each set, at least 1")
-    if out.exists():
-        raise OutputError(f"{out}: exists; remove it or choose another OUT")
+    refuse_present(out)
 
 
 def _write(out: Path, sets: Sequence[StimuliSet]) -> None:
@@ -120,6 +119,7 @@ def _write(out: Path, sets: Sequence[StimuliSet]) -> None:
                 (folder / f"{benchmark.name}.yaml").write_text(benchmark.as_yaml(), encoding="utf-8")
         readme = environment.get_template("readme.md.jinja").render(sets=sets, benchmarks=benchmarks)
         (folder / "README.md").write_text(readme, encoding="utf-8")
+        refuse_present(out)  # once more, for something may have come in the meantime
 
 
 def write_table(path: Path, stimuli: StimuliSet) -> None:

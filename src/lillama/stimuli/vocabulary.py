@@ -72,7 +72,7 @@ def read_word_list(path: Path) -> Vocabulary:
     delimiter = next((mark for mark in SEPARATORS if lines and mark in lines[0][1]), ",")
     counts: Counter[str] = Counter()
     for position, (number, line) in enumerate(lines):
-        cells = [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
+        cells = [cell.strip() for cell in _cells(path, number, line, delimiter)]
         if position == 0 and len(cells) > 1 and not _is_count(cells[1]):
             continue
         if len(cells) < 2 or not cells[0] or not _is_count(cells[1]):
@@ -100,5 +100,12 @@ def _words(text: str) -> Iterable[str]:
         yield word.replace("’", "'")  # noqa: RUF001
 
 
+def _cells(path: Path, number: int, line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=delimiter))
+    except csv.Error as error:
+        raise ProbeError(f"{path}: line {number}: {error}; a line holds a word and its count, as `rabbit,12`") from None
+
+
 def _is_count(cell: str) -> bool:
-    return re.fullmatch(r"\d+(\.\d+)?", cell) is not None
+    return re.fullmatch(r"\d{1,15}(\.\d+)?", cell) is not None  # more is no count
