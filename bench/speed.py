@@ -87,7 +87,7 @@ def staged() -> Iterator[Stages]:
     from lillama.distill.learner import Learner
     from lillama.distill.streams import Streams
     from lillama.distill.tail import Tail
-    from lillama.lesson import Lesson
+    from lillama.lesson import RunContext
     from lillama.stream.streamed import StreamedModel
 
     stages = Stages()
@@ -103,7 +103,7 @@ def staged() -> Iterator[Stages]:
         "checks": [(Learner, "validate"), (Learner, "state")],
         "bookkeeping": [(lillama.teach, "distill_block")],
         "recovery": [(Tail, "_step")],
-        "files": [(StreamedModel, "block"), (Lesson, "save"), (Lesson, "finished")],
+        "files": [(StreamedModel, "block"), (RunContext, "save"), (RunContext, "finished")],
     }
     with ExitStack() as patches:
         for stage, owners in places.items():

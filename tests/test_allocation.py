@@ -62,12 +62,12 @@ def test_an_interrupted_run_decides_once_and_ends_in_the_same_bits(tiny, quick, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(allocation.Lesson, "initialised", interrupt)
+        patch.setattr(allocation.RunContext, "drop_gradients", interrupt)
         with pytest.raises(KeyboardInterrupt):
             compress(tiny, out, recipe=recipe)
     (tmp_path / "out.run" / "blocks" / "0002.json").unlink()
-    chosen = allocation._chosen
-    monkeypatch.setattr(allocation, "_chosen", lambda *args: tried.append(1) or chosen(*args))
+    chosen = allocation._pick_plan
+    monkeypatch.setattr(allocation, "_pick_plan", lambda *args: tried.append(1) or chosen(*args))
     again = compress(tiny, out, recipe=recipe)
     assert not tried and again.plan == result.plan
     files = [folder / "model.safetensors" for folder in (result.path, again.path)]
@@ -76,7 +76,7 @@ def test_an_interrupted_run_decides_once_and_ends_in_the_same_bits(tiny, quick, 
 
 def test_uniform_ranks_are_taken_where_they_are_better_and_this_is_said(tiny, quick, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
-        allocation, "_tried", lambda lesson, fisher, plans: [(0.1, 0.1)] + [(0.2, 0.2)] * (len(plans) - 1)
+        allocation, "_evaluate_plans", lambda ctx, fisher, plans: [(0.1, 0.1)] + [(0.2, 0.2)] * (len(plans) - 1)
     )
     result = compress(tiny, tmp_path / "out", recipe=quick(**BEST, distill={"epochs": 0}))
     assert "uniform ranks were better" in caplog.text

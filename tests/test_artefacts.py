@@ -200,7 +200,7 @@ def test_a_damaged_state_of_a_training_is_not_gone_on_from(
 ):
     model = make_model(num_hidden_layers=2)
     if stage == "joint":
-        monkeypatch.setitem(making.TEACH, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
+        monkeypatch.setitem(making.SCHEDULES, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
         recipe, owner = quick(distill={"schedule": "joint", "epochs": 1}), teach.JointTraining
     else:
         monkeypatch.setattr(making, "recover", partial(making.recover, snapshot_seconds=0))

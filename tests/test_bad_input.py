@@ -60,10 +60,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (drop("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
     "tensor missing": (lambda m: edit_weights(m, lambda t: t.pop(Q)), f"{re.escape(Q)} is missing"),
     "wrong shape": (
-        lambda m: edit_weights(m, lambda t: t.update({Q: t[Q][:-1].clone()})), f"{re.escape(Q)} has shape.*31, 32",
+        lambda m: edit_weights(m, lambda t: t.update({Q: t[Q][:-1].clone()})),
+        f"{re.escape(Q)} has shape.*31, 32",
     ),
     "wrong type": (
-        lambda m: edit_weights(m, lambda t: t.update({Q: t[Q].to(torch.int8)})), f"{re.escape(Q)} is stored as I8",
+        lambda m: edit_weights(m, lambda t: t.update({Q: t[Q].to(torch.int8)})),
+        f"{re.escape(Q)} is stored as I8",
     ),
     "NaN": (lambda m: edit_weights(m, lambda t: t[Q].view(-1)[5].fill_(torch.nan)), f"{re.escape(Q)} holds NaN"),
     "truncated": (truncate, "truncated"),
@@ -71,7 +73,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown type": (lambda m: edit_config(m, model_type="lama"), "lama"),
     "damaged config": (lambda m: (m / "config.json").write_text("{"), r"config\.json"),
     "quantised": (lambda m: edit_config(m, quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
-}  # fmt: skip
+}
 
 OPTIONS: dict[str, tuple[list[str], str]] = {
     "keep zero": (["--keep", "0"], "keep is 0"),
@@ -151,8 +153,9 @@ def test_mistaken_options(tiny, call, tmp_path, mistake):
     (tmp_path / "short.txt").write_text("too short")
     (folder / "thesis.tex").write_text("dear")
     places = {name: str(file) for name, file in files.items()} | {
-        "short": str(tmp_path / "short.txt"), "folder": str(folder),
-    }  # fmt: skip
+        "short": str(tmp_path / "short.txt"),
+        "folder": str(folder),
+    }
     assert re.search(match, call(tiny, *(option.format(**places) for option in options)))
     assert not (tmp_path / "out.run").exists()
     assert [file.name for file in folder.iterdir()] == ["thesis.tex"]
@@ -209,7 +212,7 @@ def test_memory_is_saved_where_there_is_less_than_twice_what_is_needed(
     tiny, quick, tmp_path, monkeypatch, times, saved
 ):
     called, jobs = [], []
-    monkeypatch.setattr(making, "checked_room", lambda job, *rest: jobs.append(job))
+    monkeypatch.setattr(making, "check_resources", lambda job, *rest: jobs.append(job))
     monkeypatch.setattr(lesson, "free_memory", lambda device: round(times * jobs[0].needs.memory_bytes))
     monkeypatch.setattr(making, "save_memory", lambda: called.append(True))
     compress(tiny, tmp_path / "out", recipe=quick())
@@ -234,7 +237,7 @@ def test_shortage_on_the_way_is_explained_and_the_run_goes_on(tiny, quick, call,
     assert re.search(match, call(tiny))
     monkeypatch.undo()
     assert (tmp_path / "out.run" / "blocks" / "0002.json").is_file()
-    monkeypatch.setitem(making.TEACH, "sequential", None)
+    monkeypatch.setitem(making.SCHEDULES, "sequential", None)
     compress(tiny, tmp_path / "out", recipe=quick())
 
 

@@ -109,12 +109,28 @@ def test_every_option_reaches_the_library(monkeypatch, tmp_path):
     report = given.pop("report")
     assert callable(report)
     assert given == {
-        "model": "org/model", "out": Path("out"), "keep": 0.5, "recipe": "paper", "calibration": ("a.txt", "b.txt"),
-        "tokens": 7, "seq_len": 8, "scope": "blocks", "targets": ("mlp.*", "self_attn.*"), "ignore": ("*.0.*",), "seed": 4,
-        "rank_plan": Path("p.json"), "texts": [Path("x.txt"), Path("y.txt")], "run": Path("r"), "restart": True,
-        "machine": Machine("cpu", 3, 4 * 10**9, 2**20, True), "nbytes": 10**6, "max_loss": 0.1, "bits": 8, "recover": False,
+        "model": "org/model",
+        "out": Path("out"),
+        "keep": 0.5,
+        "recipe": "paper",
+        "calibration": ("a.txt", "b.txt"),
+        "tokens": 7,
+        "seq_len": 8,
+        "scope": "blocks",
+        "targets": ("mlp.*", "self_attn.*"),
+        "ignore": ("*.0.*",),
+        "seed": 4,
+        "rank_plan": Path("p.json"),
+        "texts": [Path("x.txt"), Path("y.txt")],
+        "run": Path("r"),
+        "restart": True,
+        "machine": Machine("cpu", 3, 4 * 10**9, 2**20, True),
+        "nbytes": 10**6,
+        "max_loss": 0.1,
+        "bits": 8,
+        "recover": False,
         "trust_remote_code": True,
-    }  # fmt: skip
+    }
 
 
 def test_defaults_are_left_to_the_recipe(monkeypatch):
@@ -128,9 +144,13 @@ def test_defaults_are_left_to_the_recipe(monkeypatch):
     with pytest.raises(SystemExit):
         main(["compress", "m", "out"])
     assert {k: v for k, v in given.items() if v is not None} == {
-        "recipe": "default", "texts": (), "restart": False, "machine": Machine(), "report": given["report"],
+        "recipe": "default",
+        "texts": (),
+        "restart": False,
+        "machine": Machine(),
+        "report": given["report"],
         "trust_remote_code": False,
-    }  # fmt: skip
+    }
 
 
 def test_plan_takes_what_says_where_a_run_lies(tiny, recipe, tmp_path, capsys):
@@ -154,8 +174,18 @@ def test_help_names_commands_and_options(capsys):
     for command in ("compress", "plan"):
         run(command, "--help")
         printed = capsys.readouterr().out
-        for option in ("--keep", "--recipe", "--calibration", "--tokens", "--seq-len", "--scope", "--targets", "--ignore",
-                       "--seed", "--device"):  # fmt: skip
+        for option in (
+            "--keep",
+            "--recipe",
+            "--calibration",
+            "--tokens",
+            "--seq-len",
+            "--scope",
+            "--targets",
+            "--ignore",
+            "--seed",
+            "--device",
+        ):
             assert option in printed, (command, option)
         for option in ("--run", "--restart"):  # which `plan` takes as well, but does nothing with
             assert (option in printed) == (command == "compress"), (command, option)

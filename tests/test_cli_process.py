@@ -140,7 +140,7 @@ def test_a_signal_leaves_one_line_and_a_run_that_goes_on(
     assert {path.name for path in tmp_path.iterdir()} == {"quick.yaml", "out.run"}
     assert not list((tmp_path / "out.run").rglob(".*")) and not (tmp_path / "out.run" / "scratch").exists()
     monkeypatch.setattr(making, "assemble", assemble)
-    monkeypatch.setitem(making.TEACH, "sequential", None)  # nothing is taught again
+    monkeypatch.setitem(making.SCHEDULES, "sequential", None)  # nothing is taught again
     compress(tiny, tmp_path / "out", recipe=quick(distill={"epochs": 1}))
     assert json.loads((tmp_path / "out" / "lillama.json").read_text())["version"] == 1
 

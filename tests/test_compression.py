@@ -342,7 +342,7 @@ def test_one_sequence_serves_for_both_with_a_warning(tiny, quick, tmp_path, capl
 
 def test_nothing_is_taught_twice(tiny, quick, text, tmp_path, monkeypatch):
     first = compress(tiny, tmp_path / "out", recipe=quick())
-    monkeypatch.setitem(lillama.making.TEACH, "sequential", None)
+    monkeypatch.setitem(lillama.making.SCHEDULES, "sequential", None)
     again = compress(tiny, tmp_path / "out", recipe=quick(), texts=[text])
     assert weights(first.path) == weights(again.path) and len(again.texts) == 1
 

@@ -9,12 +9,12 @@ import torch
 from lillama import options, prepare
 from lillama.errors import RecipeError, ResourceError
 from lillama.options import Machine
-from lillama.prepare import checked_room, plan, prepared
+from lillama.prepare import build_job, check_resources, plan, resize_job
 
 
 @pytest.fixture
 def job(tiny, quick):
-    return prepared(tiny, quick(), "quick", None, Machine())
+    return build_job(tiny, quick(), Machine())
 
 
 def test_plan_reads_the_configuration_alone(make_model, quick):
@@ -69,8 +69,13 @@ def test_identity_sees_recipe_model_data_and_ranks(job, text, quick, tiny):
     assert identity["recipe"] == job.recipe.as_dict()
     assert list(identity["data"]) == [str(text)]
     assert json.loads(json.dumps(identity)) == identity
-    assert prepared(tiny, quick(), "other name", None, Machine(micro_batch=1)).identity() == identity
-    assert prepared(tiny, quick(keep=0.6), "", None, Machine()).identity()["plan"] != identity["plan"]
+    assert build_job(tiny, quick(), Machine(micro_batch=1), recipe_name="other name").identity() == identity
+    assert build_job(tiny, quick(keep=0.6), Machine()).identity()["plan"] != identity["plan"]
+
+
+def test_a_resized_job_is_the_job_of_that_size(tiny, quick, job):
+    assert resize_job(job, quick(keep=0.6)).plan == plan(tiny, recipe=quick(keep=0.6)).plan
+    assert resize_job(job, quick(keep=0.6)).identity() == build_job(tiny, quick(keep=0.6), Machine()).identity()
 
 
 def test_sequences_at_once():
@@ -83,20 +88,20 @@ def test_sequences_at_once():
 @pytest.mark.parametrize("machine", [Machine(micro_batch=0), Machine(activation_memory=-1), Machine(shard_bytes=0)])
 def test_senseless_machines_are_refused(tiny, quick, machine):
     with pytest.raises(RecipeError, match="must be at least"):
-        prepared(tiny, quick(), "", None, machine)
+        build_job(tiny, quick(), machine)
 
 
 def test_room_counts_what_a_run_has_written_already(job, tmp_path, monkeypatch):
     out, run = tmp_path / "out", tmp_path / "not" / "yet" / "run"
     monkeypatch.setattr(prepare, "free_disk", lambda path: job.needs.disk_bytes - 500)
     with pytest.raises(ResourceError, match=str(run)):
-        checked_room(job, out, run, 0)
-    checked_room(job, out, run, 500)
+        check_resources(job, out, run, 0)
+    check_resources(job, out, run, 500)
 
 
 def test_the_joint_schedule_may_park_in_files(job, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "free_memory", lambda device: 1)
     with pytest.raises(ResourceError, match="memory"):
-        checked_room(job, tmp_path / "out", tmp_path / "run", 0)
+        check_resources(job, tmp_path / "out", tmp_path / "run", 0)
     joint = replace(job, recipe=replace(job.recipe, distill=replace(job.recipe.distill, schedule="joint")))
-    checked_room(joint, tmp_path / "out", tmp_path / "run", 0)
+    check_resources(joint, tmp_path / "out", tmp_path / "run", 0)

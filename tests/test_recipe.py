@@ -139,11 +139,21 @@ def test_the_hash_is_stable_and_sees_every_value(tmp_path):
     assert Recipe().hash == Recipe().hash == load_recipe(written(tmp_path, "seed: 0")).hash
     assert re.fullmatch("[0-9a-f]{64}", Recipe().hash)
     one_by_one = [
-        {"keep": 0.31}, {"scope": "blocks"}, {"targets": ["x"]}, {"ignore": ["x"]}, {"seed": 9},
-        {"ranks": {"name": "top"}}, {"ranks": {"name": "uniform", "multiple_of": 3}}, {"init": {"name": "random"}},
-        *({"distill": change} for change in ({"lr": 0.5}, {"epochs": 77}, {"loss": {"name": "token-mse"}}, {"clip": None})),
-        {"calibration": {"tokens": 77}}, {"calibration": {"sources": [{"path": "x"}]}},
-    ]  # fmt: skip
+        {"keep": 0.31},
+        {"scope": "blocks"},
+        {"targets": ["x"]},
+        {"ignore": ["x"]},
+        {"seed": 9},
+        {"ranks": {"name": "top"}},
+        {"ranks": {"name": "uniform", "multiple_of": 3}},
+        {"init": {"name": "random"}},
+        *(
+            {"distill": change}
+            for change in ({"lr": 0.5}, {"epochs": 77}, {"loss": {"name": "token-mse"}}, {"clip": None})
+        ),
+        {"calibration": {"tokens": 77}},
+        {"calibration": {"sources": [{"path": "x"}]}},
+    ]
     hashes = {load_recipe(Recipe(), change).hash for change in one_by_one} | {Recipe().hash}
     assert len(hashes) == len(one_by_one) + 1
 

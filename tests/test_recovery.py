@@ -18,10 +18,10 @@ from lillama.calibration.gather import gather
 from lillama.distill.block import batches
 from lillama.distill.recover import RecoverConfig
 from lillama.distill.tail import Tail
-from lillama.lesson import Lesson
+from lillama.lesson import RunContext
 from lillama.lowrank.install import install
 from lillama.options import Machine
-from lillama.prepare import prepared
+from lillama.prepare import build_job
 from lillama.progress import silent
 from lillama.ranks.plan import RankPlan
 from lillama.recovery import Recovered, recover
@@ -35,15 +35,15 @@ TOO_HIGH = 0.02  # a quarter of it is not
 
 
 @pytest.fixture
-def taught(tiny, quick, tmp_path) -> Callable[..., Lesson]:
-    """Return a function that makes a lesson whose blocks are taught, in a folder of its own."""
+def taught(tiny, quick, tmp_path) -> Callable[..., RunContext]:
+    """Return a function that makes a context whose blocks are taught, in a folder of its own."""
     counter = itertools.count()
 
-    def make(model: Path = tiny, only: int | None = None, mask: bool = False, micro_batch: int = 5) -> Lesson:
+    def make(model: Path = tiny, only: int | None = None, mask: bool = False, micro_batch: int = 5) -> RunContext:
         recipe = quick(distill={"epochs": 0}, calibration={"tokens": 960})
         folder = tmp_path / f"run-{next(counter)}"
         (folder / "scratch").mkdir(parents=True)
-        job = prepared(model, recipe, "quick", None, Machine(device="cpu", micro_batch=micro_batch))
+        job = build_job(model, recipe, Machine(device="cpu", micro_batch=micro_batch))
         if only is not None:
             ranks = {name: rank if f".{only}." in name else None for name, rank in job.plan.ranks.items()}
             job = replace(job, plan=RankPlan(job.plan.spec, ranks))
@@ -53,25 +53,25 @@ def taught(tiny, quick, tmp_path) -> Callable[..., Lesson]:
             real[1::3, 20:] = False
             real[2::5, :7] = False
             tokens = replace(tokens, mask=real)
-        lesson = Lesson(job, tokens, RunDir(folder), silent)
-        teach_sequentially(lesson)
-        return lesson
+        ctx = RunContext(job, tokens, RunDir(folder), silent)
+        teach_sequentially(ctx)
+        return ctx
 
     return make
 
 
-def states(lesson: Lesson) -> dict[str, torch.Tensor]:
-    found = ((block.index, Recovered(lesson.run.path).load(block.index)) for block in lesson.blocks)
+def states(ctx: RunContext) -> dict[str, torch.Tensor]:
+    found = ((block.index, Recovered(ctx.run_dir.path).load(block.index)) for block in ctx.blocks)
     return {f"{index}.{name}": tensor for index, state in found if state for name, tensor in state.items()}
 
 
-def log(lesson: Lesson) -> dict:
-    found = Recovered(lesson.run.path).log()
+def log(ctx: RunContext) -> dict:
+    found = Recovered(ctx.run_dir.path).log()
     assert found is not None
     return {key: value for key, value in found.items() if key != "seconds"}
 
 
-def assert_same_bits(first: Lesson, second: Lesson) -> None:
+def assert_same_bits(first: RunContext, second: RunContext) -> None:
     assert log(first) == log(second)
     one, other = states(first), states(second)
     assert one and set(one) == set(other)
@@ -79,32 +79,32 @@ def assert_same_bits(first: Lesson, second: Lesson) -> None:
 
 
 def test_the_compressed_model_comes_nearer_to_the_original(taught):
-    lesson = taught()
-    recover(lesson, CONFIG)
-    first = log(lesson)
+    ctx = taught()
+    recover(ctx, CONFIG)
+    first = log(ctx)
     assert first["improved"] and first["final"]["kl"] < 0.9 * first["initial"]["kl"]
     assert first["best_step"] == first["steps"] == STEPS and first["stopped"] == ""
-    assert not Recovered(lesson.run.path).state.exists()
-    for block in lesson.blocks:  # what was written is what was measured
+    assert not Recovered(ctx.run_dir.path).state.exists()
+    for block in ctx.blocks:  # what was written is what was measured
         name = f"{block.index:04}.safetensors"
-        shutil.copy(lesson.run.path / "recovered" / name, lesson.run.path / "blocks" / name)
-    before = states(lesson)
-    recover(lesson, CONFIG)
-    assert log(lesson) == first  # finished: nothing is done
-    (lesson.run.path / "recovered" / "log.json").unlink()
-    recover(lesson, replace(CONFIG, lr=1e-12))
-    assert log(lesson)["initial"] == pytest.approx(first["final"], rel=1e-6)
-    assert set(before) == set(states(lesson)) or not log(lesson)["improved"]
+        shutil.copy(ctx.run_dir.path / "recovered" / name, ctx.run_dir.path / "blocks" / name)
+    before = states(ctx)
+    recover(ctx, CONFIG)
+    assert log(ctx) == first  # finished: nothing is done
+    (ctx.run_dir.path / "recovered" / "log.json").unlink()
+    recover(ctx, replace(CONFIG, lr=1e-12))
+    assert log(ctx)["initial"] == pytest.approx(first["final"], rel=1e-6)
+    assert set(before) == set(states(ctx)) or not log(ctx)["improved"]
 
 
-def whole_model(lesson: Lesson) -> torch.nn.Module:
+def whole_model(ctx: RunContext) -> torch.nn.Module:
     """Return transformers' own model with the factors that distillation left."""
-    model = AutoModelForCausalLM.from_pretrained(lesson.teacher.reader.folder, dtype=torch.float32).eval()
-    install(model, lesson.job.plan.factorised)
-    for block in lesson.blocks:
-        if lesson.ranks(block):
+    model = AutoModelForCausalLM.from_pretrained(ctx.teacher.reader.folder, dtype=torch.float32).eval()
+    install(model, ctx.job.plan.factorised)
+    for block in ctx.blocks:
+        if ctx.ranks(block):
             model.get_submodule(block.name).load_state_dict(
-                {name: tensor.float() for name, tensor in lesson.run.load_block(block.index).items()}
+                {name: tensor.float() for name, tensor in ctx.run_dir.load_block(block.index).items()}
             )
     return model
 
@@ -112,18 +112,18 @@ def whole_model(lesson: Lesson) -> torch.nn.Module:
 @pytest.mark.parametrize(("only", "mask", "lm"), [(None, False, 0.0), (None, True, 0.3), (1, True, 0.0)])
 def test_equals_plain_training_of_the_whole_model(taught, only, mask, lm):
     """Five steps with AdamW on transformers' own model, each block clipped for itself."""
-    lesson = taught(only=only, mask=mask)
+    ctx = taught(only=only, mask=mask)
     config = replace(CONFIG, epochs=1, lr=1e-3, lm=lm, checks=1, clip=0.05)
-    recover(lesson, config)
-    model, training = whole_model(lesson), config.training
-    teacher = AutoModelForCausalLM.from_pretrained(lesson.teacher.reader.folder, dtype=torch.float32).eval()
-    trained = [model.get_submodule(block.name) for block in lesson.blocks if lesson.ranks(block)]
+    recover(ctx, config)
+    model, training = whole_model(ctx), config.training
+    teacher = AutoModelForCausalLM.from_pretrained(ctx.teacher.reader.folder, dtype=torch.float32).eval()
+    trained = [model.get_submodule(block.name) for block in ctx.blocks if ctx.ranks(block)]
     model.requires_grad_(False)
     groups = [list(block.requires_grad_(True).parameters()) for block in trained]
     optimiser = torch.optim.AdamW([p for group in groups for p in group], lr=1e-3, weight_decay=0.0)
-    ids, real = lesson.tokens.ids, lesson.tokens.mask
+    ids, real = ctx.tokens.ids, ctx.tokens.mask
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-    for step, rows in enumerate(batches(lesson.rows, training, lesson.job.recipe.seed)):
+    for step, rows in enumerate(batches(ctx.rows, training, ctx.job.recipe.seed)):
         optimiser.param_groups[0]["lr"] = 1e-3 * training.lr_factor(step, STEPS // 2)
         given = {"input_ids": ids[rows], "attention_mask": real[rows].long() if mask else None}
         found = model(**given).logits.log_softmax(-1)
@@ -136,9 +136,9 @@ def test_equals_plain_training_of_the_whole_model(taught, only, mask, lm):
             assert torch.nn.utils.clip_grad_norm_(group, 0.05) > 0.05  # or the test would not see it
         optimiser.step()
         optimiser.zero_grad()
-    written = states(lesson)
+    written = states(ctx)
     assert {name.partition(".")[0] for name in written} == ({"0", "1", "2"} if only is None else {str(only)})
-    for block, module in zip((b for b in lesson.blocks if lesson.ranks(b)), trained, strict=True):
+    for block, module in zip((b for b in ctx.blocks if ctx.ranks(b)), trained, strict=True):
         for name, parameter in module.named_parameters():
             close = written[f"{block.index}.{name}"].isclose(parameter.detach(), atol=3e-5, rtol=1e-3)
             assert close.float().mean() > 0.98, name  # Adam turns the rounding of a gradient near 0 into a whole step
@@ -148,10 +148,11 @@ def test_padding_does_not_matter(taught):
     first, second = taught(mask=True), taught(mask=True)
     second = replace(second, tokens=replace(second.tokens, ids=second.tokens.ids.masked_fill(~second.tokens.mask, 7)))
     assert not torch.equal(first.tokens.ids, second.tokens.ids)
-    assert torch.equal(first.run.load_block(2)["mlp.up_proj.left.weight"],
-                       second.run.load_block(2)["mlp.up_proj.left.weight"])  # fmt: skip
-    for lesson in (first, second):
-        recover(lesson, replace(CONFIG, lm=0.5))
+    assert torch.equal(
+        first.run_dir.load_block(2)["mlp.up_proj.left.weight"], second.run_dir.load_block(2)["mlp.up_proj.left.weight"]
+    )
+    for ctx in (first, second):
+        recover(ctx, replace(CONFIG, lm=0.5))
     assert_same_bits(first, second)
 
 
@@ -162,7 +163,7 @@ def test_little_memory_changes_nothing(taught, monkeypatch):
     kept = []
     monkeypatch.setattr(recovery, "KeptGraphs", lambda: kept.append(1))
     recover(little, CONFIG)
-    assert not kept and list((little.run.scratch / "tail").rglob("learner-*"))
+    assert not kept and list((little.run_dir.scratch / "tail").rglob("learner-*"))
     assert_same_bits(plenty, little)
 
 
@@ -185,30 +186,30 @@ def test_a_killed_tail_goes_on_to_the_same_bits(taught, monkeypatch, stop):
     monkeypatch.setattr(Tail, "_step", counted)
     with pytest.raises(Killed):
         recover(stopped, CONFIG, snapshot_seconds=-1)
-    assert Recovered(stopped.run.path).state.is_dir() and not Recovered(stopped.run.path).done
+    assert Recovered(stopped.run_dir.path).state.is_dir() and not Recovered(stopped.run_dir.path).done
     recover(stopped, CONFIG, snapshot_seconds=-1)
     assert len(taken) == STEPS + 1
     assert_same_bits(whole, stopped)
 
 
 def test_a_hopeless_rate_keeps_the_start(taught, caplog):
-    lesson = taught()
+    ctx = taught()
     with caplog.at_level(logging.WARNING):
-        recover(lesson, replace(CONFIG, lr=30.0, clip=None))
-    assert not log(lesson)["improved"] and log(lesson)["final"] == log(lesson)["initial"]
-    assert not states(lesson) and len(caplog.records) == 2  # the second attempt is at a quarter of the rate
+        recover(ctx, replace(CONFIG, lr=30.0, clip=None))
+    assert not log(ctx)["improved"] and log(ctx)["final"] == log(ctx)["initial"]
+    assert not states(ctx) and len(caplog.records) == 2  # the second attempt is at a quarter of the rate
     assert "diverged by step 2; the blocks stay as they were" in caplog.text
-    json.dumps(log(lesson), allow_nan=False)
+    json.dumps(log(ctx), allow_nan=False)
 
 
 def test_where_the_rate_is_too_high_a_quarter_of_it_is_tried(taught, caplog):
-    lesson, wanted = taught(), taught()
+    ctx, wanted = taught(), taught()
     with caplog.at_level(logging.WARNING):
-        recover(lesson, replace(CONFIG, lr=TOO_HIGH, clip=None))
+        recover(ctx, replace(CONFIG, lr=TOO_HIGH, clip=None))
     assert "diverged by step" in caplog.text
     recover(wanted, replace(CONFIG, lr=TOO_HIGH / 4, clip=None))
     assert log(wanted)["improved"]
-    assert_same_bits(lesson, wanted)
+    assert_same_bits(ctx, wanted)
 
 
 @pytest.fixture
@@ -231,67 +232,79 @@ def poisoned(monkeypatch) -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize(("after", "kept"), [(1, 0), (5, 4)])
 def test_a_loss_that_is_not_finite_ends_the_tail(taught, poisoned, caplog, after, kept):
-    lesson = taught()
+    ctx = taught()
     poisoned(after)
     with caplog.at_level(logging.WARNING):
-        recover(lesson, CONFIG)
-    assert log(lesson)["stopped"] == "not finite" and log(lesson)["best_step"] == kept
-    assert log(lesson)["improved"] == (kept > 0)
+        recover(ctx, CONFIG)
+    assert log(ctx)["stopped"] == "not finite" and log(ctx)["best_step"] == kept
+    assert log(ctx)["improved"] == (kept > 0)
     warnings = [record for record in caplog.records if "not finite" in record.message]
     assert len(warnings) == (1 if kept else 2)  # from the beginning it is tried again
-    assert all(tensor.isfinite().all() for tensor in states(lesson).values())
-    json.dumps(log(lesson), allow_nan=False)
+    assert all(tensor.isfinite().all() for tensor in states(ctx).values())
+    json.dumps(log(ctx), allow_nan=False)
 
 
 def test_switched_off_or_nothing_to_train(taught):
-    lesson = taught()
-    recover(lesson, replace(CONFIG, epochs=0))
-    assert Recovered(lesson.run.path).log() is None and Recovered(lesson.run.path).load(0) is None
-    nothing = replace(lesson.job, plan=RankPlan(lesson.job.plan.spec, dict.fromkeys(lesson.job.plan.ranks)))
-    recover(replace(lesson, job=nothing), CONFIG)
-    assert not (lesson.run.path / "recovered").exists()
+    ctx = taught()
+    recover(ctx, replace(CONFIG, epochs=0))
+    assert Recovered(ctx.run_dir.path).log() is None and Recovered(ctx.run_dir.path).load(0) is None
+    nothing = replace(ctx.job, plan=RankPlan(ctx.job.plan.spec, dict.fromkeys(ctx.job.plan.ranks)))
+    recover(replace(ctx, job=nothing), CONFIG)
+    assert not (ctx.run_dir.path / "recovered").exists()
 
 
 def test_computes_in_half_precision_with_full_masters(taught, make_model):
-    lesson = taught(make_model(torch.bfloat16))
-    teacher = open_streamed(lesson.teacher.reader.folder, torch.device("cpu"), torch.bfloat16)
-    recover(replace(lesson, job=replace(lesson.job, teacher=teacher)), CONFIG)
-    assert log(lesson)["final"]["kl"] < 0.9 * log(lesson)["initial"]["kl"]
-    weight = states(lesson)["1.mlp.up_proj.left.weight"]
+    ctx = taught(make_model(torch.bfloat16))
+    teacher = open_streamed(ctx.teacher.reader.folder, torch.device("cpu"), torch.bfloat16)
+    recover(replace(ctx, job=replace(ctx.job, teacher=teacher)), CONFIG)
+    assert log(ctx)["final"]["kl"] < 0.9 * log(ctx)["initial"]["kl"]
+    weight = states(ctx)["1.mlp.up_proj.left.weight"]
     assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
 
 
 def test_only_the_routers_of_experts_learn_where_that_is_asked_for(taught, make_model, tmp_path):
     folder = make_model()
-    config = MixtralConfig(**json.loads((folder / "config.json").read_text()) | {"architectures": None,
-        "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2})  # fmt: skip
+    config = MixtralConfig(
+        **json.loads((folder / "config.json").read_text())
+        | {"architectures": None, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    )
     torch.manual_seed(0)
     MixtralForCausalLM(config).save_pretrained(folder)
-    lesson, routers = taught(folder), replace(CONFIG, trains="routers", lr=1e-2)
-    recover(lesson, routers)
-    assert log(lesson)["improved"] and log(lesson)["final"]["kl"] < log(lesson)["initial"]["kl"]
-    taught_before = {f"{b.index}.{n}": t for b in lesson.blocks for n, t in lesson.run.load_block(b.index).items()}
-    changed = {name for name, tensor in states(lesson).items() if not torch.equal(tensor, taught_before[name])}
-    assert changed == {f"{block.index}.mlp.gate.weight" for block in lesson.blocks}
+    ctx, routers = taught(folder), replace(CONFIG, trains="routers", lr=1e-2)
+    recover(ctx, routers)
+    assert log(ctx)["improved"] and log(ctx)["final"]["kl"] < log(ctx)["initial"]["kl"]
+    taught_before = {f"{b.index}.{n}": t for b in ctx.blocks for n, t in ctx.run_dir.load_block(b.index).items()}
+    changed = {name for name, tensor in states(ctx).items() if not torch.equal(tensor, taught_before[name])}
+    assert changed == {f"{block.index}.mlp.gate.weight" for block in ctx.blocks}
 
 
 def test_without_experts_there_is_no_router_to_teach(taught):
-    lesson = taught()
-    recover(lesson, replace(CONFIG, trains="routers"))
-    assert Recovered(lesson.run.path).log() is None
+    ctx = taught()
+    recover(ctx, replace(CONFIG, trains="routers"))
+    assert Recovered(ctx.run_dir.path).log() is None
 
 
 def test_blocks_without_a_router_are_the_compressed_ones_while_routers_learn(taught, make_model, tmp_path):
     config = Qwen2MoeConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=3,
-        shared_expert_intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
-        num_experts_per_tok=2, mlp_only_layers=[1], bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        shared_expert_intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     folder = make_model()
     torch.manual_seed(0)
     Qwen2MoeForCausalLM(config).save_pretrained(folder)
-    lesson = taught(folder)
-    recover(lesson, replace(CONFIG, trains="routers"))
+    ctx = taught(folder)
+    recover(ctx, replace(CONFIG, trains="routers"))
     again = taught(folder)
     recover(again, CONFIG)
-    assert log(lesson)["initial"]["kl"] == pytest.approx(log(again)["initial"]["kl"], rel=1e-3)
+    assert log(ctx)["initial"]["kl"] == pytest.approx(log(again)["initial"]["kl"], rel=1e-3)

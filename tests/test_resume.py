@@ -118,7 +118,7 @@ def short(quick) -> Callable:
 def test_a_crash_at_every_write(make_model, short, tmp_path, schedule, crash_at, monkeypatch):
     tiny = make_model(num_hidden_layers=2)
     recipe = short(schedule)
-    monkeypatch.setitem(making.TEACH, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
+    monkeypatch.setitem(making.SCHEDULES, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
     writes = crash_at(float("inf"), Crash())
     whole = bits(compress(tiny, tmp_path / "whole", recipe=recipe).path)
     assert {"run.json", "plan.json", "manifest.json", "0001.safetensors", "0001.json", "config.json"} <= set(writes)
@@ -186,7 +186,7 @@ def test_a_disk_that_is_full_for_each_kind_of_write(make_model, text, tmp_path, 
     }  # fmt: skip
     recipe, model = tmp_path / "recipe.yaml", make_model(num_hidden_layers=2)
     recipe.write_text(load_recipe(Recipe(), changes).as_yaml())
-    monkeypatch.setitem(making.TEACH, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
+    monkeypatch.setitem(making.SCHEDULES, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
     monkeypatch.setattr(making, "recover", partial(recovery.recover, snapshot_seconds=0))
     options = ["--recipe", str(recipe), "--shard-size", "40kB", "--activation-memory", "0"]
 
@@ -229,7 +229,7 @@ def test_figures_that_find_no_room_are_no_failure(tiny, quick, tmp_path, full_at
 
 @pytest.mark.parametrize("name", ["card", "kept_plot"])
 def test_a_card_that_cannot_be_made_is_no_failure(tiny, quick, tmp_path, monkeypatch, caplog, name):
-    def fail(*args: object) -> str:
+    def fail(*args: object, **options: object) -> str:
         raise ValueError("odd front matter")
 
     monkeypatch.setattr(making, name, fail)

@@ -12,7 +12,7 @@ from lillama.artefacts import save_json
 from lillama.distill.fisher import PROBED_TOKENS, Fisher, measured
 from lillama.distill.prediction import Head
 from lillama.estimate import moments_fit
-from lillama.lesson import Lesson
+from lillama.lesson import RunContext
 from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.factors import spectrum
 from lillama.lowrank.gram import Moments, exact_device
@@ -51,60 +51,60 @@ class Candidate:
     rise: float
 
 
-def decided(lesson: Lesson) -> Lesson:
-    """Return a lesson whose ranks are final, with the gradients that its initialisation asks for.
+def select_ranks(ctx: RunContext) -> RunContext:
+    """Return a context whose ranks are final, with the gradients that its initialisation asks for.
 
     Spectra, candidates and plan are written to the run folder; a resumed run reads them.
     """
-    job, run = lesson.job, lesson.run
+    job, run = ctx.job, ctx.run_dir
     open_ranks = job.open_ranks and not run.allocation.is_file()
     if not job.open_ranks:
         job.plan.save(run.plan)
     elif not open_ranks:
-        lesson = _planned(lesson, RankPlan.load(run.plan, job.plan.spec, job.recipe.storage))
+        ctx = _with_plan(ctx, RankPlan.load(run.plan, job.plan.spec, job.recipe.storage))
     fisher = None
     lost = job.open_ranks and not run.spectra.is_file()
-    if open_ranks or lost or (job.recipe.init.needs_gradient and lesson.unfinished):
-        fisher = _fisher(lesson)
+    if open_ranks or lost or (job.recipe.init.needs_gradient and ctx.unfinished):
+        fisher = _measure_gradients(ctx)
     if open_ranks:
         assert fisher is not None
-        lesson = _planned(lesson, _chosen(lesson, fisher))
-        _forget_other_ranks(lesson)
+        ctx = _with_plan(ctx, _pick_plan(ctx, fisher))
+        _forget_other_ranks(ctx)
     if fisher is not None and not job.recipe.init.needs_gradient:
         fisher.remove()
         fisher = None
-    return replace(lesson, fisher=fisher)
+    return replace(ctx, fisher=fisher)
 
 
-def _forget_other_ranks(lesson: Lesson) -> None:
+def _forget_other_ranks(ctx: RunContext) -> None:
     """Remove blocks that were taught by another plan than the one that was made again."""
-    run, found = lesson.run, [block for block in lesson.job.plan.spec if lesson.run.has_block(block.index)]
-    other = [block.name for block in found if run.block_log(block.index)["ranks"] != lesson.ranks(block)]
+    run, found = ctx.run_dir, [block for block in ctx.job.plan.spec if ctx.run_dir.has_block(block.index)]
+    other = [block.name for block in found if run.block_log(block.index)["ranks"] != ctx.ranks(block)]
     if other:
         logger.warning("%s: taught with other ranks than those of plan.json; all blocks are taught again", other[0])
         run.forget_blocks()
 
 
-def measured_spectra(lesson: Lesson) -> Spectra:
+def measure_spectra(ctx: RunContext) -> Spectra:
     """Return the spectra of a run's model, measured now if they were not yet."""
-    if not lesson.run.spectra.is_file():
-        _fisher(lesson).remove()
-    return Spectra.load(lesson.run.spectra)
+    if not ctx.run_dir.spectra.is_file():
+        _measure_gradients(ctx).remove()
+    return Spectra.load(ctx.run_dir.spectra)
 
 
-def _planned(lesson: Lesson, plan: RankPlan) -> Lesson:
-    return replace(lesson, job=replace(lesson.job, plan=plan))
+def _with_plan(ctx: RunContext, plan: RankPlan) -> RunContext:
+    return replace(ctx, job=replace(ctx.job, plan=plan))
 
 
-def _fisher(lesson: Lesson) -> Fisher:
+def _measure_gradients(ctx: RunContext) -> Fisher:
     """Measure gradients, and the spectra if they are not there yet; moments are kept where memory allows."""
-    wanted, found = not lesson.run.spectra.is_file(), dict[str, Tensor]()
-    blocks, kept = lesson.job.plan.spec.blocks, dict[int, dict[str, Moments]]()
-    fits = moments_fit(blocks, free_memory(exact_device(lesson.job.device)))
+    wanted, found = not ctx.run_dir.spectra.is_file(), dict[str, Tensor]()
+    blocks, kept = ctx.job.plan.spec.blocks, dict[int, dict[str, Moments]]()
+    fits = moments_fit(blocks, free_memory(exact_device(ctx.job.device)))
 
     def names(index: int) -> list[str]:
         block = blocks[index]
-        needed = wanted or (fits and not lesson.run.has_block(index))
+        needed = wanted or (fits and not ctx.run_dir.has_block(index))
         return [linear.name.removeprefix(f"{block.name}.") for linear in block.linears] if needed else []
 
     def visit(index: int, block: nn.Module, measured: Mapping[str, Moments]) -> None:
@@ -114,17 +114,18 @@ def _fisher(lesson: Lesson) -> Fisher:
             return
         weights = {name: block.get_parameter(f"{name}.weight").detach() for name in measured}
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        for names in stacks(shapes, exact_device(lesson.job.device)):
+        for names in stacks(shapes, exact_device(ctx.job.device)):
             values = _spectra([weights[name] for name in names], [measured[name] for name in names])
             found.update({f"{blocks[index].name}.{name}": own for name, own in zip(names, values, strict=True)})
         trim_memory()
 
-    rows = lesson.rows.train[: max(1, PROBED_TOKENS // lesson.job.recipe.calibration.seq_len)]
-    generator = torch.Generator().manual_seed(lesson.job.recipe.seed)
-    fisher = measured(lesson.teacher, lesson.batch, rows, lesson.shelf(), lesson.job.micro_batch, generator, names, visit,
-                      lesson.report)  # fmt: skip
+    rows = ctx.rows.train[: max(1, PROBED_TOKENS // ctx.job.recipe.calibration.seq_len)]
+    generator = torch.Generator().manual_seed(ctx.job.recipe.seed)
+    fisher = measured(
+        ctx.teacher, ctx.batch, rows, ctx.shelf(), ctx.job.micro_batch, generator, names, visit, ctx.report
+    )
     if wanted:
-        Spectra({name: values.numpy() for name, values in found.items()}).save(lesson.run.spectra)
+        Spectra({name: values.numpy() for name, values in found.items()}).save(ctx.run_dir.spectra)
     return replace(fisher, kept=kept)
 
 
@@ -147,29 +148,29 @@ def _scale(found: Moments) -> float:
     return math.sqrt(found.share) / math.sqrt(max(1, found.inputs.count) * max(1, found.gradients.count))
 
 
-def _chosen(lesson: Lesson, fisher: Fisher) -> RankPlan:
+def _pick_plan(ctx: RunContext, fisher: Fisher) -> RankPlan:
     """Return the candidate that is best on the held-out sequences with its initial factors."""
-    recipe, spec, spectra = lesson.job.recipe, lesson.job.plan.spec, Spectra.load(lesson.run.spectra)
+    recipe, spec, spectra = ctx.job.recipe, ctx.job.plan.spec, Spectra.load(ctx.run_dir.spectra)
     assert isinstance(recipe.ranks, Adaptive)  # no other allocator leaves ranks open
     plans = recipe.ranks.candidates(spec, recipe.keep, recipe.scope, recipe.storage, spectra, recipe.bytes)
     found = [
         Candidate(share, plans[share].keep, spectra.rise(plans[share]), kl, rise)
-        for share, (kl, rise) in zip(plans, _tried(lesson, fisher, list(plans.values())), strict=True)
+        for share, (kl, rise) in zip(plans, _evaluate_plans(ctx, fisher, list(plans.values())), strict=True)
     ]
     best = min(found, key=lambda candidate: (candidate.kl, candidate.share))
     if best.share == 0 and len(found) > 1:
         logger.warning("uniform ranks were better than adaptive ones on the held-out calibration tokens, and are taken")
-    plans[best.share].save(lesson.run.plan)
+    plans[best.share].save(ctx.run_dir.plan)
     rows = [asdict(candidate) for candidate in found]
-    save_json(lesson.run.allocation, {"version": VERSION, "chosen": best.share, "candidates": rows})
+    save_json(ctx.run_dir.allocation, {"version": VERSION, "chosen": best.share, "candidates": rows})
     return plans[best.share]
 
 
 @torch.no_grad()
-def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[float, float]]:
+def _evaluate_plans(ctx: RunContext, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[float, float]]:
     """Return divergence and rise of the loss, in nats a held-out token, of each plan with its initial factors."""
-    model, spec, rate = lesson.teacher, lesson.job.plan.spec, lesson.job.micro_batch
-    held_out, shelf = lesson.batch[lesson.rows.held_out], lesson.shelf()
+    model, spec, rate = ctx.teacher, ctx.job.plan.spec, ctx.job.micro_batch
+    held_out, shelf = ctx.batch[ctx.rows.held_out], ctx.shelf()
     wanted = ["original", *(f"plan-{n}" for n in range(len(plans)))]
     new = {name: Stores(shelf, model.dtype, f"ranks-{name}", len(wanted) + 1) for name in wanted}
     ends = {name: list[ActivationStore]() for name in wanted}  # of the stacks that are done with
@@ -180,14 +181,14 @@ def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[
             calls[name], now[name] = begin(model, held_out, new[name], rate, stack, dict(enumerate(ends[name])))
         for index in model.indices(stack):
             block = spec.blocks[index]
-            lesson.report(Progress("ranks", index, len(spec.blocks), block.name))
-            _advance(lesson, fisher, block, plans, calls, now)
+            ctx.report(Progress("ranks", index, len(spec.blocks), block.name))
+            _advance(ctx, fisher, block, plans, calls, now)
             trim_memory()
         for name, store in now.items():
             ends[name].append(store)
             if stack + 1 < len(model.stacks):
                 calls[name].remove()
-    lesson.report(Progress("ranks", len(spec.blocks), len(spec.blocks)))
+    ctx.report(Progress("ranks", len(spec.blocks), len(spec.blocks)))
     head, original = Head(model, model.outside(head=True), calls["original"]), ends["original"][-1]
     found = [head.means(held_out, ends[name][-1], original, rate) for name in wanted]
     for made in (*new.values(), *calls.values()):
@@ -196,7 +197,7 @@ def _tried(lesson: Lesson, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[
 
 
 def _advance(
-    lesson: Lesson,
+    ctx: RunContext,
     fisher: Fisher,
     block: BlockSpec,
     plans: list[RankPlan],
@@ -204,15 +205,15 @@ def _advance(
     now: Mapping[str, ActivationStore],
 ) -> None:
     """Run a block of the original, and its initial student by every plan, each on its own activations."""
-    model, ranks = lesson.teacher, {f"plan-{n}": _within(block, plan) for n, plan in enumerate(plans)}
+    model, ranks = ctx.teacher, {f"plan-{n}": _within(block, plan) for n, plan in enumerate(plans)}
     teacher = model.block(block.index)
-    state = _widest(lesson, fisher, block, teacher, list(ranks.values()))
+    state = _widest(ctx, fisher, block, teacher, list(ranks.values()))
     for name, store in now.items():
         runner = teacher
         if name in ranks:
             cut = _cut(state, teacher, ranks[name])
             runner = restored_copy(model.template(block.index), ranks[name], cut, model.device, model.dtype)
-        advance(runner, block.index, calls[name], store, store, lesson.job.micro_batch)
+        advance(runner, block.index, calls[name], store, store, ctx.job.micro_batch)
 
 
 def _within(block: BlockSpec, plan: RankPlan) -> dict[str, int]:
@@ -220,15 +221,15 @@ def _within(block: BlockSpec, plan: RankPlan) -> dict[str, int]:
 
 
 def _widest(
-    lesson: Lesson, fisher: Fisher, block: BlockSpec, teacher: nn.Module, ranks: list[dict[str, int]]
+    ctx: RunContext, fisher: Fisher, block: BlockSpec, teacher: nn.Module, ranks: list[dict[str, int]]
 ) -> dict[str, Tensor]:
     """Return a block's student state at the largest rank that any plan gives to each linear."""
     widest = {name: max(plan.get(name, 0) for plan in ranks) for name in {name for plan in ranks for name in plan}}
     widest = {linear: widest[linear] for linear in sorted(widest)}
     found = fisher.moments(block.index, teacher, widest) if widest else {}
     trim_memory()
-    generator = torch.Generator().manual_seed(lesson.seed(block))
-    template, init = lesson.teacher.template(block.index), lesson.job.recipe.init
+    generator = torch.Generator().manual_seed(ctx.seed(block))
+    template, init = ctx.teacher.template(block.index), ctx.job.recipe.init
     return compressed_copy(template, teacher, widest, init, found, generator).state_dict()
 
 

@@ -6,12 +6,11 @@ from typing import Unpack
 
 from lillama.errors import OutputError
 from lillama.files import resolved
-from lillama.fitting import preview as previewed
-from lillama.fitting import smallest
-from lillama.making import Order, made
+from lillama.fitting import preview_ranks, refuse_search, search_keep
+from lillama.making import claim_target, compress_model, read_texts
 from lillama.model.remote import remote_code
 from lillama.options import Machine, Overrides, OverridesDict, refuse_two_sizes
-from lillama.prepare import Planned
+from lillama.prepare import Planned, build_job, plan
 from lillama.progress import Report, silent
 from lillama.recipe import Recipe, override, recipe_name
 from lillama.resources import shortage_explained
@@ -64,14 +63,20 @@ def compress(
         >>> import lillama, transformers
         >>> smaller = transformers.AutoModelForCausalLM.from_pretrained(result.path)
     """
-    out = Path(out).expanduser()
-    overrides = Overrides.of(**options)
+    out, overrides = Path(out).expanduser(), Overrides.of(**options)
     refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes, max_loss=max_loss, plan=rank_plan)
-    wanted = override(recipe, overrides)
-    order = Order(model, out, _run_folder(out, run), wanted, recipe_name(recipe), rank_plan, texts, restart,
-                  machine or Machine(), report)  # fmt: skip
-    with remote_code(trust_remote_code), shortage_explained():
-        return made(order) if max_loss is None else smallest(order, max_loss)
+    wanted, folder = override(recipe, overrides), _run_folder(out, run)
+    if max_loss is not None:
+        refuse_search(max_loss, folder)
+    with (
+        remote_code(trust_remote_code),
+        shortage_explained(),
+        claim_target(out, folder, restart, read_texts(texts)) as target,
+    ):
+        job = build_job(model, wanted, machine or Machine(), rank_plan, recipe_name(recipe))
+        if max_loss is not None:
+            return search_keep(job, wanted, target, max_loss, report)
+        return compress_model(job, target, report)
 
 
 def preview(
@@ -99,11 +104,11 @@ def preview(
     """
     overrides = Overrides.of(**options)
     refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes)
-    wanted = override(recipe, overrides)
-    nowhere = Path("nowhere")
-    order = Order(model, nowhere, nowhere, wanted, recipe_name(recipe), None, (), False, machine or Machine(), report)
+    wanted, machine = override(recipe, overrides), machine or Machine()
     with remote_code(trust_remote_code), shortage_explained():
-        return previewed(order)
+        planned = plan(model, recipe=wanted, machine=machine)
+        job = build_job(model, wanted, machine)
+        return preview_ranks(job, planned, wanted, report)
 
 
 def _run_folder(out: Path, run: str | Path | None) -> Path:

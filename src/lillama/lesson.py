@@ -1,4 +1,4 @@
-"""A job with its calibration tokens and its run folder: what all stages of the work share."""
+"""The context of a run: a job, its calibration tokens, its run folder; what all stages of the work share."""
 
 import gc
 import logging
@@ -28,20 +28,20 @@ AMPLE = 2  # times what is needed
 
 
 @dataclass(frozen=True)
-class Lesson:
+class RunContext:
     """A job with its calibration tokens and its run folder.
 
     Attributes:
         job: what is to be done.
         tokens: that it is done with.
-        run: where results go.
+        run_dir: where results go.
         report: told about blocks and steps.
         fisher: gradients at the blocks' outputs, if the initialisation asks for them.
     """
 
     job: Job
     tokens: TokenBlocks
-    run: RunDir
+    run_dir: RunDir
     report: Report
     fisher: Fisher | None = None
 
@@ -60,7 +60,7 @@ class Lesson:
     @property
     def unfinished(self) -> tuple[BlockSpec, ...]:
         """The blocks that are to be compressed and are not yet."""
-        return tuple(block for block in self.blocks if self.ranks(block) and not self.run.has_block(block.index))
+        return tuple(block for block in self.blocks if self.ranks(block) and not self.run_dir.has_block(block.index))
 
     @property
     def rows(self) -> Rows:
@@ -84,7 +84,7 @@ class Lesson:
 
         Compiled steps round differently: what memory allowed at first is noted, and a resumed run follows it.
         """
-        if not self.job.machine.compile or not self.run.decision(f"{stage} compiled", ample):
+        if not self.job.machine.compile or not self.run_dir.decision(f"{stage} compiled", ample):
             return 0
         return min(batch_size, self.job.micro_batch)
 
@@ -114,24 +114,27 @@ class Lesson:
             name, ratio = max(log.grown.items(), key=lambda item: item[1])
             logger.warning(
                 "%s: training made the largest singular value of %s %.1f times as large; such factors may do harm on other "
-                "text: lower distill.lr, or set distill.norm", block.name, name, ratio,
-            )  # fmt: skip
+                "text: lower distill.lr, or set distill.norm",
+                block.name,
+                name,
+                ratio,
+            )
         made_from = {"calibration": self.tokens.seal, "ranks": self.ranks(block)}
-        self.run.save_block(block.index, student.state_dict(), log, made_from)
+        self.run_dir.save_block(block.index, student.state_dict(), log, made_from)
         moved = f"{log.block}: held-out loss {log.initial:.5f} -> {log.final:.5f}"
         self.report(Progress("taught", block.index + 1, len(self.blocks), moved))
 
     def finished(self, block: BlockSpec) -> nn.Module:
         """Return a finished student as it was written, to compute with."""
-        template, state = self.teacher.template(block.index), self.run.load_block(block.index)
+        template, state = self.teacher.template(block.index), self.run_dir.load_block(block.index)
         return restored_copy(template, self.ranks(block), state, self.teacher.device, self.teacher.dtype)
 
-    def initialised(self) -> "Lesson":
-        """Return the lesson once every block has its initial factors: the gradients are given back."""
+    def drop_gradients(self) -> "RunContext":
+        """Return the context once every block has its initial factors, without the gradients that they needed."""
         if self.fisher is not None:
             self.fisher.remove()
         return replace(self, fisher=None)
 
     def shelf(self) -> Shelf:
         """Return where activations go."""
-        return Shelf.on(self.teacher.device, self.run.scratch, self.job.machine.activation_memory)
+        return Shelf.on(self.teacher.device, self.run_dir.scratch, self.job.machine.activation_memory)

@@ -105,7 +105,7 @@ class Overrides:
     @classmethod
     def of(cls, **options: Unpack[OverridesDict]) -> "Overrides":
         """Return the overrides that keyword arguments mean; see `OverridesDict`."""
-        lists = {name: listed(options.get(name)) for name in ("calibration", "targets", "ignore")}
+        lists = {name: as_texts(options.get(name)) for name in ("calibration", "targets", "ignore")}
         return cls(**options | lists)  # pyright: ignore[reportArgumentType]
 
 
@@ -163,7 +163,7 @@ class RunPlace:
     restart: Annotated[bool, Flag] = False
 
 
-def listed(values: Paths | None) -> tuple[str, ...] | None:
+def as_texts(values: Paths | None) -> tuple[str, ...] | None:
     """Return texts or paths as a tuple of texts; a single one is a tuple of one, None stays None."""
     if values is None:
         return None

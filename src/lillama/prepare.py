@@ -111,10 +111,10 @@ def plan(
         config = load_config(folder)
         refuse_quantized(config)
         if CheckpointReader(folder).complete:
-            spec = _described(open_streamed(folder, device, split_gate_up=wanted.split_gate_up), wanted)
+            spec = _describe(open_streamed(folder, device, split_gate_up=wanted.split_gate_up), wanted)
         else:
             spec = describe(config, wanted.targets, wanted.ignore, wanted.split_gate_up)
-    ranks, wanted = sized(spec, wanted, rank_plan)
+    ranks, wanted = resolve_budget(spec, wanted, rank_plan)
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
     rows = machine.rows(wanted.calibration.seq_len, device)
     outline = rank_plan is None and wanted.ranks.needs_spectra
@@ -171,12 +171,23 @@ class Job:
         }
 
 
-def prepared(
-    model: str | Path, recipe: Recipe, recipe_name: str, rank_plan: str | Path | None, machine: Machine
+def build_job(
+    model: str | Path,
+    recipe: Recipe,
+    machine: Machine,
+    rank_plan: str | Path | None = None,
+    recipe_name: str = "",
 ) -> Job:
     """Check model, recipe and machine, and decide the ranks; nothing is written.
 
     All weights are read once, tensor by tensor, so that a damaged file is found now and not hours later.
+
+    Args:
+        model: local folder or hub id.
+        recipe: what is computed.
+        machine: how it is computed.
+        rank_plan: file of a plan to use instead of a new one.
+        recipe_name: as the user named it, for the model card.
 
     Raises:
         LillamaError: something cannot be used; the text says what and how to mend it.
@@ -191,25 +202,36 @@ def prepared(
     _refuse_silence(teacher.skeleton, recipe)
     wordless = teacher.skeleton.main_input_name != "input_ids" and not config.is_encoder_decoder
     tokenizer = None if wordless else load_tokenizer(folder)
-    ranks, recipe = sized(_described(teacher, recipe), recipe, rank_plan)
+    ranks, recipe = resolve_budget(_describe(teacher, recipe), recipe, rank_plan)
     open_ranks = rank_plan is None and recipe.ranks.needs_spectra and bool(ranks.factorised)
     if recipe.storage.bits is not None:
         refuse_without_torchao()
     for key in teacher.weights.keys:
         teacher.reader.read(key)
-    rows = machine.rows(recipe.calibration.seq_len, device)
-    free = free_memory(device)
-    needs = estimate(ranks, recipe, teacher.dtype.itemsize, rows, open_ranks=open_ranks, free=free)
+    needs = _needs(ranks, recipe, teacher, machine, open_ranks)
     return Job(str(model), recipe, recipe_name, teacher, tokenizer, ranks, open_ranks, machine, needs)
 
 
-def _described(teacher: StreamedModel, recipe: Recipe) -> ModelSpec:
+def resize_job(job: Job, recipe: Recipe) -> Job:
+    """Return a job of another size, its ranks by the recipe: another `keep` or `bytes` than that of the job's own recipe."""
+    ranks, recipe = resolve_budget(job.plan.spec, recipe, None)
+    open_ranks = recipe.ranks.needs_spectra and bool(ranks.factorised)
+    needs = _needs(ranks, recipe, job.teacher, job.machine, open_ranks)
+    return replace(job, recipe=recipe, plan=ranks, open_ranks=open_ranks, needs=needs)
+
+
+def _needs(ranks: RankPlan, recipe: Recipe, teacher: StreamedModel, machine: Machine, open_ranks: bool) -> Estimate:
+    rows, free = machine.rows(recipe.calibration.seq_len, teacher.device), free_memory(teacher.device)
+    return estimate(ranks, recipe, teacher.dtype.itemsize, rows, open_ranks=open_ranks, free=free)
+
+
+def _describe(teacher: StreamedModel, recipe: Recipe) -> ModelSpec:
     """Describe a model with the types that its tensors are stored in."""
     spec = describe_model(teacher.skeleton, recipe.targets, recipe.ignore, recipe.split_gate_up)
     return as_stored(spec, teacher.weights, teacher.template)
 
 
-def checked_room(job: Job, out: Path, run: Path, present: int) -> None:
+def check_resources(job: Job, out: Path, run: Path, present: int) -> None:
     """Refuse a compression that the machine has no room for.
 
     Args:
@@ -261,7 +283,7 @@ def _disk(path: Path) -> int:
     return path.stat().st_dev
 
 
-def sized(spec: ModelSpec, recipe: Recipe, rank_plan: str | Path | None) -> tuple[RankPlan, Recipe]:
+def resolve_budget(spec: ModelSpec, recipe: Recipe, rank_plan: str | Path | None) -> tuple[RankPlan, Recipe]:
     """Return the ranks by recipe from shapes alone, or those of a file; and the recipe with the size they lead to."""
     if rank_plan is not None:
         ranks = RankPlan.load(Path(rank_plan), spec, recipe.storage)

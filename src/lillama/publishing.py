@@ -72,9 +72,13 @@ def markdown_templates(package: str) -> Environment:
         return value if isinstance(value, Markup) else Markup(escaped(value))
 
     environment = Environment(
-        loader=PackageLoader(package, ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=True, finalize=told,
-    )  # fmt: skip
+        loader=PackageLoader(package, ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+        finalize=told,
+    )
     environment.filters |= {"told": told, "coded": coded, "fenced": fenced}
     return environment
 
@@ -91,6 +95,8 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     sources = calibration.get("sources") if isinstance(calibration, Mapping) else None
     if not isinstance(calibration, Mapping) or not isinstance(sources, list | tuple):
         return dict(recipe)
-    named = [one | {"path": public_name(str(one["path"]))} if isinstance(one, dict) and "path" in one else one
-             for one in sources]  # fmt: skip
+    named = [
+        one | {"path": public_name(str(one["path"]))} if isinstance(one, dict) and "path" in one else one
+        for one in sources
+    ]
     return dict(recipe) | {"calibration": dict(calibration) | {"sources": named}}

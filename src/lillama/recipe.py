@@ -107,8 +107,8 @@ def load_recipe(recipe: "str | Path | Recipe" = "default", overrides: Mapping[st
         base = recipe
     else:
         path = recipe_file(str(recipe))
-        base = _validated(_merged(Recipe().as_dict(), _read(path)), f"{path}: ")
-    return _validated(_merged(base.as_dict(), overrides or {}), "")
+        base = _validate(_merge(Recipe().as_dict(), _read(path)), f"{path}: ")
+    return _validate(_merge(base.as_dict(), overrides or {}), "")
 
 
 def override(recipe: "str | Path | Recipe", overrides: Overrides) -> Recipe:
@@ -167,7 +167,7 @@ def _read(path: Path) -> Tree:
     return tree or {}
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -176,13 +176,13 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
             and isinstance(old, Mapping)
             and value.get("name", old.get("name")) == old.get("name")
         ):
-            merged[key] = _merged(old, value)
+            merged[key] = _merge(old, value)
         else:
             merged[key] = value
     return merged
 
 
-def _validated(tree: Tree, origin: str) -> Recipe:
+def _validate(tree: Tree, origin: str) -> Recipe:
     """Turn nested values into a recipe; `origin` begins the text of an error."""
     try:
         recipe = _adapter().validate_python(tree)

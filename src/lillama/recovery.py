@@ -28,7 +28,7 @@ from lillama.distill.recover import RecoverConfig, RecoverLog
 from lillama.distill.spectrum import largest_singular_value
 from lillama.distill.tail import Tail, TailData
 from lillama.distill.trace import GROWTH
-from lillama.lesson import Lesson
+from lillama.lesson import RunContext
 from lillama.lowrank.compressed import restored_copy
 from lillama.model.spec import BlockSpec
 from lillama.model.unfused import routers
@@ -98,7 +98,7 @@ class Recovered:
         return self.run / "recovered" / f"{index:04}.safetensors"
 
 
-def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
+def recover(ctx: RunContext, config: RecoverConfig, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
     """Train all compressed blocks together, and write those that are better than before on the held-out sequences.
 
     In an encoder-decoder these are the blocks of the decoder; the encoder stays as it was taught. Nothing is done if the
@@ -106,27 +106,27 @@ def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNA
     once more at a quarter of the rate. Blocks that stayed dense are left as they are, and so is
     all outside the blocks.
     """
-    place = Recovered(lesson.run.path)
-    last = lesson.teacher.indices(len(lesson.teacher.stacks) - 1)
-    trained = {block.index: block for block in lesson.blocks if lesson.ranks(block) and block.index in last}
+    place = Recovered(ctx.run_dir.path)
+    last = ctx.teacher.indices(len(ctx.teacher.stacks) - 1)
+    trained = {block.index: block for block in ctx.blocks if ctx.ranks(block) and block.index in last}
     if config.trains == "routers":
-        trained = {index: block for index, block in trained.items() if routers(lesson.teacher.template(index))}
+        trained = {index: block for index, block in trained.items() if routers(ctx.teacher.template(index))}
     if not config.epochs or not trained or place.done:
         return
-    made = [Stores(lesson.shelf(), lesson.teacher.dtype, f"tail-{name}", 2) for name in ("original", "own")]
-    calls, inputs, targets = _streamed(lesson, min(trained), *made)
-    head = Head(lesson.teacher, lesson.teacher.outside(head=True), calls)
-    data = TailData(lesson.batch, targets, lesson.rows, lesson.job.micro_batch)
+    made = [Stores(ctx.shelf(), ctx.teacher.dtype, f"tail-{name}", 2) for name in ("original", "own")]
+    calls, inputs, targets = _streamed(ctx, min(trained), *made)
+    head = Head(ctx.teacher, ctx.teacher.outside(head=True), calls)
+    data = TailData(ctx.batch, targets, ctx.rows, ctx.job.micro_batch)
 
     def attempt(config: RecoverConfig) -> tuple[RecoverLog, dict[int, dict[str, Tensor]]]:
         boundaries, name = dict[int, ActivationStore](), f"{config.lr:g}"
-        chain = _chain(lesson, trained, config, calls, inputs, boundaries, lesson.run.scratch / "tail" / name)
-        lr, seed = _lr(lesson, config), lesson.job.recipe.seed
-        found = Tail(chain, head, data, config, lr, seed, place.state / name, snapshot_seconds).run(lesson.report)
+        chain = _chain(ctx, trained, config, calls, inputs, boundaries, ctx.run_dir.scratch / "tail" / name)
+        lr, seed = _lr(ctx, config), ctx.job.recipe.seed
+        found = Tail(chain, head, data, config, lr, seed, place.state / name, snapshot_seconds).run(ctx.report)
         for store in boundaries.values():
             store.remove()
         del chain
-        lesson.let_go()
+        ctx.let_go()
         return found
 
     log, states = attempt(config)
@@ -134,8 +134,8 @@ def recover(lesson: Lesson, config: RecoverConfig, snapshot_seconds: float = SNA
         log, states = attempt(replace(config, lr=SLOWER * config.lr))
     grown, seals = dict[str, float](), dict[int, str]()
     for index, state in states.items():
-        taught = lesson.run.load_block(index)
-        grown |= _grown(trained[index].name, lesson.ranks(trained[index]), taught, state)
+        taught = ctx.run_dir.load_block(index)
+        grown |= _grown(trained[index].name, ctx.ranks(trained[index]), taught, state)
         seals[index] = place.save_block(index, taught | state)
     _warn_of_growth(grown)
     place.finish(replace(log, grown=grown), seals)
@@ -167,12 +167,12 @@ def _largest(state: Mapping[str, Tensor], name: str) -> float:
 
 
 def _streamed(
-    lesson: Lesson, first: int, targets: Stores, own: Stores
+    ctx: RunContext, first: int, targets: Stores, own: Stores
 ) -> tuple[BlockInputs, ActivationStore, ActivationStore]:
     """Run the original over all sequences, and the compressed model as far as the tail does not reach.
 
     Args:
-        lesson: with finished blocks.
+        ctx: with finished blocks.
         first: the first block that the tail trains.
         targets: makes stores for the original's activations.
         own: for those of the compressed model.
@@ -181,25 +181,25 @@ def _streamed(
         how the last stack's blocks are called in the compressed model, its inputs of block `first`, and the original's
         last outputs.
     """
-    model, batch, rate = lesson.teacher, lesson.batch, lesson.job.micro_batch
+    model, batch, rate = ctx.teacher, ctx.batch, ctx.job.micro_batch
     total, last = len(model.names), len(model.stacks) - 1
 
     def visit(index: int) -> None:
-        lesson.report(Progress("blocks", index, total, f"original, {model.names[index]}"))
+        ctx.report(Progress("blocks", index, total, f"original, {model.names[index]}"))
 
     tables, outputs = through(model, batch, targets, rate, visit)
-    lesson.report(Progress("blocks", total, total))
-    own_tables, before = through(model, batch, own, rate, block=lesson.current, stacks=last)
+    ctx.report(Progress("blocks", total, total))
+    own_tables, before = through(model, batch, own, rate, block=ctx.current, stacks=last)
     for table in (*tables, *own_tables):
         table.remove()
     calls, inputs = begin(model, batch, own, rate, last, dict(enumerate(before)))
     for index in range(model.indices(last).start, first):
-        advance(lesson.current(index), index, calls, inputs, inputs, rate)
+        advance(ctx.current(index), index, calls, inputs, inputs, rate)
     return calls, inputs, outputs[-1]
 
 
 def _chain(
-    lesson: Lesson,
+    ctx: RunContext,
     trained: Mapping[int, BlockSpec],
     config: RecoverConfig,
     calls: BlockInputs,
@@ -208,36 +208,36 @@ def _chain(
     scratch: Path,
 ) -> Chain:
     """Return the blocks under training; `boundaries` is filled where graphs do not fit into memory."""
-    blocks = range(min(trained), len(lesson.teacher.names))
-    resident = free_memory(lesson.teacher.device) // 2 // (STATE_BYTES * max(b.params for b in trained.values()))
-    compiled = lesson.compiled(config.batch_size, "recovery", resident >= len(trained))
-    bench = Bench(_learners(lesson, config, compiled), scratch, resident)
-    if resident < len(trained) or not _graphs_fit(lesson, bench, blocks, config, calls, inputs):
-        shelf, shape = lesson.shelf(), (config.batch_size, *inputs.shape[1:])
+    blocks = range(min(trained), len(ctx.teacher.names))
+    resident = free_memory(ctx.teacher.device) // 2 // (STATE_BYTES * max(b.params for b in trained.values()))
+    compiled = ctx.compiled(config.batch_size, "recovery", resident >= len(trained))
+    bench = Bench(_learners(ctx, config, compiled), scratch, resident)
+    if resident < len(trained) or not _graphs_fit(ctx, bench, blocks, config, calls, inputs):
+        shelf, shape = ctx.shelf(), (config.batch_size, *inputs.shape[1:])
         place = shelf.place(len(blocks) * math.prod(shape) * inputs.dtype.itemsize)
         boundaries |= {index: ActivationStore(shape, inputs.dtype, shelf, place, f"tail-{index}") for index in blocks}
     tape = Recomputed(boundaries) if boundaries else KeptGraphs()
-    return Chain(bench, frozenset(trained), _dense_blocks(lesson), blocks, calls, inputs, tape)
+    return Chain(bench, frozenset(trained), _dense_blocks(ctx), blocks, calls, inputs, tape)
 
 
 def _graphs_fit(
-    lesson: Lesson, bench: Bench, blocks: range, config: RecoverConfig, calls: BlockInputs, inputs: ActivationStore
+    ctx: RunContext, bench: Bench, blocks: range, config: RecoverConfig, calls: BlockInputs, inputs: ActivationStore
 ) -> bool:
     """Tell whether the graphs of all blocks for one batch take at most a quarter of the free memory."""
-    rows = torch.arange(min(config.batch_size, lesson.job.micro_batch, inputs.shape[0]))
+    rows = torch.arange(min(config.batch_size, ctx.job.micro_batch, inputs.shape[0]))
     run = partial(bench[blocks[0]].uncompiled, calls.select(blocks[0], rows, inputs.device))
     needed = graph_bytes(run, inputs.read(rows)) * len(blocks) * math.ceil(config.batch_size / len(rows))
     return needed <= free_memory(inputs.device) // 4
 
 
-def _learners(lesson: Lesson, config: RecoverConfig, compiled: int) -> Callable[[int], Learner]:
+def _learners(ctx: RunContext, config: RecoverConfig, compiled: int) -> Callable[[int], Learner]:
     """Return what makes the learner of a block as distillation left it."""
-    training, lr = config.training, _lr(lesson, config)
-    steps, specs = step_total(lesson.rows, training), {block.index: block for block in lesson.blocks}
+    training, lr = config.training, _lr(ctx, config)
+    steps, specs = step_total(ctx.rows, training), {block.index: block for block in ctx.blocks}
 
     def learner(index: int) -> Learner:
-        template, state = lesson.teacher.template(index), lesson.run.load_block(index)
-        ranks, device = lesson.ranks(specs[index]), lesson.teacher.device
+        template, state = ctx.teacher.template(index), ctx.run_dir.load_block(index)
+        ranks, device = ctx.ranks(specs[index]), ctx.teacher.device
         student = restored_copy(template, ranks, state, device, torch.float32)
         names = routers(student) if config.trains == "routers" else None
         return Learner(student, training, lr, steps, Units(), names, compiled)
@@ -245,12 +245,12 @@ def _learners(lesson: Lesson, config: RecoverConfig, compiled: int) -> Callable[
     return learner
 
 
-def _dense_blocks(lesson: Lesson) -> Callable[[int], nn.Module]:
+def _dense_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
     """Return what gives a block that is not trained; those that an eighth of the free memory holds are not read again."""
-    model, spec = lesson.teacher, lesson.job.plan.spec
+    model, spec = ctx.teacher, ctx.job.plan.spec
     largest = max(block.params for block in spec) * model.dtype.itemsize
-    return lru_cache(free_memory(model.device) // 8 // largest)(lesson.current)
+    return lru_cache(free_memory(model.device) // 8 // largest)(ctx.current)
 
 
-def _lr(lesson: Lesson, config: RecoverConfig) -> float:
-    return config.training.peak_lr(lesson.job.plan.spec.hidden_size)
+def _lr(ctx: RunContext, config: RecoverConfig) -> float:
+    return config.training.peak_lr(ctx.job.plan.spec.hidden_size)

@@ -15,7 +15,7 @@ from lillama.distill.learner import Learner
 from lillama.distill.objective import Units, sub_blocks
 from lillama.distill.streams import Earlier, Streams
 from lillama.distill.trace import DistillLog
-from lillama.lesson import Lesson
+from lillama.lesson import RunContext
 from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.gram import Gram, Moments
 from lillama.model.spec import BlockSpec
@@ -70,165 +70,165 @@ class Teachers:
         return self._next[index]
 
 
-def teach_sequentially(lesson: Lesson) -> None:
+def teach_sequentially(ctx: RunContext) -> None:
     """Finish one block after the other; both streams of activations move along."""
-    with Teachers(lesson.teacher, lesson.ample) as teachers:
-        for block, streams in _along(lesson):
-            lesson.report(Progress("blocks", block.index, len(lesson.blocks), block.name))
-            _teach(lesson, block, streams, teachers)
-            lesson.let_go()
-    lesson.report(Progress("blocks", len(lesson.blocks), len(lesson.blocks)))
+    with Teachers(ctx.teacher, ctx.ample) as teachers:
+        for block, streams in _along(ctx):
+            ctx.report(Progress("blocks", block.index, len(ctx.blocks), block.name))
+            _teach(ctx, block, streams, teachers)
+            ctx.let_go()
+    ctx.report(Progress("blocks", len(ctx.blocks), len(ctx.blocks)))
 
 
-def _teach(lesson: Lesson, block: BlockSpec, streams: Streams, teachers: Teachers) -> None:
+def _teach(ctx: RunContext, block: BlockSpec, streams: Streams, teachers: Teachers) -> None:
     """Finish a block, and move both streams behind it."""
-    teacher, ranks = teachers.take(block.index), lesson.ranks(block)
-    untaught = bool(ranks) and not lesson.run.has_block(block.index)
-    grams = _target(lesson, block, teacher, streams, untaught)
+    teacher, ranks = teachers.take(block.index), ctx.ranks(block)
+    untaught = bool(ranks) and not ctx.run_dir.has_block(block.index)
+    grams = _target(ctx, block, teacher, streams, untaught)
     student = None
     if untaught:
-        student = initial_student(lesson, block, teacher, grams)
-        streams.adapt(block.index, teacher, lesson.job.recipe.distill.adaptive)
+        student = initial_student(ctx, block, teacher, grams)
+        streams.adapt(block.index, teacher, ctx.job.recipe.distill.adaptive)
         grams.clear()
         teacher = None
         trim_memory()
-        if block is not lesson.blocks[-1]:
+        if block is not ctx.blocks[-1]:
             teachers.expect(block.index + 1)
-        lesson.save(block, student, _taught(lesson, block, student, streams, teachers))
+        ctx.save(block, student, _taught(ctx, block, student, streams, teachers))
         student = None
     if ranks:
-        student = lesson.finished(block)
+        student = ctx.finished(block)
     elif streams.parted:
         student = teacher
     streams.move_on(block.index, student)
 
 
-def _along(lesson: Lesson) -> Iterator[tuple[BlockSpec, Streams]]:
+def _along(ctx: RunContext) -> Iterator[tuple[BlockSpec, Streams]]:
     """Yield each block with the streams before it; whoever asks for the next one has moved them on."""
-    model, config = lesson.teacher, lesson.job.recipe.distill
-    parts = max(len(sub_blocks(lesson.ranks(block))) for block in lesson.blocks) if config.sub_blocks else 0
+    model, config = ctx.teacher, ctx.job.recipe.distill
+    parts = max(len(sub_blocks(ctx.ranks(block))) for block in ctx.blocks) if config.sub_blocks else 0
     further, both = parts + bool(config.look_ahead) + bool(config.adaptive), config.stream != "teacher"
     streams, stack = None, 0
-    for block in lesson.blocks:
+    for block in ctx.blocks:
         if streams is None:
-            streams = Streams.at(0, model, lesson.batch, lesson.shelf(), both, lesson.job.micro_batch, further)
+            streams = Streams.at(0, model, ctx.batch, ctx.shelf(), both, ctx.job.micro_batch, further)
         elif block.index not in model.indices(stack):
             stack += 1
-            streams = streams.crossed(model, lesson.batch, lesson.shelf(), stack, further)
+            streams = streams.crossed(model, ctx.batch, ctx.shelf(), stack, further)
         yield block, streams
     if streams is not None:
         streams.remove()
 
 
-def _target(lesson: Lesson, block: BlockSpec, teacher: nn.Module, streams: Streams, untaught: bool) -> dict[str, Gram]:
+def _target(ctx: RunContext, block: BlockSpec, teacher: nn.Module, streams: Streams, untaught: bool) -> dict[str, Gram]:
     """Compute the target of a block, and on the way all else that its student will need; return the Grams."""
-    recipe, ranks = lesson.job.recipe, lesson.ranks(block)
+    recipe, ranks = ctx.job.recipe, ctx.ranks(block)
     parts = sub_blocks(ranks) if untaught and recipe.distill.sub_blocks else ()
     return streams.teach(block.index, teacher, parts, ranks if untaught and recipe.init.needs_gram else ())
 
 
-def initial_student(lesson: Lesson, block: BlockSpec, teacher: nn.Module, grams: Mapping[str, Gram]) -> nn.Module:
+def initial_student(ctx: RunContext, block: BlockSpec, teacher: nn.Module, grams: Mapping[str, Gram]) -> nn.Module:
     """Return a block's student before training."""
-    ranks, init = lesson.ranks(block), lesson.job.recipe.init
-    generator = torch.Generator().manual_seed(lesson.seed(block))
-    fisher, probed = lesson.fisher, {}
+    ranks, init = ctx.ranks(block), ctx.job.recipe.init
+    generator = torch.Generator().manual_seed(ctx.seed(block))
+    fisher, probed = ctx.fisher, {}
     if fisher is not None:
         probed = fisher.moments(block.index, teacher, ranks, inputs=not grams)
         trim_memory()
     found = {name: Moments(grams.get(name), probed[name].gradients if probed else None) for name in ranks}
-    return compressed_copy(lesson.teacher.template(block.index), teacher, ranks, init, found, generator)
+    return compressed_copy(ctx.teacher.template(block.index), teacher, ranks, init, found, generator)
 
 
-def _taught(lesson: Lesson, block: BlockSpec, student: nn.Module, streams: Streams, teachers: Teachers) -> DistillLog:
-    config, rows = lesson.job.recipe.distill, lesson.rows
+def _taught(ctx: RunContext, block: BlockSpec, student: nn.Module, streams: Streams, teachers: Teachers) -> DistillLog:
+    config, rows = ctx.job.recipe.distill, ctx.rows
     following = teachers.after(block.index) if config.look_ahead else None
     if following is not None:
         streams.look_ahead(block.index + 1, following)
     data = streams.data(block.index, config.stream, following)
-    lr, units = config.peak_lr(lesson.job.plan.spec.hidden_size), data.units(config.loss, rows.held_out)
-    compiled = lesson.compiled(config.batch_size, "blocks")
+    lr, units = config.peak_lr(ctx.job.plan.spec.hidden_size), data.units(config.loss, rows.held_out)
+    compiled = ctx.compiled(config.batch_size, "blocks")
     learner = Learner(student, config, lr, step_total(rows, config), units, compiled=compiled)
-    return distill_block(learner, block.name, data, rows, lesson.seed(block), lesson.report)
+    return distill_block(learner, block.name, data, rows, ctx.seed(block), ctx.report)
 
 
-def teach_jointly(lesson: Lesson, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
+def teach_jointly(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
     """Let all blocks of a stack take a step on every batch, as published; note the state every `snapshot_seconds`.
 
     Of an encoder-decoder the encoder is finished first: the decoder is taught on what the finished encoder gives it.
     """
-    for stack in range(len(lesson.teacher.stacks)):
-        trained = {b.index: b for b in lesson.blocks if lesson.ranks(b) and b.index in lesson.teacher.indices(stack)}
-        if any(not lesson.run.has_block(index) for index in trained):
-            _teach_stack(lesson, stack, trained, snapshot_seconds)
-            lesson.let_go()
+    for stack in range(len(ctx.teacher.stacks)):
+        trained = {b.index: b for b in ctx.blocks if ctx.ranks(b) and b.index in ctx.teacher.indices(stack)}
+        if any(not ctx.run_dir.has_block(index) for index in trained):
+            _teach_stack(ctx, stack, trained, snapshot_seconds)
+            ctx.let_go()
 
 
-def _teach_stack(lesson: Lesson, stack: int, trained: Mapping[int, BlockSpec], snapshot_seconds: float) -> None:
-    config, rows, before = lesson.job.recipe.distill, lesson.rows, _before(lesson, stack)
-    initial, units = _initial_students(lesson, trained, stack, before)
-    lr, resident = config.peak_lr(lesson.job.plan.spec.hidden_size), _resident(lesson, trained)
-    compiled = lesson.compiled(config.batch_size, f"stack {stack}", resident >= len(trained))
+def _teach_stack(ctx: RunContext, stack: int, trained: Mapping[int, BlockSpec], snapshot_seconds: float) -> None:
+    config, rows, before = ctx.job.recipe.distill, ctx.rows, _before(ctx, stack)
+    initial, units = _initial_students(ctx, trained, stack, before)
+    lr, resident = config.peak_lr(ctx.job.plan.spec.hidden_size), _resident(ctx, trained)
+    compiled = ctx.compiled(config.batch_size, f"stack {stack}", resident >= len(trained))
 
     def learner(index: int) -> Learner:
         return Learner(initial(index), config, lr, step_total(rows, config), units[index], compiled=compiled)
 
-    streams = _streams(lesson, stack, before, config.stream != "teacher" and stack > 0)
+    streams = _streams(ctx, stack, before, config.stream != "teacher" and stack > 0)
     training = JointTraining(
         names={index: block.name for index, block in trained.items()},
         last=max(trained),
-        teacher=_teacher_blocks(lesson),
-        bench=Bench(learner, lesson.run.scratch, resident),
+        teacher=_teacher_blocks(ctx),
+        bench=Bench(learner, ctx.run_dir.scratch, resident),
         data=JointData(
-            streams.calls, streams.teacher, streams.mask, lesson.job.micro_batch, streams.own_calls, streams.student
+            streams.calls, streams.teacher, streams.mask, ctx.job.micro_batch, streams.own_calls, streams.student
         ),
         rows=rows,
         config=config,
-        seed=lesson.job.recipe.seed,
-        folder=lesson.run.joint if not stack else lesson.run.joint.with_name(f"{lesson.run.joint.name}-{stack}"),
+        seed=ctx.job.recipe.seed,
+        folder=ctx.run_dir.joint if not stack else ctx.run_dir.joint.with_name(f"{ctx.run_dir.joint.name}-{stack}"),
         snapshot_seconds=snapshot_seconds,
     )
-    for index, taught, log in training.run(lesson.report):
-        lesson.save(trained[index], taught.student, log)
+    for index, taught, log in training.run(ctx.report):
+        ctx.save(trained[index], taught.student, log)
     shutil.rmtree(training.folder, ignore_errors=True)
     streams.remove()
 
 
-def _before(lesson: Lesson, stack: int) -> Earlier:
+def _before(ctx: RunContext, stack: int) -> Earlier:
     """Return the outputs of the earlier stacks, the teacher's and the student's."""
-    model, ends = lesson.teacher, list[list[ActivationStore]]()
+    model, ends = ctx.teacher, list[list[ActivationStore]]()
     if not stack:
         return {}
-    for name, block in (("teacher", None), ("student", lesson.current)):
-        new = Stores(lesson.shelf(), model.dtype, f"before-{name}", 2)
-        tables, outputs = through(model, lesson.batch, new, lesson.job.micro_batch, block=block, stacks=stack)
+    for name, block in (("teacher", None), ("student", ctx.current)):
+        new = Stores(ctx.shelf(), model.dtype, f"before-{name}", 2)
+        tables, outputs = through(model, ctx.batch, new, ctx.job.micro_batch, block=block, stacks=stack)
         ends.append(outputs)
         for table in tables:
             table.remove()
     return dict(enumerate(zip(*ends, strict=True)))
 
 
-def _streams(lesson: Lesson, stack: int, before: Earlier, both: bool) -> Streams:
-    return Streams.at(stack, lesson.teacher, lesson.batch, lesson.shelf(), both, lesson.job.micro_batch, before=before)
+def _streams(ctx: RunContext, stack: int, before: Earlier, both: bool) -> Streams:
+    return Streams.at(stack, ctx.teacher, ctx.batch, ctx.shelf(), both, ctx.job.micro_batch, before=before)
 
 
 def _initial_students(
-    lesson: Lesson, trained: Mapping[int, BlockSpec], stack: int, before: Earlier
+    ctx: RunContext, trained: Mapping[int, BlockSpec], stack: int, before: Earlier
 ) -> tuple[Callable[[int], nn.Module], dict[int, Units]]:
     """Compute the student of every block of a stack before training.
 
     Returns:
         what reads one back, and the units of the losses.
     """
-    config, rows, units = lesson.job.recipe.distill, lesson.rows, dict[int, Units]()
-    streams = _streams(lesson, stack, before, False)
-    folder = lesson.run.scratch
+    config, rows, units = ctx.job.recipe.distill, ctx.rows, dict[int, Units]()
+    streams = _streams(ctx, stack, before, False)
+    folder = ctx.run_dir.scratch
     folder.mkdir(exist_ok=True)
-    for block in (block for block in lesson.blocks if block.index in lesson.teacher.indices(stack)):
-        lesson.report(Progress("blocks", block.index, len(lesson.blocks), block.name))
-        teacher = lesson.teacher.block(block.index)
-        grams = _target(lesson, block, teacher, streams, block.index in trained)
+    for block in (block for block in ctx.blocks if block.index in ctx.teacher.indices(stack)):
+        ctx.report(Progress("blocks", block.index, len(ctx.blocks), block.name))
+        teacher = ctx.teacher.block(block.index)
+        grams = _target(ctx, block, teacher, streams, block.index in trained)
         if block.index in trained:
-            student = initial_student(lesson, block, teacher, grams)
+            student = initial_student(ctx, block, teacher, grams)
             save_tensors(folder / f"initial-{block.index:04}.safetensors", student.state_dict())
             units[block.index] = streams.data(block.index, "teacher").units(config.loss, rows.held_out)
         streams.move_on(block.index, None)
@@ -236,16 +236,16 @@ def _initial_students(
 
     def initial(index: int) -> nn.Module:
         state = load_tensors(folder / f"initial-{index:04}.safetensors")
-        template, ranks = lesson.teacher.template(index), lesson.ranks(trained[index])
-        return restored_copy(template, ranks, state, lesson.teacher.device, torch.float32)
+        template, ranks = ctx.teacher.template(index), ctx.ranks(trained[index])
+        return restored_copy(template, ranks, state, ctx.teacher.device, torch.float32)
 
     return initial, units
 
 
-def _teacher_blocks(lesson: Lesson) -> Callable[[int], nn.Module]:
+def _teacher_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
     """Return what gives a teacher's block; the first ones, as many as a quarter of the free memory holds, are read once."""
-    teacher, kept = lesson.teacher, dict[int, nn.Module]()
-    largest = max(block.params for block in lesson.blocks) * teacher.dtype.itemsize
+    teacher, kept = ctx.teacher, dict[int, nn.Module]()
+    largest = max(block.params for block in ctx.blocks) * teacher.dtype.itemsize
     room = free_memory(teacher.device) // 4 // largest
 
     def block(index: int) -> nn.Module:
@@ -259,7 +259,7 @@ def _teacher_blocks(lesson: Lesson) -> Callable[[int], nn.Module]:
     return block
 
 
-def _resident(lesson: Lesson, trained: Mapping[int, BlockSpec]) -> int:
+def _resident(ctx: RunContext, trained: Mapping[int, BlockSpec]) -> int:
     """Return how many blocks under training fit into half of the free memory."""
     largest = max(block.params for block in trained.values())
-    return free_memory(lesson.teacher.device) // 2 // (TRAINING_BYTES * largest)
+    return free_memory(ctx.teacher.device) // 2 // (TRAINING_BYTES * largest)

@@ -13,9 +13,9 @@ from tests.hub.conftest import Saved, X, compress
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lillama.errors import ModelError
-from lillama.hub.card import auto_class
 from lillama.hub.export import export
 from lillama.hub.portable import make_portable, portable_code
+from lillama.hub.usage import auto_class
 
 BLOCKED = """
 import sys

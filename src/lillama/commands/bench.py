@@ -57,9 +57,20 @@ def bench(
     from lillama.evaluation.speed import benchmark
 
     with cli_output.progress(json) as report:
-        result = benchmark(model, against, batch=batch, prompt=prompt, new=new, repeats=repeats, device=device,
-                           dtype=dtype, threads=threads, seed=seed, report=report,
-                           trust_remote_code=trust_remote_code)  # fmt: skip
+        result = benchmark(
+            model,
+            against,
+            batch=batch,
+            prompt=prompt,
+            new=new,
+            repeats=repeats,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            seed=seed,
+            report=report,
+            trust_remote_code=trust_remote_code,
+        )
     cli_output.show(result.as_json(), json, lambda: _tables(result))
 
 

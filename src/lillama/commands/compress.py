@@ -87,7 +87,7 @@ def _table(result: "Result") -> None:
     from rich.table import Table
 
     from lillama.cli_output import duration, print_tables, say
-    from lillama.hub.card import auto_class
+    from lillama.hub.usage import auto_class
     from lillama.resources import readable
 
     spec, stored = result.plan.spec, result.stored

@@ -69,9 +69,18 @@ def evaluate(
 
     protocol = Protocol(seq_len, stride, windows, prompts, seed=seed)
     with cli_output.progress(json) as report:
-        found = work(model, text or (), against=against, tasks=tasks or (), protocol=protocol, limit=limit,
-                     device=device, activation_memory=activation_memory, report=report,
-                     trust_remote_code=trust_remote_code)  # fmt: skip
+        found = work(
+            model,
+            text or (),
+            against=against,
+            tasks=tasks or (),
+            protocol=protocol,
+            limit=limit,
+            device=device,
+            activation_memory=activation_memory,
+            report=report,
+            trust_remote_code=trust_remote_code,
+        )
     cli_output.show(found.as_json(), json, lambda: _tables(found))
 
 
@@ -106,8 +115,12 @@ def _agreements(found: "Evaluation") -> "Table":
     table = Table("text", "windows", "KL, nats", "same top token", "calibration error", "difference")
     for row in found.agreements:
         table.add_row(
-            row.name, str(row.windows), _interval(row.kl, ".4f"), _interval(row.top1, ".1%"), *_pair(row.calibration, ".4f")
-        )  # fmt: skip
+            row.name,
+            str(row.windows),
+            _interval(row.kl, ".4f"),
+            _interval(row.top1, ".1%"),
+            *_pair(row.calibration, ".4f"),
+        )
     return table
 
 
@@ -119,9 +132,12 @@ def _continuations(found: "Evaluation") -> "Table":
         if row.continuation is not None:
             one = row.continuation
             table.add_row(
-                row.name, str(one.prompts), _interval(one.leading, ".1%"), _interval(one.equal, ".1%"),
+                row.name,
+                str(one.prompts),
+                _interval(one.leading, ".1%"),
+                _interval(one.equal, ".1%"),
                 *_pair(one.repetition, ".1%"),
-            )  # fmt: skip
+            )
     return table
 
 

@@ -57,9 +57,16 @@ def make(
 
     with cli_output.progress(json):
         sets = make_stimuli(
-            out, language, vocabulary=vocabulary, texts=text or (), known=known or (), pairs=pairs, phonemes=phonemes,
-            tasks=("lexical", "syntactic") if task == "both" else (task,), seed=seed,
-        )  # fmt: skip
+            out,
+            language,
+            vocabulary=vocabulary,
+            texts=text or (),
+            known=known or (),
+            pairs=pairs,
+            phonemes=phonemes,
+            tasks=("lexical", "syntactic") if task == "both" else (task,),
+            seed=seed,
+        )
     rows = [
         {"name": s.name, "pairs": len(s.rows), "source": s.source, "control": s.control, "whole": list(s.whole)}
         for s in sets

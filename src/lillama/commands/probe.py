@@ -83,8 +83,19 @@ def probe(
         from lillama.probing.measure import probe_all
 
         with cli_output.progress(json) as report:
-            results = probe_all(model, names, data, against=against, score=score, unit=unit, batch_tokens=batch_tokens,
-                                device=device, seed=seed, report=report, trust_remote_code=trust_remote_code)  # fmt: skip
+            results = probe_all(
+                model,
+                names,
+                data,
+                against=against,
+                score=score,
+                unit=unit,
+                batch_tokens=batch_tokens,
+                device=device,
+                seed=seed,
+                report=report,
+                trust_remote_code=trust_remote_code,
+            )
     if trials_out is not None:
         _refuse_taken(trials_out)  # once more, for something may have come in the meantime
         write_trials(trials_out, load_benchmark(names[0]), results[0].trials)
