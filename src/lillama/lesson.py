@@ -99,7 +99,7 @@ class RunContext:
     @cached_property
     def batch(self) -> Batch:
         """What the model is run on."""
-        return batch_of(self.teacher.skeleton, self.tokens.ids, self.tokens.mask, self.tokens.inputs)
+        return batch_of(self.teacher.kind, self.tokens.ids, self.tokens.mask, self.tokens.inputs)
 
     def current(self, index: int) -> nn.Module:
         """Return a block of the compressed model as it is by now."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lillama.calibration.sources import Source, check_exists, fingerprint
 from lillama.calibration.tokenizer import load_tokenizer, tokenizer_hash
@@ -15,15 +15,15 @@ from lillama.files import digest
 from lillama.lowrank.quantized import refuse_without_torchao
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import describe, describe_model, refuse_quantized
+from lillama.model.kind import refuse_too_long
 from lillama.model.remote import remote_code
 from lillama.model.sizes import as_stored
-from lillama.model.source import load_config, locate, refuse_too_long, stored_dtype
+from lillama.model.source import load_config, locate, stored_dtype
 from lillama.model.spec import ModelSpec
 from lillama.options import Machine, Overrides, OverridesDict, refuse_two_sizes
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe, override
 from lillama.resources import free_disk, free_memory, pick_device
-from lillama.stream.batch import fills_gaps
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import StreamedModel, open_streamed
 
@@ -157,8 +157,8 @@ class Job:
     @property
     def micro_batch(self) -> int:
         """Sequences that are computed at once."""
-        heard = getattr(self.teacher.skeleton.config, "max_source_positions", 0)  # of an utterance, in Whisper
-        return self.machine.rows(max(self.recipe.calibration.seq_len, heard), self.device)
+        utterance = self.teacher.kind.max_source_positions or 0
+        return self.machine.rows(max(self.recipe.calibration.seq_len, utterance), self.device)
 
     def identity(self) -> dict[str, Any]:
         """Return what makes this run this run: recipe, model, data, ranks; equal identities give equal results."""
@@ -197,10 +197,10 @@ def build_job(
     folder = locate(model)
     config = load_config(folder)
     refuse_quantized(config)
-    refuse_too_long(recipe.calibration.seq_len, config)
     teacher = open_streamed(folder, device, split_gate_up=recipe.split_gate_up)
-    _refuse_silence(teacher.skeleton, recipe)
-    wordless = teacher.skeleton.main_input_name != "input_ids" and not config.is_encoder_decoder
+    refuse_too_long(recipe.calibration.seq_len, teacher.kind)
+    _refuse_silence(teacher, recipe)
+    wordless = not teacher.kind.takes_tokens and teacher.kind.stacks == 1
     tokenizer = None if wordless else load_tokenizer(folder)
     ranks, recipe = resolve_budget(_describe(teacher, recipe), recipe, rank_plan)
     open_ranks = rank_plan is None and recipe.ranks.needs_spectra and bool(ranks.factorised)
@@ -261,12 +261,12 @@ def check_resources(job: Job, out: Path, run: Path, present: int) -> None:
         )
 
 
-def _refuse_silence(model: PreTrainedModel, recipe: Recipe) -> None:
+def _refuse_silence(teacher: StreamedModel, recipe: Recipe) -> None:
     """Refuse self-calibration of a model that cannot write its own text."""
-    writes = model.main_input_name == "input_ids" and not model.config.is_encoder_decoder and not fills_gaps(model)
-    if not recipe.calibration.sources and not (writes and model.get_output_embeddings() is not None):
+    if not recipe.calibration.sources and not (teacher.kind.takes_tokens and teacher.kind.causal):
+        name = type(teacher.skeleton).__name__
         raise CalibrationError(
-            f"{type(model).__name__} cannot write text to be calibrated on; give --calibration files of what it is used for"
+            f"{name} cannot write text to be calibrated on; give --calibration files of what it is used for"
         )
 
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from lillama.calibration import generate as module
 from lillama.calibration.generate import generate
-from lillama.errors import CalibrationError, ModelError
+from lillama.errors import ModelError
 from lillama.progress import Progress
 
 
@@ -110,7 +110,7 @@ def refuses(error: type[Exception], call, *words: str) -> None:
 
 
 def test_errors_are_one_line(tmp_path, model_path, tokenizer):
-    refuses(CalibrationError, lambda: generate(model_path, tokenizer, 130, 65, seed=0), "seq_len is 65", "64 positions")
+    refuses(ModelError, lambda: generate(model_path, tokenizer, 130, 65, seed=0), "seq_len is 65", "64 positions")
     refuses(ModelError, lambda: generate(tmp_path / "none", tokenizer, 64, 16, seed=0), "none", "config.json")
     LlamaConfig(vocab_size=258, hidden_size=64).save_pretrained(tmp_path / "hollow")
     refuses(ModelError, lambda: generate(tmp_path / "hollow", tokenizer, 64, 16, seed=0), "hollow", "safetensors")

@@ -1,6 +1,7 @@
 """Speech and images become what a model's own processor makes of them, the same for the same seed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from lillama.calibration.media import SECONDS, clips, pack_media, wave
 from lillama.calibration.pack import TokenBlocks
 from lillama.calibration.sources import SPEECH, Source, fingerprint
 from lillama.errors import CalibrationError, ModelError
+from lillama.model.kind import kind_of
+from lillama.model.spec import Kind
 from lillama.stream.batch import batch_of
 
 RATE = 16_000
-WHISPER = WhisperConfig(max_source_positions=50, max_target_positions=64, num_mel_bins=16, decoder_start_token_id=0)
+CONFIG = WhisperConfig(max_source_positions=50, max_target_positions=64, num_mel_bins=16, decoder_start_token_id=0)
+WHISPER = Kind("input_features", stacks=2, max_source_positions=50, max_target_positions=64, decoder_start=0)
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def whisper(tmp_path: Path) -> Path:
 
 
 def packed(speech: Path, whisper: Path, tokenizer, seed: int = 0, rows: int = 4) -> TokenBlocks:
-    return pack_media((Source(str(speech)),), "input_features", whisper, WHISPER, tokenizer, rows, seed)
+    return pack_media((Source(str(speech)),), WHISPER, whisper, tokenizer, rows, seed)
 
 
 def test_features_are_the_processors_and_silence_behind_speech_is_known(speech, whisper, tokenizer) -> None:
@@ -74,9 +78,9 @@ def test_the_decoder_is_given_the_start_and_asked_for_the_rest(speech, whisper, 
     from transformers import WhisperForConditionalGeneration
 
     with torch.device("meta"):
-        model = WhisperForConditionalGeneration(WHISPER)
+        assert kind_of(WhisperForConditionalGeneration(CONFIG)) == WHISPER
     found = packed(speech, whisper, tokenizer)
-    batch = batch_of(model, found.ids, found.mask, found.inputs)
+    batch = batch_of(WHISPER, found.ids, found.mask, found.inputs)
     assert set(batch.inputs) == {"input_features", "decoder_input_ids"}
     assert batch.ids[:, 0].tolist() == [0] * 4 and torch.equal(batch.ids[:, 1:], found.ids)
     assert batch.masks[1][:, 0].all() and torch.equal(batch.masks[1][:, 1:], found.mask)
@@ -85,11 +89,10 @@ def test_the_decoder_is_given_the_start_and_asked_for_the_rest(speech, whisper, 
 
 def test_waves_are_joined_and_cut_without_padding(speech, tmp_path: Path) -> None:
     Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path / "model")
-    config = WhisperConfig(is_encoder_decoder=False)
     for index in range(6, 30):
         soundfile.write(speech / f"{index}.wav", np.full(RATE, 0.01), RATE)
     (speech / "metadata.jsonl").unlink()
-    found = pack_media((Source(str(speech)),), "input_values", tmp_path / "model", config, None, 3, 0)
+    found = pack_media((Source(str(speech)),), Kind("input_values"), tmp_path / "model", None, 3, 0)
     assert found.inputs["input_values"].shape == (3, SECONDS * RATE)
     assert found.mask is None and found.ids.shape == (3, 0)
 
@@ -101,8 +104,7 @@ def test_images_go_through_the_processor(tmp_path: Path) -> None:
     )
     for index in range(5):
         Image.new("RGB", (20, 24), (50 * index, 10, 10)).save(tmp_path / "images" / f"{index}.png")
-    config = WhisperConfig(is_encoder_decoder=False)
-    found = pack_media((Source(str(tmp_path / "images")),), "pixel_values", tmp_path / "m", config, None, 3, 0)
+    found = pack_media((Source(str(tmp_path / "images")),), Kind("pixel_values"), tmp_path / "m", None, 3, 0)
     assert found.inputs["pixel_values"].shape == (3, 3, 16, 16) and found.manifest.kind == "images"
 
 
@@ -137,7 +139,7 @@ def test_a_wrong_listing_is_named(speech: Path, listing: str, message: str) -> N
 
 def test_what_cannot_be_used_is_told(speech: Path, whisper: Path, tokenizer, text: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"no file of type \.wav"):
-        pack_media((Source(str(text.parent)),), "input_features", whisper, WHISPER, tokenizer, 2, 0)
+        pack_media((Source(str(text.parent)),), WHISPER, whisper, tokenizer, 2, 0)
     (speech / "metadata.jsonl").unlink()
     with pytest.raises(CalibrationError, match=r"what is said is not known; put metadata\.jsonl"):
         packed(speech, whisper, tokenizer)
@@ -145,27 +147,26 @@ def test_what_cannot_be_used_is_told(speech: Path, whisper: Path, tokenizer, tex
     with pytest.raises(CalibrationError, match=r"0\.wav: no readable sound file"):
         packed(speech, whisper, tokenizer, rows=6)
     with pytest.raises(ModelError, match="no usable processor"):
-        pack_media((Source(str(speech)),), "input_features", tmp_path, WHISPER, tokenizer, 2, 0)
+        pack_media((Source(str(speech)),), WHISPER, tmp_path, tokenizer, 2, 0)
     with pytest.raises(ModelError, match="the model takes bytes"):
-        pack_media((Source(str(speech)),), "bytes", whisper, WHISPER, tokenizer, 2, 0)
+        pack_media((Source(str(speech)),), replace(WHISPER, takes="bytes"), whisper, tokenizer, 2, 0)
 
 
 def test_every_source_gives_its_share_of_windows(speech: Path, tmp_path: Path) -> None:
     Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path / "model")
-    config = WhisperConfig(is_encoder_decoder=False)
     for name, value in (("a", 0.25), ("b", -0.25)):
         (tmp_path / name).mkdir()
         for index in range(12):
             soundfile.write(tmp_path / name / f"{index}.wav", np.full(RATE, value), RATE)
     sources = (Source(str(tmp_path / "a")), Source(str(tmp_path / "b")))
-    found = pack_media(sources, "input_values", tmp_path / "model", config, None, 4, 0)
+    found = pack_media(sources, Kind("input_values"), tmp_path / "model", None, 4, 0)
     assert found.inputs["input_values"].mean(dim=1).sign().tolist() == [1, 1, -1, -1]
     assert [record.tokens for record in found.manifest.sources] == [2, 2]
 
 
 def test_waves_with_transcripts_are_refused(speech: Path, whisper: Path, tokenizer) -> None:
     with pytest.raises(ModelError, match="takes waves and writes text"):
-        pack_media((Source(str(speech)),), "input_values", whisper, WHISPER, tokenizer, 2, 0)
+        pack_media((Source(str(speech)),), replace(WHISPER, takes="input_values"), whisper, tokenizer, 2, 0)
 
 
 def test_an_empty_listing_and_odd_separators(speech: Path) -> None:
@@ -173,7 +174,7 @@ def test_an_empty_listing_and_odd_separators(speech: Path) -> None:
     assert [clip.text for clip in clips(Source(str(speech)), SPEECH)] == ["a\u2028b"]
     (speech / "metadata.jsonl").write_text("\n", encoding="utf-8")
     with pytest.raises(CalibrationError, match="names no file"):
-        pack_media((Source(str(speech)),), "input_features", speech, WHISPER, None, 2, 0)
+        pack_media((Source(str(speech)),), WHISPER, speech, None, 2, 0)
 
 
 def test_text_beside_an_image_is_part_of_what_a_source_is(tmp_path: Path) -> None:

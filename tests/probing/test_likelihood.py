@@ -18,7 +18,7 @@ from transformers import (
 
 from lillama.errors import ModelError, ProbeError
 from lillama.probing.likelihood import Likelihood, Tokens, encoded, likelihoods, score
-from lillama.probing.scorer import Scorer, fills_masks, load_scorer
+from lillama.probing.scorer import Scorer, load_scorer, scored_kind
 from lillama.progress import silent
 
 CPU = torch.device("cpu")
@@ -121,9 +121,10 @@ def test_models_without_a_head_are_refused(tiny, tmp_path):
         tokenizer.save_pretrained(tmp_path / str(number))
         with pytest.raises(ModelError, match=f"{type(model).__name__} has no language-modelling head"):
             load_scorer(tmp_path / str(number), CPU)
-    with pytest.raises(ModelError, match="t5 is an encoder-decoder"):
-        fills_masks(T5Config())
-    assert fills_masks(BertConfig()) and not fills_masks(BertConfig(is_decoder=True)) and not fills_masks(LlamaConfig())
+    with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        scored_kind(T5Config(architectures=["T5ForConditionalGeneration"]))
+    configs = BertConfig(), BertConfig(is_decoder=True), LlamaConfig()
+    assert [scored_kind(config).predicts for config in configs] == ["masked", "next", "next"]
 
 
 def test_a_checkpoint_that_lacks_the_head_is_refused(make_model):

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from lillama.errors import ModelError
+from lillama.model.kind import kind_of
 from lillama.stream.batch import Batch, batch_of
 from lillama.stream.running import finish
 from lillama.stream.store import Shelf, Stores
@@ -73,7 +74,7 @@ def test_an_encoder_decoder_reads_the_first_half_of_a_text_and_writes_the_second
     model = MODELS["T5"]()
     model.config.decoder_start_token_id = 7
     ids = torch.arange(20).view(2, 10)
-    batch = batch_of(model, ids, None, {})
+    batch = batch_of(kind_of(model), ids, None, {})
     assert batch.inputs["input_ids"].tolist() == ids[:, :5].tolist()
     assert batch.inputs["decoder_input_ids"].tolist() == [[7, *range(5, 10)], [7, *range(15, 20)]]
     assert batch.ids is not None and torch.equal(batch.ids, batch.inputs["decoder_input_ids"])

@@ -13,6 +13,7 @@ from lillama.calibration.pack import TokenBlocks, blocks, pack
 from lillama.calibration.sources import Source
 from lillama.calibration.tokenizer import embeddings_of
 from lillama.errors import CalibrationError
+from lillama.model.kind import kind_of
 from lillama.progress import Report, silent
 
 SELF = "self"
@@ -57,10 +58,9 @@ def gather(
             `seq_len` tokens.
     """
     _check(config)
-    if model is not None and model.main_input_name != "input_ids":
-        rows, folder = config.tokens // config.seq_len, Path(model_path)
-        return pack_media(config.sources, model.main_input_name, folder, model.config, tokenizer, rows, seed, report,
-                          embeddings_of(model))  # fmt: skip
+    if model is not None and not (kind := kind_of(model)).takes_tokens:
+        rows, known = config.tokens // config.seq_len, embeddings_of(model)
+        return pack_media(config.sources, kind, Path(model_path), tokenizer, rows, seed, report, known)
     assert tokenizer is not None
     if config.sources:
         embeddings = None if model is None else embeddings_of(model)

@@ -23,7 +23,8 @@ from transformers import (
 from transformers.cache_utils import StaticCache
 
 from lillama.calibration.tokenizer import embeddings_of, encoded, refuse_unknown
-from lillama.errors import CalibrationError, ModelError
+from lillama.errors import ModelError
+from lillama.model.kind import kind_of, refuse_too_long
 from lillama.model.loading import load, weight_bytes
 from lillama.model.source import load_config, stored_dtype
 from lillama.progress import Progress, Report, silent
@@ -59,7 +60,8 @@ def generate(
         report: told after each step.
     """
     with TemporaryDirectory(prefix="lillama-offload-") as folder:
-        model = _load(model_path, seq_len, torch.device(device), folder)
+        model = _load(Path(model_path), torch.device(device), folder)
+        refuse_too_long(seq_len, kind_of(model))
         return _write(model, tokenizer, tokens // seq_len, seq_len, seed, temperature, report)
 
 
@@ -138,14 +140,10 @@ def _batch_size(model: PreTrainedModel, seq_len: int) -> int:
     return max(1, min(BATCH, CACHE // per_sequence))
 
 
-def _load(model_path: str | Path, seq_len: int, device: torch.device, offload: str) -> PreTrainedModel:
+def _load(folder: Path, device: torch.device, offload: str) -> PreTrainedModel:
     """Load a model for inference: plainly if its weights fit in free memory, else spread over all there is."""
-    folder, config = Path(model_path), load_config(Path(model_path))
-    places = getattr(config.get_text_config(), "max_position_embeddings", None) or seq_len  # not all models bound it
-    if seq_len > places:
-        raise CalibrationError(f"seq_len is {seq_len}, but {model_path} has {places} positions; lower it")
     how = GenerationConfig()  # its own is not read: how to sample stands in the recipe
-    if _fits(folder, config, device):
+    if _fits(folder, load_config(folder), device):
         dtype = torch.float32 if device.type == "cpu" else "auto"
         return load(AutoModelForCausalLM, folder, device, dtype=dtype, generation_config=how)
     options = {"dtype": "auto", "device_map": "auto", "offload_folder": offload, "generation_config": how}

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoFeatureExtractor, AutoImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoFeatureExtractor, AutoImageProcessor, PreTrainedTokenizerBase
 
 from lillama.calibration.pack import SURPLUS, Manifest, SourceRecord, TokenBlocks, ids_hash, share
 from lillama.calibration.sources import (
@@ -28,6 +28,7 @@ from lillama.calibration.tokenizer import encoded, tokenizer_hash
 from lillama.errors import CalibrationError, ModelError
 from lillama.model.foreign import explained
 from lillama.model.remote import runs_code
+from lillama.model.spec import Kind
 from lillama.progress import Progress, Report, silent
 
 Takes = Literal["input_features", "input_values", "pixel_values"]
@@ -47,9 +48,8 @@ class Clip:
 
 def pack_media(
     sources: tuple[Source, ...],
-    takes: str,
+    kind: Kind,
     folder: Path,
-    config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     rows: int,
     seed: int,
@@ -60,9 +60,8 @@ def pack_media(
 
     Args:
         sources: folders of files, or JSON lines that name them; `metadata.jsonl` in a folder says what is said in each.
-        takes: name of the model's main input.
+        kind: of the model.
         folder: of the model, with its processor's configuration.
-        config: of the model.
         tokenizer: of the model, if it writes text.
         rows: utterances (for encoders of the wave: windows of four seconds) or images.
         seed: of the choice.
@@ -73,22 +72,23 @@ def pack_media(
         CalibrationError: a source holds no file of the kind, or what is said is not known and the model needs it.
         ModelError: the model's processor cannot be used.
     """
+    takes = cast(Takes, kind.takes)
     if takes not in READERS:
         raise ModelError(f"the model takes {takes}; calibration knows input_ids, {', '.join(READERS)}")
-    if takes == "input_values" and config.is_encoder_decoder:
+    if takes == "input_values" and kind.stacks > 1:
         raise ModelError("the model takes waves and writes text; what belongs to a window of a wave is not known")
-    kinds, generator = KINDS[cast(Takes, takes)], torch.Generator().manual_seed(seed)
+    suffixes, generator = KINDS[takes], torch.Generator().manual_seed(seed)
     chosen: list[Clip] = []
     parts: list[dict[str, Tensor]] = []
     records: list[SourceRecord] = []
     for done, (source, wanted) in enumerate(zip(sources, share(sources, rows), strict=True)):
         report(Progress("calibration", done, len(sources), source.path))
-        found = list(islice(clips(source, kinds), SURPLUS * wanted * (SECONDS if takes == "input_values" else 1)))
+        found = list(islice(clips(source, suffixes), SURPLUS * wanted * (SECONDS if takes == "input_values" else 1)))
         if not found:
             raise CalibrationError(f"{source.path}: names no file; give another source")
         order = torch.randperm(len(found), generator=generator).tolist()
         taken = [found[index] for index in order[: None if takes == "input_values" else wanted]]
-        parts.append(READERS[cast(Takes, takes)](taken, folder, config, wanted))
+        parts.append(READERS[takes](taken, folder, kind, wanted))
         chosen += taken
         made = len(next(iter(parts[-1].values())))
         records.append(
@@ -106,8 +106,8 @@ def pack_media(
     inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     count = len(next(iter(inputs.values())))
     ids, mask = torch.zeros(count, 0, dtype=torch.long), None
-    if config.is_encoder_decoder:
-        ids, mask = _transcripts(chosen, config, tokenizer, embeddings)
+    if kind.stacks > 1:
+        ids, mask = _transcripts(chosen, kind, tokenizer, embeddings)
     report(Progress("calibration", len(sources), len(sources)))
     manifest = Manifest(
         kind="images" if takes == "pixel_values" else "speech",
@@ -161,7 +161,7 @@ def wave(path: Path, rate: int) -> NDArray[np.float32]:
     return mono if found == rate else resample_poly(mono, rate, found).astype(np.float32)
 
 
-def _features(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: int) -> dict[str, Tensor]:
+def _features(chosen: list[Clip], folder: Path, kind: Kind, rows: int) -> dict[str, Tensor]:
     """Return log-mel features, and which positions of the encoder hear speech and not the padding behind it."""
     extractor = _processor(AutoFeatureExtractor, folder)
     pairs = [
@@ -169,10 +169,10 @@ def _features(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: 
         for clip in chosen
     ]
     inputs = {"input_features": torch.stack([features for features, _ in pairs])}
-    positions = getattr(config, "max_source_positions", None)  # of the encoder; Whisper's halves the frames
-    if positions is not None:
+    if kind.max_source_positions is not None:
         frames = torch.stack([mask for _, mask in pairs])
-        inputs["encoder_mask"] = frames[:, :: max(1, frames.shape[1] // positions)].contiguous()
+        step = max(1, frames.shape[1] // kind.max_source_positions)  # frames of a position: two in Whisper
+        inputs["encoder_mask"] = frames[:, ::step].contiguous()
     return inputs
 
 
@@ -199,7 +199,7 @@ def _computed(path: Path, extractor: Any) -> tuple[Float[Tensor, "mels frames"],
     return features, torch.arange(frames) < found.shape[1]
 
 
-def _values(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: int) -> dict[str, Tensor]:
+def _values(chosen: list[Clip], folder: Path, kind: Kind, rows: int) -> dict[str, Tensor]:
     """Return windows of sound; utterances are joined, so that nothing is padded."""
     extractor = _processor(AutoFeatureExtractor, folder)
     length = SECONDS * extractor.sampling_rate
@@ -216,7 +216,7 @@ def _values(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: in
     return {"input_values": made["input_values"]}
 
 
-def _pixels(chosen: list[Clip], folder: Path, config: PretrainedConfig, rows: int) -> dict[str, Tensor]:
+def _pixels(chosen: list[Clip], folder: Path, kind: Kind, rows: int) -> dict[str, Tensor]:
     """Return images as the model's processor prepares them."""
     try:
         from PIL import Image, UnidentifiedImageError
@@ -245,7 +245,7 @@ def _processor(kind: Any, folder: Path) -> Any:
 
 
 def _transcripts(
-    chosen: list[Clip], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, embeddings: int | None
+    chosen: list[Clip], kind: Kind, tokenizer: PreTrainedTokenizerBase | None, embeddings: int | None
 ) -> tuple[Int[Tensor, "rows length"], Bool[Tensor, "rows length"]]:
     """Return what is said as tokens that end with the end-of-text token, padded behind, and which are real."""
     if tokenizer is None:
@@ -259,9 +259,11 @@ def _transcripts(
     rows: list[list[int]] = []
     for clip in chosen:
         (ids,) = encoded(tokenizer, [clip.text or ""], embeddings, str(clip.path))["input_ids"]
-        ids = ids[1:] if ids[:1] == [config.decoder_start_token_id] else ids
+        ids = ids[1:] if ids[:1] == [kind.decoder_start] else ids
         rows.append(ids if end is None or ids[-1:] == [end] else [*ids, cast(int, end)])
-    longest = min(max(map(len, rows)), getattr(config, "max_target_positions", 1 << 20) - 1)
+    longest = max(map(len, rows))
+    if kind.max_target_positions is not None:
+        longest = min(longest, kind.max_target_positions - 1)
     ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.bool)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row[:longest])

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lillama.stream.batch import Batch, fills_gaps
+from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
 from lillama.stream.running import finish, overflow, row_slices
 from lillama.stream.store import ActivationStore, Shelf, Stores
@@ -139,7 +139,7 @@ class Head:
     @property
     def predicts(self) -> bool:
         """Whether the model has a language-modelling head."""
-        return self.outside.get_output_embeddings() is not None
+        return self.model.kind.predicts != "nothing"
 
     def counts(self, batch: Batch, length: int) -> tuple[int, int]:
         """Return the real tokens of some sequences, and how many of them have a next one to be predicted."""
@@ -159,7 +159,7 @@ class Head:
 
     def _labels(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Return for every token the one that follows it; none where the model fills gaps instead of going on."""
-        return torch.full_like(ids, NO_LABEL) if fills_gaps(self.outside) else next_tokens(ids, mask)
+        return torch.full_like(ids, NO_LABEL) if self.model.kind.predicts == "masked" else next_tokens(ids, mask)
 
     def _tokens(self, length: int) -> int:
         """Return how many tokens are taken at once."""

@@ -19,8 +19,9 @@ from lillama.evaluation.samples import Sample, samples
 from lillama.evaluation.tally import log_probs, pair_tallies
 from lillama.evaluation.whole import refuse_too_large
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
+from lillama.model.kind import refuse_too_long
 from lillama.model.remote import remote_code
-from lillama.model.source import locate, refuse_too_long
+from lillama.model.source import locate
 from lillama.progress import Report, silent
 from lillama.resources import pick_device, shortage_explained
 from lillama.stream.store import Shelf
@@ -130,7 +131,7 @@ def _windows(
     length = protocol.seq_len or min(map(default_length, opened.values()))
     found: dict[str, dict[str, Windows]] = {}
     for role, folder in folders.items():
-        refuse_too_long(length, opened[role].skeleton.config)
+        refuse_too_long(length, opened[role].kind)
         tokenizer, known = load_tokenizer(folder), embeddings_of(opened[role].skeleton)
         found[role] = {
             name: cut(name, text, tokenizer, length, protocol.stride, protocol.windows, known)
@@ -157,7 +158,7 @@ def _prompt_length(dense: StreamedModel, protocol: Protocol) -> int:
         raise CalibrationError(
             f"prompts is {protocol.prompts} and new_tokens {protocol.new_tokens}; at least 0 and {GRAM} make sense"
         )
-    positions = getattr(dense.skeleton.config.get_text_config(), "max_position_embeddings", None)
+    positions = dense.kind.max_positions
     room = PROMPT if positions is None else min(PROMPT, positions - protocol.new_tokens)
     if protocol.prompts and room < 1:
         raise CalibrationError(

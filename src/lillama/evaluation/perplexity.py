@@ -11,8 +11,9 @@ from lillama.calibration.documents import read_text
 from lillama.calibration.tokenizer import embeddings_of, load_tokenizer
 from lillama.evaluation.tally import log_probs, tallies
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
+from lillama.model.kind import refuse_too_long
 from lillama.model.remote import remote_code
-from lillama.model.source import locate, refuse_too_long
+from lillama.model.source import locate
 from lillama.progress import Report, silent
 from lillama.resources import pick_device, shortage_explained
 from lillama.stream.store import Shelf
@@ -132,7 +133,7 @@ def perplexity(
         streamed = open_streamed(path, chosen)
         tokenizer = load_tokenizer(path)
         length = default_length(streamed) if seq_len is None else seq_len
-        refuse_too_long(length, streamed.skeleton.config)
+        refuse_too_long(length, streamed.kind)
         known = embeddings_of(streamed.skeleton)
         pieces = {name: cut(name, text, tokenizer, length, stride, windows, known) for name, text in contents.items()}
         return score_texts(streamed, pieces, Shelf.on(chosen, Path(folder), activation_memory), report)

@@ -18,6 +18,7 @@ from lillama.errors import ModelError, RecipeError, ResourceError
 from lillama.evaluation import timed
 from lillama.evaluation.timed import TOO_MUCH, Footprint, Run, Setting
 from lillama.model.checkpoint import CheckpointReader
+from lillama.model.kind import kind_of
 from lillama.model.remote import remote_code
 from lillama.model.skeleton import skeleton
 from lillama.model.source import load_config, locate
@@ -207,21 +208,20 @@ def subject(name: str | Path, prompt: int, new: int) -> Subject:
         ModelError: no such model, it cannot write text, or not after so long a prompt.
     """
     folder = locate(name)
-    config = load_config(folder)
-    model = skeleton(config)
+    model = skeleton(load_config(folder))
+    kind = kind_of(model)
     if not model.can_generate():
         raise ModelError(
             f"{folder}: {type(model).__name__} has no language-model head and cannot write; give one that has"
         )
-    if model.main_input_name != "input_ids" or config.is_encoder_decoder:
+    if not kind.takes_tokens or kind.stacks > 1:
         raise ModelError(
             f"{folder}: prompts of {type(model).__name__} are not tokens to go on with; no speed is measured"
         )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # not all models bound it
-    if positions is not None and prompt + new > positions:
+    if kind.max_positions is not None and prompt + new > kind.max_positions:
         raise ModelError(
-            f"{folder}: a prompt of {prompt} and {new} new tokens make {prompt + new}, but the model has {positions} "
-            "positions; lower --prompt or --new"
+            f"{folder}: a prompt of {prompt} and {new} new tokens make {prompt + new}, but the model has "
+            f"{kind.max_positions} positions; lower --prompt or --new"
         )
     reader = CheckpointReader(folder)
     numbers = sum(math.prod(entry.shape) * PACKED.get(entry.dtype, 1) for entry in reader.entries.values())

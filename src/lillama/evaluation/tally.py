@@ -12,7 +12,7 @@ from lillama.errors import ModelError
 from lillama.evaluation.windows import Windows
 from lillama.model.describe import hidden_size
 from lillama.progress import Progress, Report
-from lillama.stream.batch import Batch, fills_gaps
+from lillama.stream.batch import Batch
 from lillama.stream.running import advance, begin, finish, row_slices
 from lillama.stream.store import ActivationStore, Shelf
 from lillama.stream.streamed import StreamedModel
@@ -166,10 +166,10 @@ def _slices(windows: Windows, vocabulary: int) -> Iterator[slice]:
 
 def refuse_other_models(model: StreamedModel) -> None:
     """Refuse models that do not predict each token of a text from those before it."""
-    one = model.skeleton
-    if one.config.is_encoder_decoder or fills_gaps(one) or one.get_output_embeddings() is None:
+    if not model.kind.causal:
+        name = type(model.skeleton).__name__
         raise ModelError(
-            f"{type(one).__name__} is no causal language model, so that texts have no perplexity under it; leave --text out"
+            f"{name} is no causal language model, so that texts have no perplexity under it; leave --text out"
         )
 
 

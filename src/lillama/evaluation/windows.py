@@ -54,8 +54,7 @@ class Windows:
 
 def default_length(model: StreamedModel) -> int:
     """Return the model's longest context, at most 2048 tokens."""
-    longest = getattr(model.skeleton.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    return min(longest, LONGEST)
+    return min(model.kind.max_positions or LONGEST, LONGEST)
 
 
 def cut(

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lillama.errors import ModelError
+from lillama.model.kind import kind_of
 from lillama.model.skeleton import skeleton
 from lillama.model.source import quantization, stored_dtype
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
@@ -92,6 +93,7 @@ def describe_model(
         bytes_per_param=dtype.itemsize,
         params=_count(model),
         blocks=tuple(blocks),
+        kind=kind_of(model),
     )
 
 
@@ -132,12 +134,12 @@ def find_stacks(model: PreTrainedModel) -> tuple[str, ...]:
         for name, module in lists
         if not any(name.startswith(f"{other}.") for other, _ in lists) and _holds_weights(module)
     ]
-    found = _of_the_text(model, outermost)
-    kind, wanted = type(model).__name__, 2 if model.config.is_encoder_decoder else 1
+    wanted = kind_of(model).stacks
+    found = _of_the_text(model, outermost) if wanted == 1 else outermost
     if len(found) != wanted:
-        named = ", ".join(found) or "none"
+        name, named = type(model).__name__, ", ".join(found) or "none"
         raise ModelError(
-            f"{kind}: {wanted} stack{'s' * (wanted > 1)} of repeated blocks with linears needed, found {len(found)} ({named})"
+            f"{name}: {wanted} stack{'s' * (wanted > 1)} of repeated blocks with linears needed, found {len(found)} ({named})"
         )
     return tuple(found)
 
@@ -151,7 +153,7 @@ def matches(name: str, block: str, globs: Sequence[str]) -> bool:
 def _of_the_text(model: PreTrainedModel, stacks: list[str]) -> list[str]:
     """Leave out the towers of other modalities, whose configuration is not that of the text."""
     text = type(model.config.get_text_config())
-    if len(stacks) < 2 or model.config.is_encoder_decoder or text is type(model.config):
+    if len(stacks) < 2 or text is type(model.config):
         return stacks
     towers = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
 

@@ -84,13 +84,6 @@ def load_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def refuse_too_long(seq_len: int, config: PretrainedConfig) -> None:
-    """Raise `ModelError` where sequences are longer than the model's context."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)  # not all models bound it
-    if longest is not None and seq_len > longest:
-        raise ModelError(f"seq_len is {seq_len}, but the model has {longest} positions; lower --seq-len")
-
-
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     """Return the type that a configuration says its weights are stored in; fp32 if it says none."""
     return cast(torch.dtype, config.dtype) or torch.float32  # transformers has turned a name into the type already

@@ -3,6 +3,41 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What kind of model it is: what it takes, what it predicts, how long its inputs may be.
+
+    Attributes:
+        takes: name of the main input of its forward: `input_ids`, `input_features`, `input_values`, `pixel_values`.
+        predicts: each token from those before it (`next`), masked tokens from both sides (`masked`), or nothing, for lack of
+            a language-modelling head.
+        stacks: of blocks; an encoder-decoder has two.
+        max_positions: tokens of a text that it has positions for; None where nothing bounds them.
+        max_source_positions: of an utterance in the encoder; None where nothing bounds them.
+        max_target_positions: tokens that the decoder of such an encoder writes; None where nothing bounds them.
+        decoder_start: token before the first that a decoder writes; None where the configuration tells none.
+    """
+
+    takes: str = "input_ids"
+    predicts: Literal["next", "masked", "nothing"] = "next"
+    stacks: int = 1
+    max_positions: int | None = None
+    max_source_positions: int | None = None
+    max_target_positions: int | None = None
+    decoder_start: int | None = None
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether it reads text."""
+        return self.takes == "input_ids"
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is one stack that predicts each token of a sequence from those before it."""
+        return self.stacks == 1 and self.predicts == "next"
 
 
 @dataclass(frozen=True)
@@ -73,6 +108,7 @@ class ModelSpec:
         params: stored parameters of the whole model; shared ones count once.
         blocks: from input to output.
         stored_bytes: of all that is stored, as the weight files' headers tell; None where there are no weights at hand.
+        kind: what it takes and predicts.
 
     Examples:
         >>> block = BlockSpec("layers.0", 0, 7300, (LinearSpec("layers.0.up", 120, 60),))
@@ -88,6 +124,7 @@ class ModelSpec:
     params: int
     blocks: tuple[BlockSpec, ...]
     stored_bytes: int | None = None
+    kind: Kind = Kind()
 
     @property
     def nbytes(self) -> int:

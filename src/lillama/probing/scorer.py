@@ -1,8 +1,10 @@
 """A language model in memory that can be asked how likely texts are."""
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -22,8 +24,11 @@ from transformers.models.auto.modeling_auto import (
 
 from lillama.calibration.tokenizer import load_tokenizer
 from lillama.errors import ModelError, ProbeError
+from lillama.model.kind import kind_of
 from lillama.model.loading import load
+from lillama.model.skeleton import skeleton
 from lillama.model.source import load_config, locate, stored_dtype
+from lillama.model.spec import Kind
 
 LOGIT_BYTES = 256 << 20
 TOKENS_AT_ONCE = 4096
@@ -66,35 +71,38 @@ def load_scorer(model: str | Path, device: torch.device, batch_tokens: int | Non
         raise ProbeError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     path = locate(model)
     config = load_config(path)
-    masked = fills_masks(config)
+    kind = scored_kind(config)
+    masked = kind.predicts == "masked"
     tokenizer = load_tokenizer(path)
     if masked and tokenizer.mask_token_id is None:
         raise ModelError(f"{model}: the tokenizer has no mask token, which pseudo-log-likelihood needs")
-    text = config.get_text_config()
-    bounds = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]
+    bounds = [kind.max_positions, tokenizer.model_max_length]
     longest = min((bound for bound in bounds if bound and 0 < bound < 10**9), default=None)
-    at_once = batch_tokens or min(TOKENS_AT_ONCE, max(1, LOGIT_BYTES // (4 * text.vocab_size)))
+    at_once = batch_tokens or min(TOKENS_AT_ONCE, max(1, LOGIT_BYTES // (4 * config.get_text_config().vocab_size)))
     return Scorer(str(model), _load(path, config, masked, device), tokenizer, masked, at_once, longest)
 
 
-def fills_masks(config: PretrainedConfig) -> bool:
-    """Return whether a model fills masks (True) or continues texts (False).
+def scored_kind(config: PretrainedConfig) -> Kind:
+    """Return the kind of a model that fills masks or continues texts.
+
+    A configuration that names no class stands for the one with a head that transformers has for it.
 
     Raises:
         ModelError: it does neither.
     """
-    name = next(iter(config.architectures or ()), "")
-    if config.is_encoder_decoder:
-        raise ModelError(f"{name or config.model_type} is an encoder-decoder; probing needs a causal or a masked model")
-    if name in MASKED.values() or (name.endswith("ForPreTraining") and config.model_type in MASKED):
-        return True
-    if name in CAUSAL.values() or name.endswith(("ForCausalLM", "LMHeadModel")):
-        return False
-    if not name and config.model_type in MASKED | CAUSAL:
-        return config.model_type in MASKED and not getattr(config, "is_decoder", False)
-    raise ModelError(
-        f"{name or config.model_type} has no language-modelling head; give a causal or a masked language model"
-    )
+    if not config.architectures:
+        decodes = getattr(config, "is_decoder", False) or config.model_type not in MASKED
+        heads = cast(Mapping[str, str], CAUSAL if decodes else MASKED)
+        head = heads.get(config.model_type)
+        config = copy.deepcopy(config)
+        config.architectures = None if head is None else [head]
+    model = skeleton(config)
+    kind, name = kind_of(model), type(model).__name__
+    if kind.stacks > 1:
+        raise ModelError(f"{name} is an encoder-decoder; probing needs a causal or a masked model")
+    if kind.predicts == "nothing":
+        raise ModelError(f"{name} has no language-modelling head; give a causal or a masked language model")
+    return kind
 
 
 def _load(path: Path, config: PretrainedConfig, masked: bool, device: torch.device) -> PreTrainedModel:

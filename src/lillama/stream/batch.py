@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from lillama.model.spec import Kind
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Batch:
 
 
 def batch_of(
-    model: PreTrainedModel,
+    kind: Kind,
     ids: Int[Tensor, "rows length"],
     mask: Bool[Tensor, "rows length"] | None,
     inputs: Mapping[str, Tensor],
@@ -70,34 +70,33 @@ def batch_of(
     An encoder-decoder without inputs of its own reads the first half of each sequence and is asked for the second.
 
     Args:
-        model: or its skeleton.
+        kind: of the model.
         ids: the tokens.
         mask: true for a real token; None if all are.
         inputs: what else the model's forward takes; `encoder_mask` tells the encoder's real positions.
     """
     given = dict(inputs)
-    if not model.config.is_encoder_decoder:
+    if kind.stacks == 1:
         return Batch.of_tokens(ids, mask) if not given else Batch(given)
     masks = {} if "encoder_mask" not in given else {0: given.pop("encoder_mask")}
     if not given:
         half = ids.shape[1] // 2
         given, ids = {"input_ids": ids[:, :half]}, ids[:, half:]
-    first = getattr(model.config, "decoder_start_token_id", None)  # some have it in the generation settings only
-    if first is not None:
-        ids = torch.cat([torch.full_like(ids[:, :1], first), ids], dim=1)
+    if kind.decoder_start is not None:
+        ids = torch.cat([torch.full_like(ids[:, :1], kind.decoder_start), ids], dim=1)
         mask = None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
     masks |= {} if mask is None else {1: mask}
     return Batch(given | {"decoder_input_ids": ids}, ids, masks)
 
 
-def fills_gaps(model: PreTrainedModel) -> bool:
-    """Tell whether a model predicts masked tokens from both sides, instead of each from those before it."""
-    return not model.config.is_encoder_decoder and type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+def heads_only(kind: Kind, width: int, ids: Int[Tensor, "rows length"]) -> dict[str, object]:
+    """Return inputs that lead `ids` to the head with as little as possible before it, blocks being passed over.
 
-
-def heads_only(model: PreTrainedModel, ids: Int[Tensor, "rows length"]) -> dict[str, object]:
-    """Return inputs that lead `ids` to the head with as little as possible before it, blocks being passed over."""
-    if not model.config.is_encoder_decoder:
+    Args:
+        kind: of the model.
+        width: of the activations between its blocks.
+        ids: the tokens.
+    """
+    if kind.stacks == 1:
         return {"input_ids": ids}
-    width = model.config.get_text_config().hidden_size
     return {"decoder_input_ids": ids, "encoder_outputs": (torch.zeros(len(ids), 1, width, device=ids.device),)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lillama.errors import ModelError
+from lillama.model.describe import hidden_size
 from lillama.stream.batch import Batch, heads_only
 from lillama.stream.calls import BlockArgs, BlockInputs, Rowwise, map_call, split_call, tree_leaves
 from lillama.stream.store import ActivationStore, RowTable
@@ -155,7 +156,8 @@ def finish(
 
     try:
         with _blocks_replaced(model, outside, forward):
-            return outside(**heads_only(outside, ids.to(model.device)), **_uncached(outside)).logits
+            inputs = heads_only(model.kind, hidden_size(outside.config), ids.to(model.device))
+            return outside(**inputs, **_uncached(outside)).logits
     except (AttributeError, TypeError) as error:  # some decoders want more of the encoder than its outputs
         raise ModelError(f"{type(outside).__name__}: its head cannot be run by itself ({error})") from None
 

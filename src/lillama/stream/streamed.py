@@ -14,8 +14,10 @@ from lillama.lowrank.install import install_stored
 from lillama.lowrank.soundness import fault
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import find_stacks, refuse_quantized
+from lillama.model.kind import kind_of
 from lillama.model.skeleton import skeleton
 from lillama.model.source import load_config, quantization, stored_dtype
+from lillama.model.spec import Kind
 from lillama.model.tied import untie
 from lillama.model.unfused import unfuse
 from lillama.model.weights import Weights, filled
@@ -45,6 +47,11 @@ class StreamedModel:
     def weights(self) -> Weights:
         """Its weights; every shape is checked on the way."""
         return Weights.of(self.skeleton, self.reader)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What it takes and what it predicts."""
+        return kind_of(self.skeleton)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -105,7 +112,7 @@ class StreamedModel:
     def _other_stacks(self) -> list[str]:
         """Lists of modules that no text runs through, such as the blocks of a vision tower."""
         config = self.skeleton.config
-        if config.is_encoder_decoder or type(config.get_text_config()) is type(config):
+        if self.kind.stacks > 1 or type(config.get_text_config()) is type(config):
             return []
         lists = [name for name, module in self.skeleton.named_modules() if isinstance(module, nn.ModuleList)]
         text = self.stacks[0].rpartition(".")[0]
