@@ -26,7 +26,7 @@ def learner_of(hidden: int, block: int, compiled: int) -> Any:
 
     from lillama.distill.config import DistillConfig
     from lillama.distill.learner import Learner
-    from lillama.distill.objective import Units
+    from lillama.distill.objective import Objective
     from lillama.lowrank.install import install
 
     torch.manual_seed(block)
@@ -40,7 +40,8 @@ def learner_of(hidden: int, block: int, compiled: int) -> Any:
     install(student, {name: round(keep * weight.numel() / sum(weight.shape)) for name, weight in weights.items()})
     for parameter in student.parameters():
         parameter.data = torch.randn(parameter.shape) * 0.05 if parameter.dim() == 2 else torch.ones(parameter.shape)
-    return Learner(student, DistillConfig(), 1e-4, 1000, Units(), compiled=compiled)
+    config = DistillConfig()
+    return Learner(student, config.optim, 1e-4, 1000, Objective(config), compiled=compiled)
 
 
 def micro_batch(hidden: int) -> Any:

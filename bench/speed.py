@@ -86,7 +86,7 @@ def staged() -> Iterator[Stages]:
     from lillama.distill.grams import GramWatch
     from lillama.distill.learner import Learner
     from lillama.distill.streams import Streams
-    from lillama.distill.tail import Tail
+    from lillama.distill.tail import RecoveryTraining
     from lillama.lesson import RunContext
     from lillama.stream.streamed import StreamedModel
 
@@ -102,7 +102,7 @@ def staged() -> Iterator[Stages]:
         "steps": [(Learner, "step")],
         "checks": [(Learner, "validate"), (Learner, "state")],
         "bookkeeping": [(lillama.teach, "distill_block")],
-        "recovery": [(Tail, "_step")],
+        "recovery": [(RecoveryTraining, "step")],
         "files": [(StreamedModel, "block"), (RunContext, "save"), (RunContext, "finished")],
     }
     with ExitStack() as patches:
@@ -120,11 +120,11 @@ def captured() -> Iterator[list[dict[str, Any]]]:
     taught: list[dict[str, Any]] = []
     train = lillama.teach.distill_block
 
-    def keep(learner: Any, name: str, data: Any, rows: Any, seed: int, report: Any) -> Any:
+    def keep(learner: Any, name: str, data: Any, held_out: Any, trainer: Any, report: Any) -> Any:
         start = copy.deepcopy(learner.student)
-        log = train(learner, name, data, rows, seed, report)
+        log = train(learner, name, data, held_out, trainer, report)
         taught.append(
-            {"start": start, "end": learner.student, "learner": learner, "rows": rows, "seed": seed, "log": log}
+            {"start": start, "end": learner.student, "learner": learner, "batches": trainer.batches, "log": log}
         )
         return log
 
@@ -161,8 +161,6 @@ def plain_loop(folder: Path, ids: Any, taught: list[dict[str, Any]]) -> dict[str
     from torch import nn
     from transformers import AutoModelForCausalLM
 
-    from lillama.distill.block import batches
-
     teacher = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
     student = copy.deepcopy(teacher)
     last = taught[-1]
@@ -171,23 +169,23 @@ def plain_loop(folder: Path, ids: Any, taught: list[dict[str, Any]]) -> dict[str
     seen: dict[str, Any] = {}
     teacher.model.layers[-1].register_forward_hook(lambda module, args, output: seen.update(teacher=output))
     block.register_forward_hook(lambda module, args, output: seen.update(student=output))
-    config, losses = learner.config, []
+    optim, losses = learner.optim, []
     left = block.parameters()
     groups = [
         {"params": [next(left) for _ in g["params"]], "scale": g["scale"]} for g in learner.optimiser.param_groups
     ]
-    optimiser = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
     start = time.process_time()
-    for step, rows in enumerate(batches(last["rows"], config, last["seed"])):
+    for step, rows in enumerate(last["batches"]):
         for group in optimiser.param_groups:
-            group["lr"] = learner.lr * group["scale"] * config.lr_factor(step, learner.steps)
+            group["lr"] = learner.lr * group["scale"] * optim.lr_factor(step, learner.steps)
         optimiser.zero_grad()
         with torch.no_grad():
             teacher(ids[rows])
         student(ids[rows])
-        loss = nn.functional.mse_loss(seen["student"], seen["teacher"]) / learner.units.output
+        loss = nn.functional.mse_loss(seen["student"], seen["teacher"]) / learner.objective.units.output
         loss.backward()
-        nn.utils.clip_grad_norm_(block.parameters(), config.clip)
+        nn.utils.clip_grad_norm_(block.parameters(), optim.clip)
         optimiser.step()
         losses.append(loss.item())
     return {"seconds": (time.process_time() - start) / len(losses), "losses": losses}

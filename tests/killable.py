@@ -17,6 +17,7 @@ from lillama.recipe import Recipe, load_recipe
 
 def work(job: dict) -> None:
     seconds = job.get("snapshot_seconds", 0)
+    making.SCHEDULES["sequential"] = partial(teach.teach_sequentially, snapshot_seconds=seconds)
     making.SCHEDULES["joint"] = partial(teach.teach_jointly, snapshot_seconds=seconds)
     making.recover = partial(recovery.recover, snapshot_seconds=seconds)
     compression.compress(job["model"], job["out"], recipe=load_recipe(Recipe(), job["recipe"]), texts=job["texts"])

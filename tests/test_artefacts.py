@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from lillama import making, teach
 from lillama.artefacts import checked, load_json, load_tensors, load_whole, save_json, save_tensors, seal_of
 from lillama.compression import compress
-from lillama.distill import tail
+from lillama.distill import trainer
 from lillama.errors import DamagedError
 from lillama.recipe import Recipe, load_recipe
 
@@ -180,34 +181,34 @@ class Killed(BaseException):
     """The end of the process, as far as this one can play it."""
 
 
-def killed_after(monkeypatch: pytest.MonkeyPatch, owner: type, snapshots: int) -> None:
+def killed_after(monkeypatch: pytest.MonkeyPatch, snapshots: int) -> None:
     """Let a training end without a chance to clean up, right after some snapshots."""
-    snapshot, done = owner._snapshot, []  # pyright: ignore[reportAttributeAccessIssue]
+    save, done = trainer._save, list[object]()
 
-    def counted(self, *state: object) -> None:
-        snapshot(self, *state)
-        done.append(self)
+    def counted(*state: Any) -> None:
+        save(*state)
+        done.append(state)
         if len(done) == snapshots:
             raise Killed
 
-    monkeypatch.setattr(owner, "_snapshot", counted)
+    monkeypatch.setattr(trainer, "_save", counted)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("state.json", "a flipped byte"), ("0000.safetensors", "gone")])
-@pytest.mark.parametrize("stage", ["joint", "recovery"])
+@pytest.mark.parametrize("stage", ["sequential", "joint", "recovery"])
 def test_a_damaged_state_of_a_training_is_not_gone_on_from(
     make_model, quick, tmp_path, monkeypatch, caplog, stage, name, kind
 ):
     model = make_model(num_hidden_layers=2)
-    if stage == "joint":
-        monkeypatch.setitem(making.SCHEDULES, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
-        recipe, owner = quick(distill={"schedule": "joint", "epochs": 1}), teach.JointTraining
-    else:
-        monkeypatch.setattr(making, "recover", partial(making.recover, snapshot_seconds=0))
-        recipe, owner = quick(distill={"epochs": 0}, recover={"epochs": 1, "lr": 1e-3}), tail.Tail
+    monkeypatch.setitem(making.SCHEDULES, "sequential", partial(teach.teach_sequentially, snapshot_seconds=0))
+    monkeypatch.setitem(making.SCHEDULES, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
+    monkeypatch.setattr(making, "recover", partial(making.recover, snapshot_seconds=0))
+    recipe = quick(distill={"epochs": 0}, recover={"epochs": 1, "lr": 1e-3})
+    if stage != "recovery":
+        recipe = quick(distill={"schedule": stage, "epochs": 1})
     whole = bits(compress(model, tmp_path / "whole", recipe=recipe).path)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_after(patch, owner, 2)
+        killed_after(patch, 2)
         compress(model, tmp_path / "out", recipe=recipe)
     (file,) = (tmp_path / "out.run" / stage).rglob(name)
     DAMAGES[kind](file)

@@ -197,6 +197,7 @@ def test_restart_removes_what_a_run_wrote_and_nothing_else(tmp_path):
         "blocks/0000.json",
         "blocks/0000.safetensors",
         "joint-1/state.json",
+        "sequential/0001/first/state.json",
         "recovery/0.004/0000.safetensors",
     ):
         put(tmp_path / name)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lillama import recovery
 from lillama.calibration.gather import gather
-from lillama.distill.block import batches
 from lillama.distill.recover import RecoverConfig
-from lillama.distill.tail import Tail
+from lillama.distill.split import Batches
+from lillama.distill.tail import RecoveryTraining
 from lillama.lesson import RunContext
 from lillama.lowrank.install import install
 from lillama.options import Machine
@@ -115,7 +115,8 @@ def test_equals_plain_training_of_the_whole_model(taught, only, mask, lm):
     ctx = taught(only=only, mask=mask)
     config = replace(CONFIG, epochs=1, lr=1e-3, lm=lm, checks=1, clip=0.05)
     recover(ctx, config)
-    model, training = whole_model(ctx), config.training
+    model = whole_model(ctx)
+    batches = Batches(ctx.rows.train, 1, config.batch_size, ctx.job.recipe.seed)
     teacher = AutoModelForCausalLM.from_pretrained(ctx.teacher.reader.folder, dtype=torch.float32).eval()
     trained = [model.get_submodule(block.name) for block in ctx.blocks if ctx.ranks(block)]
     model.requires_grad_(False)
@@ -123,8 +124,8 @@ def test_equals_plain_training_of_the_whole_model(taught, only, mask, lm):
     optimiser = torch.optim.AdamW([p for group in groups for p in group], lr=1e-3, weight_decay=0.0)
     ids, real = ctx.tokens.ids, ctx.tokens.mask
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-    for step, rows in enumerate(batches(ctx.rows, training, ctx.job.recipe.seed)):
-        optimiser.param_groups[0]["lr"] = 1e-3 * training.lr_factor(step, STEPS // 2)
+    for step, rows in enumerate(batches):
+        optimiser.param_groups[0]["lr"] = 1e-3 * config.optim.lr_factor(step, STEPS // 2)
         given = {"input_ids": ids[rows], "attention_mask": real[rows].long() if mask else None}
         found = model(**given).logits.log_softmax(-1)
         wanted = teacher(**given).logits.detach().log_softmax(-1)
@@ -175,7 +176,7 @@ class Killed(BaseException):
 def test_a_killed_tail_goes_on_to_the_same_bits(taught, monkeypatch, stop):
     whole, stopped = taught(), taught()
     recover(whole, CONFIG)
-    step, taken = Tail._step, []
+    step, taken = RecoveryTraining.step, []
 
     def counted(self, *args):
         taken.append(1)
@@ -183,7 +184,7 @@ def test_a_killed_tail_goes_on_to_the_same_bits(taught, monkeypatch, stop):
             raise Killed
         return step(self, *args)
 
-    monkeypatch.setattr(Tail, "_step", counted)
+    monkeypatch.setattr(RecoveryTraining, "step", counted)
     with pytest.raises(Killed):
         recover(stopped, CONFIG, snapshot_seconds=-1)
     assert Recovered(stopped.run_dir.path).state.is_dir() and not Recovered(stopped.run_dir.path).done
@@ -217,15 +218,16 @@ def poisoned(monkeypatch) -> Iterator[Callable[[int], None]]:
     """Return a function that spoils a weight after a step."""
 
     def poison(after: int) -> None:
-        step = Tail._step
+        step = RecoveryTraining.step
 
-        def spoilt(self, batch, trace):
-            step(self, batch, trace)
-            if len(trace.losses) == after:
+        def spoilt(self, batch, histories):
+            loss = step(self, batch, histories)
+            if len(histories["all blocks"].losses) == after:
                 with torch.no_grad():
-                    next(self.chain.bench[1].student.parameters()).fill_(math.nan)
+                    next(self.pool[1].student.parameters()).fill_(math.nan)
+            return loss
 
-        monkeypatch.setattr(Tail, "_step", spoilt)
+        monkeypatch.setattr(RecoveryTraining, "step", spoilt)
 
     return poison
 

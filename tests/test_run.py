@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lillama.distill.trace import DistillLog
+from lillama.distill.log import DistillLog
 from lillama.errors import CalibrationError, OutputError, TrainingError
 from lillama.run import RunDir, opened
 
@@ -116,7 +116,9 @@ def test_what_a_kill_left_is_swept(tmp_path):
         (tmp_path / name).touch()
         (tmp_path / name).parents[1].joinpath("lock").touch()
     with opened(tmp_path, IDENTITY):
-        assert (run.joint / "0000.json").is_file() and (tmp_path / "recovery" / "0.004" / "0000.json").is_file()
+        assert (run.joint_state(0) / "0000.json").is_file() and (
+            tmp_path / "recovery" / "0.004" / "0000.json"
+        ).is_file()
         assert run.calibration.is_dir() and not list(run.calibration.iterdir())
         assert not list(tmp_path.rglob(".*"))
 
@@ -137,9 +139,10 @@ def test_a_failure_after_the_tokens_leaves_the_run(tmp_path):
     assert (tmp_path / "other" / "run.json").is_file()
 
 
-def test_the_joint_state_goes_when_it_is_not_needed(tmp_path):
+def test_states_of_distillation_go_when_they_are_not_needed(tmp_path):
     run = RunDir(tmp_path)
-    run.remove_joint()
-    run.joint.mkdir()
-    run.remove_joint()
-    assert not run.joint.exists()
+    run.remove_states()
+    for folder in (run.block_state(3), run.joint_state(0), run.joint_state(1)):
+        folder.mkdir(parents=True)
+    run.remove_states()
+    assert not any(tmp_path.glob("sequential")) and not any(tmp_path.glob("joint*"))

@@ -21,6 +21,7 @@ FINISHED_BYTES = 4  # a parameter in the file of a finished block
 # A parameter in the files of a schedule over all blocks: two snapshots of 12 or 16 bytes while one replaces the other, and
 # what finds no room in memory: initial state (joint), or state under training and best state (recovery).
 JOINT_BYTES, TAIL_BYTES = 36, 48
+BLOCK_BYTES = 32  # a parameter of the block that is taught in a sequential schedule, in two snapshots
 MASTER_BYTES = 20  # a parameter under training in fp32: itself, gradient, two moments, best state
 KEPT_SHARE = 8  # of the free memory, moments of all blocks may take one part in so many; else they are computed again
 DECOMPOSED = 4  # fp64 matrices of a linear's smaller side: one to decompose, its eigenvectors, working space for two
@@ -161,12 +162,13 @@ def estimate(
     if work.trained and recipe.recover.epochs:
         stages.append(_recovery(work))
     flops = round(sum(stage.flops for stage in stages))
-    files = JOINT_BYTES if recipe.distill.schedule == "joint" else 0
-    files = max(files, TAIL_BYTES if recipe.recover.epochs else 0) + FINISHED_BYTES
+    kept = [work.kept[block.index] for block in work.trained]
+    snapshots = JOINT_BYTES * sum(kept) if recipe.distill.schedule == "joint" else BLOCK_BYTES * max(kept, default=0)
+    snapshots = max(snapshots, TAIL_BYTES * sum(kept) if recipe.recover.epochs else 0)
     return Estimate(
         memory_bytes=max((stage.memory for stage in stages), default=0),
         activation_bytes=max((stage.activations for stage in stages), default=0),
-        disk_bytes=plan.kept_bytes + files * sum(work.kept[block.index] for block in work.trained),
+        disk_bytes=plan.kept_bytes + FINISHED_BYTES * sum(kept) + snapshots,
         flops=flops,
         seconds=None if rate is None else flops / (EFFICIENCY * rate),
     )

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lillama.calibration.pack import TokenBlocks
-from lillama.distill.block import Rows
 from lillama.distill.fisher import Fisher
-from lillama.distill.trace import DistillLog
+from lillama.distill.log import DistillLog
+from lillama.distill.split import Split
 from lillama.lowrank.compressed import restored_copy
 from lillama.model.spec import BlockSpec
 from lillama.prepare import Job
@@ -63,9 +63,9 @@ class RunContext:
         return tuple(block for block in self.blocks if self.ranks(block) and not self.run_dir.has_block(block.index))
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Split:
         """Training and held-out sequences."""
-        return Rows.split(len(self.batch), self.job.recipe.distill.held_out, self.job.recipe.seed)
+        return Split.of(len(self.batch), self.job.recipe.distill.held_out, self.job.recipe.seed)
 
     @property
     def ample(self) -> bool:

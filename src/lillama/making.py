@@ -126,7 +126,7 @@ def distill_blocks(ctx: RunContext) -> RunContext:
         refuse_overflow(ctx)
     if ctx.unfinished:
         SCHEDULES[ctx.job.recipe.distill.schedule](ctx)
-    ctx.run_dir.remove_joint()
+    ctx.run_dir.remove_states()
     _warn_of_kept_initialisations(ctx)
     return ctx.drop_gradients()
 

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from lillama.artefacts import TENSORS, load_json, load_tensors, save_json, save_tensors
-from lillama.distill.block import step_total
 from lillama.distill.end_to_end import Chain, KeptGraphs, Recomputed, graph_bytes
-from lillama.distill.joint import SNAPSHOT_SECONDS, Bench
+from lillama.distill.history import State
 from lillama.distill.learner import Learner
-from lillama.distill.objective import Units
+from lillama.distill.log import GROWTH
+from lillama.distill.pool import LearnerPool
 from lillama.distill.prediction import Head
 from lillama.distill.recover import RecoverConfig, RecoverLog
 from lillama.distill.spectrum import largest_singular_value
-from lillama.distill.tail import Tail, TailData
-from lillama.distill.trace import GROWTH
+from lillama.distill.split import Batches
+from lillama.distill.tail import ALL, RecoveryData, RecoveryTraining, warn_of_end
+from lillama.distill.trainer import SNAPSHOT_SECONDS, Trainer
 from lillama.lesson import RunContext
 from lillama.lowrank.compressed import restored_copy
 from lillama.model.spec import BlockSpec
@@ -116,18 +117,21 @@ def recover(ctx: RunContext, config: RecoverConfig, snapshot_seconds: float = SN
     made = [Stores(ctx.shelf(), ctx.teacher.dtype, f"tail-{name}", 2) for name in ("original", "own")]
     calls, inputs, targets = _streamed(ctx, min(trained), *made)
     head = Head(ctx.teacher, ctx.teacher.outside(head=True), calls)
-    data = TailData(ctx.batch, targets, ctx.rows, ctx.job.micro_batch)
+    data = RecoveryData(ctx.batch, targets, ctx.rows, ctx.job.micro_batch)
 
-    def attempt(config: RecoverConfig) -> tuple[RecoverLog, dict[int, dict[str, Tensor]]]:
+    def attempt(config: RecoverConfig) -> tuple[RecoverLog, dict[int, State]]:
         boundaries, name = dict[int, ActivationStore](), f"{config.lr:g}"
         chain = _chain(ctx, trained, config, calls, inputs, boundaries, ctx.run_dir.scratch / "tail" / name)
-        lr, seed = _lr(ctx, config), ctx.job.recipe.seed
-        found = Tail(chain, head, data, config, lr, seed, place.state / name, snapshot_seconds).run(ctx.report)
+        training, batches = RecoveryTraining(chain, head, data, config), _batches(ctx, config)
+        trainer = Trainer(batches, config.checks, place.state / name, "recover", snapshot_seconds=snapshot_seconds)
+        state = trainer.fit(training, ctx.report)
         for store in boundaries.values():
             store.remove()
-        del chain
+        del chain, training
         ctx.let_go()
-        return found
+        warn_of_end(state)
+        history = state.histories[ALL]
+        return RecoverLog.of(_lr(ctx, config), state, history), history.best_states
 
     log, states = attempt(config)
     if log.stopped and not log.improved:
@@ -211,36 +215,40 @@ def _chain(
     blocks = range(min(trained), len(ctx.teacher.names))
     resident = free_memory(ctx.teacher.device) // 2 // (STATE_BYTES * max(b.params for b in trained.values()))
     compiled = ctx.compiled(config.batch_size, "recovery", resident >= len(trained))
-    bench = Bench(_learners(ctx, config, compiled), scratch, resident)
-    if resident < len(trained) or not _graphs_fit(ctx, bench, blocks, config, calls, inputs):
+    pool = LearnerPool(_learners(ctx, config, compiled), scratch, resident)
+    if resident < len(trained) or not _graphs_fit(ctx, pool, blocks, config, calls, inputs):
         shelf, shape = ctx.shelf(), (config.batch_size, *inputs.shape[1:])
         place = shelf.place(len(blocks) * math.prod(shape) * inputs.dtype.itemsize)
         boundaries |= {index: ActivationStore(shape, inputs.dtype, shelf, place, f"tail-{index}") for index in blocks}
     tape = Recomputed(boundaries) if boundaries else KeptGraphs()
-    return Chain(bench, frozenset(trained), _dense_blocks(ctx), blocks, calls, inputs, tape)
+    return Chain(pool, frozenset(trained), _dense_blocks(ctx), blocks, calls, inputs, tape)
 
 
 def _graphs_fit(
-    ctx: RunContext, bench: Bench, blocks: range, config: RecoverConfig, calls: BlockInputs, inputs: ActivationStore
+    ctx: RunContext,
+    pool: LearnerPool,
+    blocks: range,
+    config: RecoverConfig,
+    calls: BlockInputs,
+    inputs: ActivationStore,
 ) -> bool:
     """Tell whether the graphs of all blocks for one batch take at most a quarter of the free memory."""
     rows = torch.arange(min(config.batch_size, ctx.job.micro_batch, inputs.shape[0]))
-    run = partial(bench[blocks[0]].uncompiled, calls.select(blocks[0], rows, inputs.device))
+    run = partial(pool[blocks[0]].uncompiled, calls.select(blocks[0], rows, inputs.device))
     needed = graph_bytes(run, inputs.read(rows)) * len(blocks) * math.ceil(config.batch_size / len(rows))
     return needed <= free_memory(inputs.device) // 4
 
 
 def _learners(ctx: RunContext, config: RecoverConfig, compiled: int) -> Callable[[int], Learner]:
     """Return what makes the learner of a block as distillation left it."""
-    training, lr = config.training, _lr(ctx, config)
-    steps, specs = step_total(ctx.rows, training), {block.index: block for block in ctx.blocks}
+    steps, specs = len(_batches(ctx, config)), {block.index: block for block in ctx.blocks}
 
     def learner(index: int) -> Learner:
         template, state = ctx.teacher.template(index), ctx.run_dir.load_block(index)
         ranks, device = ctx.ranks(specs[index]), ctx.teacher.device
         student = restored_copy(template, ranks, state, device, torch.float32)
         names = routers(student) if config.trains == "routers" else None
-        return Learner(student, training, lr, steps, Units(), names, compiled)
+        return Learner(student, config.optim, _lr(ctx, config), steps, trained=names, compiled=compiled)
 
     return learner
 
@@ -252,5 +260,9 @@ def _dense_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
     return lru_cache(free_memory(model.device) // 8 // largest)(ctx.current)
 
 
+def _batches(ctx: RunContext, config: RecoverConfig) -> Batches:
+    return Batches(ctx.rows.train, config.epochs, config.batch_size, ctx.job.recipe.seed)
+
+
 def _lr(ctx: RunContext, config: RecoverConfig) -> float:
-    return config.training.peak_lr(ctx.job.plan.spec.hidden_size)
+    return config.optim.peak_lr(ctx.job.plan.spec.hidden_size)

@@ -8,6 +8,7 @@ machine.json              what was decided by the memory that was free, where ro
 calibration/              tokens and their manifest
 blocks/0003.safetensors   a finished block, in fp32
 blocks/0003.json          how it was taught
+sequential/               the latest state of the block that is taught, while that goes on
 joint/                    the latest state of a joint schedule, while it goes on
 metrics.json              sizes, perplexities, time and memory of the finished run
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from lillama.artefacts import TENSORS, checked, load_json, load_tensors, load_whole, save_json, save_tensors
 from lillama.calibration.pack import FILE as TOKENS
 from lillama.calibration.pack import MANIFEST
-from lillama.distill.trace import DistillLog
+from lillama.distill.log import DistillLog
 from lillama.errors import DamagedError, OutputError
 from lillama.files import ASIDE, locked, made_folder, resolved, settled
 from lillama.model.spec import ModelSpec
@@ -40,7 +41,8 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 MARKER, LOCK, SCRATCH = "run.json", "lock", "scratch"
 HALF = rf"\..+(\.\d+\.tmp|{re.escape(ASIDE)})"  # what a killed process leaves
-TAUGHT = re.compile(r"blocks|joint(-\d+)?|recovered|recovery")  # made from tokens and rank plan
+STATES = re.compile(r"sequential|joint(-\d+)?")  # of distillation, while it goes on
+TAUGHT = re.compile(rf"blocks|{STATES.pattern}|recovered|recovery")  # made from tokens and rank plan
 RESULTS = re.compile(rf"(plan|allocation)\.json|spectra\.safetensors|{TAUGHT.pattern}")  # made from the tokens
 OWN = re.compile(rf"{RESULTS.pattern}|(run|spec|metrics|machine)\.json|{LOCK}|calibration|{SCRATCH}|{HALF}")
 INNER = re.compile(rf"(\d+|log|state|tokens|manifest)\.(json|safetensors)|{LOCK}|{HALF}")  # in the folders among these
@@ -82,10 +84,13 @@ class RunDir:
         """Folder of what may be lost."""
         return self.path / "scratch"
 
-    @property
-    def joint(self) -> Path:
-        """Folder of the state of a joint schedule."""
-        return self.path / "joint"
+    def block_state(self, index: int) -> Path:
+        """Return the folder of the state of a block under training in a sequential schedule."""
+        return self.path / "sequential" / f"{index:04}"
+
+    def joint_state(self, stack: int) -> Path:
+        """Return the folder of the state of a stack of blocks under training in a joint schedule."""
+        return self.path / (f"joint-{stack}" if stack else "joint")
 
     def decision(self, name: str, now: bool) -> bool:
         """Return what was decided when this was first asked in this run; only then does `now` count, and is noted."""
@@ -150,10 +155,10 @@ class RunDir:
         for entry in [entry for entry in self.path.iterdir() if TAUGHT.fullmatch(entry.name)]:
             _remove(entry)
 
-    def remove_joint(self) -> None:
-        """Remove the states of a joint schedule, once every block is finished."""
-        for folder in self.path.glob("joint*"):
-            _remove(folder)
+    def remove_states(self) -> None:
+        """Remove the states of distillation, once the blocks that they are of are finished."""
+        for entry in [entry for entry in self.path.iterdir() if STATES.fullmatch(entry.name)]:
+            _remove(entry)
 
     def save_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write the figures of the finished run."""
@@ -185,7 +190,12 @@ class RunDir:
             yield partial(load_json, self.plan), (self.allocation, self.plan)
         for log in sorted(self.path.glob("blocks/*.json")):
             yield partial(load_whole, log), (log, log.with_suffix(".safetensors"))
-        for pattern in ("joint*/state.json", "recovery/*/state.json", "recovered/log.json"):
+        for pattern in (
+            "sequential/*/*/state.json",
+            "joint*/state.json",
+            "recovery/*/state.json",
+            "recovered/log.json",
+        ):
             for state in sorted(self.path.glob(pattern)):
                 yield partial(load_whole, state), (state, state.parent)
 

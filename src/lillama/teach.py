@@ -1,20 +1,23 @@
 """The two schedules of local distillation over a whole model: block by block, or all blocks on every batch."""
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from lillama.artefacts import load_tensors, save_tensors
-from lillama.distill.block import distill_block, step_total
-from lillama.distill.joint import SNAPSHOT_SECONDS, Bench, JointData, JointTraining
+from lillama.distill.block import distill_block
+from lillama.distill.joint import JointData, JointTraining, distill_stack
 from lillama.distill.learner import Learner
-from lillama.distill.objective import Units, sub_blocks
+from lillama.distill.log import DistillLog
+from lillama.distill.objective import Objective, Units, sub_blocks
+from lillama.distill.pool import LearnerPool
+from lillama.distill.split import Batches
 from lillama.distill.streams import Earlier, Streams
-from lillama.distill.trace import DistillLog
+from lillama.distill.trainer import SNAPSHOT_SECONDS, Trainer
 from lillama.lesson import RunContext
 from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.gram import Gram, Moments
@@ -70,17 +73,20 @@ class Teachers:
         return self._next[index]
 
 
-def teach_sequentially(ctx: RunContext) -> None:
-    """Finish one block after the other; both streams of activations move along."""
+def teach_sequentially(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
+    """Finish one block after the other; both streams of activations move along.
+
+    The state of the block at work is noted every `snapshot_seconds`.
+    """
     with Teachers(ctx.teacher, ctx.ample) as teachers:
         for block, streams in _along(ctx):
             ctx.report(Progress("blocks", block.index, len(ctx.blocks), block.name))
-            _teach(ctx, block, streams, teachers)
+            _teach(ctx, block, streams, teachers, snapshot_seconds)
             ctx.let_go()
     ctx.report(Progress("blocks", len(ctx.blocks), len(ctx.blocks)))
 
 
-def _teach(ctx: RunContext, block: BlockSpec, streams: Streams, teachers: Teachers) -> None:
+def _teach(ctx: RunContext, block: BlockSpec, streams: Streams, teachers: Teachers, snapshot_seconds: float) -> None:
     """Finish a block, and move both streams behind it."""
     teacher, ranks = teachers.take(block.index), ctx.ranks(block)
     untaught = bool(ranks) and not ctx.run_dir.has_block(block.index)
@@ -94,7 +100,8 @@ def _teach(ctx: RunContext, block: BlockSpec, streams: Streams, teachers: Teache
         trim_memory()
         if block is not ctx.blocks[-1]:
             teachers.expect(block.index + 1)
-        ctx.save(block, student, _taught(ctx, block, student, streams, teachers))
+        ctx.save(block, student, _taught(ctx, block, student, streams, teachers, snapshot_seconds))
+        ctx.run_dir.remove_states()
         student = None
     if ranks:
         student = ctx.finished(block)
@@ -139,16 +146,32 @@ def initial_student(ctx: RunContext, block: BlockSpec, teacher: nn.Module, grams
     return compressed_copy(ctx.teacher.template(block.index), teacher, ranks, init, found, generator)
 
 
-def _taught(ctx: RunContext, block: BlockSpec, student: nn.Module, streams: Streams, teachers: Teachers) -> DistillLog:
+def _taught(
+    ctx: RunContext,
+    block: BlockSpec,
+    student: nn.Module,
+    streams: Streams,
+    teachers: Teachers,
+    snapshot_seconds: float,
+) -> DistillLog:
     config, rows = ctx.job.recipe.distill, ctx.rows
     following = teachers.after(block.index) if config.look_ahead else None
     if following is not None:
         streams.look_ahead(block.index + 1, following)
     data = streams.data(block.index, config.stream, following)
-    lr, units = config.peak_lr(ctx.job.plan.spec.hidden_size), data.units(config.loss, rows.held_out)
+    objective = Objective(config, data.units(config.loss, rows.held_out))
+    folder = ctx.run_dir.block_state(block.index)
+    trainer = _trainer(ctx, ctx.seed(block), folder, snapshot_seconds)
     compiled = ctx.compiled(config.batch_size, "blocks")
-    learner = Learner(student, config, lr, step_total(rows, config), units, compiled=compiled)
-    return distill_block(learner, block.name, data, rows, ctx.seed(block), ctx.report)
+    lr = config.optim.peak_lr(ctx.job.plan.spec.hidden_size)
+    learner = Learner(student, config.optim, lr, len(trainer.batches), objective, compiled=compiled)
+    return distill_block(learner, block.name, data, rows.held_out, trainer, ctx.report)
+
+
+def _trainer(ctx: RunContext, seed: int, folder: Path, snapshot_seconds: float) -> Trainer:
+    config = ctx.job.recipe.distill
+    batches = Batches(ctx.rows.train, config.epochs, config.batch_size, seed)
+    return Trainer(batches, config.checks, folder, snapshot_seconds=snapshot_seconds)
 
 
 def teach_jointly(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
@@ -164,32 +187,31 @@ def teach_jointly(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS) -
 
 
 def _teach_stack(ctx: RunContext, stack: int, trained: Mapping[int, BlockSpec], snapshot_seconds: float) -> None:
-    config, rows, before = ctx.job.recipe.distill, ctx.rows, _before(ctx, stack)
+    config, before = ctx.job.recipe.distill, _before(ctx, stack)
     initial, units = _initial_students(ctx, trained, stack, before)
-    lr, resident = config.peak_lr(ctx.job.plan.spec.hidden_size), _resident(ctx, trained)
+    trainer = _trainer(ctx, ctx.job.recipe.seed, ctx.run_dir.joint_state(stack), snapshot_seconds)
+    lr, resident = config.optim.peak_lr(ctx.job.plan.spec.hidden_size), _resident(ctx, trained)
     compiled = ctx.compiled(config.batch_size, f"stack {stack}", resident >= len(trained))
 
     def learner(index: int) -> Learner:
-        return Learner(initial(index), config, lr, step_total(rows, config), units[index], compiled=compiled)
+        objective = Objective(config, units[index])
+        return Learner(initial(index), config.optim, lr, len(trainer.batches), objective, compiled=compiled)
 
     streams = _streams(ctx, stack, before, config.stream != "teacher" and stack > 0)
     training = JointTraining(
         names={index: block.name for index, block in trained.items()},
         last=max(trained),
         teacher=_teacher_blocks(ctx),
-        bench=Bench(learner, ctx.run_dir.scratch, resident),
+        pool=LearnerPool(learner, ctx.run_dir.scratch, resident),
         data=JointData(
             streams.calls, streams.teacher, streams.mask, ctx.job.micro_batch, streams.own_calls, streams.student
         ),
-        rows=rows,
+        held_out=ctx.rows.held_out,
         config=config,
-        seed=ctx.job.recipe.seed,
-        folder=ctx.run_dir.joint if not stack else ctx.run_dir.joint.with_name(f"{ctx.run_dir.joint.name}-{stack}"),
-        snapshot_seconds=snapshot_seconds,
     )
-    for index, taught, log in training.run(ctx.report):
+    for index, taught, log in distill_stack(training, trainer, ctx.report):
         ctx.save(trained[index], taught.student, log)
-    shutil.rmtree(training.folder, ignore_errors=True)
+    ctx.run_dir.remove_states()
     streams.remove()
 
 

@@ -12,7 +12,9 @@ from lillama.distill.block import BlockData
 from lillama.distill.config import DistillConfig
 from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine
-from lillama.distill.objective import MicroBatch, Units
+from lillama.distill.objective import MicroBatch, Objective, Units
+from lillama.distill.split import Batches, Split
+from lillama.distill.trainer import Trainer
 from lillama.lowrank.factors import truncated_svd
 from lillama.lowrank.install import install
 from lillama.stream.calls import BlockArgs, BlockInputs
@@ -91,7 +93,13 @@ class Toy:
         return replace(plain, **changes)
 
     def learner(self, config: DistillConfig, steps: int = 10, unit: float = 1.0, rank: int = 3) -> Learner:
-        return Learner(self.student(rank), config, config.lr, steps, Units(unit))
+        return Learner(self.student(rank), config.optim, config.lr, steps, Objective(config, Units(unit)))
+
+    def trainer(
+        self, config: DistillConfig, split: Split, seed: int = 0, name: str = "state", snapshot_seconds: float = 1e9
+    ) -> Trainer:
+        batches = Batches(split.train, config.epochs, config.batch_size, seed)
+        return Trainer(batches, config.checks, self.folder / name, snapshot_seconds=snapshot_seconds)
 
     def batch(self, data: BlockData, rows: Tensor) -> list[MicroBatch]:
         return list(data.micro_batches(rows))

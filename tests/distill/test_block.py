@@ -7,49 +7,27 @@ import math
 import pytest
 import torch
 
-from lillama.distill import block as module
-from lillama.distill.block import Rows, batches, check_steps, distill_block, step_total
+from lillama.distill import trainer as module
+from lillama.distill.block import BlockTraining, distill_block
+from lillama.distill.config import OptimConfig
+from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine, Mse, TokenMse
+from lillama.distill.split import Split
 from lillama.errors import TrainingError
 from lillama.progress import silent
 
-ROWS = Rows.split(24, 0.2, seed=0)
+SPLIT = Split.of(24, 0.2, seed=0)
 
 
-def trained(toy, config, rank=3, report=silent, **data):
-    learner = toy.learner(config, step_total(ROWS, config), rank=rank)
-    log = distill_block(learner, "model.layers.7", toy.data(stream=config.stream, **data), ROWS, 0, report)
-    return learner, log
+def trained(toy, config, rank=3, report=silent, trainer=None, **data):
+    trainer = trainer or toy.trainer(config, SPLIT)
+    learner = toy.learner(config, len(trainer.batches), rank=rank)
+    around = toy.data(stream=config.stream, **data)
+    return learner, distill_block(learner, "model.layers.7", around, SPLIT.held_out, trainer, report)
 
 
 def state(learner):
     return {name: tensor.clone() for name, tensor in learner.state().items()}
-
-
-@pytest.mark.parametrize(("total", "share", "held"), [(2, 0.01, 1), (10, 0.2, 2), (3, 0.9, 2), (1, 0.5, 1)])
-def test_split_holds_out_at_least_one_and_not_all(total, share, held):
-    rows = Rows.split(total, share, seed=3)
-    assert len(rows.held_out) == held
-    if total > 1:
-        assert sorted([*rows.train.tolist(), *rows.held_out.tolist()]) == list(range(total))
-    assert Rows.split(100, 0.2, 1).held_out.tolist() != Rows.split(100, 0.2, 2).held_out.tolist()
-
-
-def test_held_out_rows_are_never_trained_on(toy):
-    config = toy.config(epochs=3, batch_size=5)
-    seen = list(batches(ROWS, config, seed=4))
-    assert len(seen) == step_total(ROWS, config)
-    for epoch in range(3):
-        rows = torch.cat(seen[epoch * 4 : epoch * 4 + 4]).tolist()
-        assert sorted(rows) == ROWS.train.tolist()
-    assert not set(torch.cat(seen).tolist()) & set(ROWS.held_out.tolist())
-    assert not torch.equal(torch.cat(seen[:4]), torch.cat(seen[4:8]))
-
-
-def test_checks_follow_epochs_and_end_at_the_last_step(toy):
-    assert check_steps(toy.config(epochs=8), 80) == set(range(10, 81, 10))
-    assert check_steps(toy.config(epochs=1), 10) == {3, 5, 8, 10}
-    assert check_steps(toy.config(epochs=1), 1) == {1}
 
 
 @pytest.mark.parametrize("stream", ["teacher", "student", "both"])
@@ -58,9 +36,9 @@ def test_training_reduces_the_held_out_loss(toy, stream, loss):
     learner, log = trained(toy, toy.config(stream=stream, loss=loss, lr=1e-2, epochs=6))
     floor = (2 if stream == "both" else 1) * (math.log(1 + math.exp(-1)) if loss.name == "l1-cosine" else 0)
     assert log.improved and log.final - floor < 0.9 * (log.initial - floor)
-    held_out = learner.validate(toy.data(stream=stream).micro_batches(ROWS.held_out))
+    held_out = learner.validate(toy.data(stream=stream).micro_batches(SPLIT.held_out))
     assert sum(held_out.values()) == pytest.approx(log.final, rel=1e-5)
-    assert log.tokens == 6 * len(ROWS.train) * 6
+    assert log.tokens == 6 * len(SPLIT.train) * 6
     fed = {"teacher": (True, False), "student": (False, True), "both": (True, True)}[stream]
     assert all((row[1] is not None, row[2] is not None) == fed for row in (*log.curve, *log.held_out))
 
@@ -69,11 +47,12 @@ def test_the_kept_state_is_the_best_of_all_checks(toy, monkeypatch):
     """With a rate that first helps and then harms, the kept state is the one before the harm."""
     states = []
     config = toy.config(lr=2e-3, epochs=8)
-    learner = toy.learner(config, step_total(ROWS, config))
-    monkeypatch.setattr(type(config), "lr_factor", lambda self, step, steps: 1.0 if step < steps / 2 else 300.0)
+    trainer = toy.trainer(config, SPLIT)
+    learner = toy.learner(config, len(trainer.batches))
+    monkeypatch.setattr(OptimConfig, "lr_factor", lambda self, step, steps: 1.0 if step < steps / 2 else 300.0)
     validate = learner.validate
     monkeypatch.setattr(learner, "validate", lambda data: states.append(state(learner)) or validate(data))
-    log = distill_block(learner, "b", toy.data(), ROWS, 0, silent)
+    log = distill_block(learner, "b", toy.data(), SPLIT.held_out, trainer, silent)
     totals = [row[1] + row[2] for row in log.held_out]
     assert log.final == min(totals) < totals[-1] and 0 < log.best_step < log.steps
     best = states[totals.index(min(totals))]
@@ -114,7 +93,7 @@ def test_the_log_watches_the_largest_singular_values(toy):
 def broken_loss(monkeypatch, times):
     """Let the training loss be NaN at the third step of the first `times` attempts."""
     attempts = itertools.count(1)
-    step = module.Learner.step
+    step = Learner.step
 
     def spoilt(self, batch, tokens):
         losses = step(self, batch, tokens)
@@ -125,7 +104,7 @@ def broken_loss(monkeypatch, times):
             return dict.fromkeys(losses, torch.tensor(math.nan))
         return losses
 
-    monkeypatch.setattr(module.Learner, "step", spoilt)
+    monkeypatch.setattr(Learner, "step", spoilt)
 
 
 def test_one_bad_loss_is_tried_again_at_half_the_rate(toy, monkeypatch, caplog):
@@ -134,7 +113,7 @@ def test_one_bad_loss_is_tried_again_at_half_the_rate(toy, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         learner, log = trained(toy, config)
     assert log.retried and log.improved and log.lr == config.lr / 2
-    assert log.steps == step_total(ROWS, config) and all(map(math.isfinite, (log.initial, log.final)))
+    assert log.steps == len(toy.trainer(config, SPLIT).batches) and all(map(math.isfinite, (log.initial, log.final)))
     assert "model.layers.7" in caplog.text and "step 3" in caplog.text
     assert all(tensor.isfinite().all() for tensor in learner.state().values())
     monkeypatch.undo()
@@ -154,7 +133,7 @@ def test_a_teacher_that_overflows_is_an_error(toy):
     data.target.write(slice(0, 24), torch.full((24, 6, 12), math.inf))
     config = toy.config()
     with pytest.raises(TrainingError, match=r"model\.layers\.7: .*step 0"):
-        distill_block(toy.learner(config), "model.layers.7", data, ROWS, 0, silent)
+        distill_block(toy.learner(config), "model.layers.7", data, SPLIT.held_out, toy.trainer(config, SPLIT), silent)
 
 
 def test_progress_tells_steps_tokens_and_loss(toy, monkeypatch):
@@ -174,6 +153,70 @@ def test_micro_batches_change_nothing_but_rounding(toy):
 
 
 def test_same_seed_same_bits(toy):
-    first, second = trained(toy, toy.config()), trained(toy, toy.config())
+    assert_same_bits(trained(toy, toy.config()), trained(toy, toy.config()))
+
+
+class Killed(BaseException):
+    """The end of the process, as far as this one can play it."""
+
+
+def killed(monkeypatch, at):
+    """Let training end without a chance to clean up before each of some steps, counted over all attempts."""
+    step, taken = BlockTraining.step, []
+
+    def counted(self, *args):
+        taken.append(1)
+        if len(taken) in at:
+            raise Killed
+        return step(self, *args)
+
+    monkeypatch.setattr(BlockTraining, "step", counted)
+    return taken
+
+
+def assert_same_bits(first, second):
     assert first[1] == second[1]
     assert all(torch.equal(tensor, second[0].state()[name]) for name, tensor in first[0].state().items())
+
+
+@pytest.mark.parametrize("stop", [2, 6, 12])
+def test_a_killed_training_goes_on_in_its_middle_to_the_same_bits(toy, monkeypatch, stop):
+    config = toy.config(lr_schedule="cosine", clip=0.5)
+    whole, trainer = trained(toy, config), toy.trainer(config, SPLIT, name="killed", snapshot_seconds=0)
+    taken = killed(monkeypatch, {stop})
+    with pytest.raises(Killed):
+        trained(toy, config, trainer=trainer)
+    assert (trainer.folder / "first" / "state.json").is_file()
+    assert_same_bits(whole, trained(toy, config, trainer=trainer))
+    assert len(taken) == len(trainer.batches) + 1
+
+
+def test_a_second_attempt_goes_on_in_its_middle_too(toy, monkeypatch):
+    config, step = toy.config(), Learner.step
+    trainer = toy.trainer(config, SPLIT, name="killed", snapshot_seconds=0)
+
+    def spoilt(self, batch, tokens):
+        losses, bad = step(self, batch, tokens), self.lr == config.lr and self.step_count == 3
+        return dict.fromkeys(losses, torch.tensor(math.nan)) if bad else losses
+
+    monkeypatch.setattr(Learner, "step", spoilt)
+    whole = trained(toy, config)
+    killed(monkeypatch, {12})
+    with pytest.raises(Killed):
+        trained(toy, config, trainer=trainer)
+    assert (trainer.folder / "second" / "state.json").is_file()
+    found = trained(toy, config, trainer=trainer)
+    assert found[1].retried
+    assert_same_bits(whole, found)
+
+
+def test_a_killed_training_remembers_a_best_state_of_long_ago(toy, monkeypatch):
+    """The rate first helps and then harms."""
+    monkeypatch.setattr(OptimConfig, "lr_factor", lambda self, step, steps: 1.0 if step < steps / 2 else 300.0)
+    config = toy.config(epochs=8)
+    whole, trainer = trained(toy, config), toy.trainer(config, SPLIT, name="killed", snapshot_seconds=0)
+    assert 0 < whole[1].best_step < whole[1].steps
+    killed(monkeypatch, {len(trainer.batches)})
+    with pytest.raises(Killed):
+        trained(toy, config, trainer=trainer)
+    assert_same_bits(whole, trained(toy, config, trainer=trainer))

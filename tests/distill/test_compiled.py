@@ -13,7 +13,7 @@ from torch._dynamo.exc import Unsupported
 
 from lillama.distill import compiled
 from lillama.distill.learner import Learner
-from lillama.distill.objective import Units
+from lillama.distill.objective import Objective, Units
 from lillama.stream.calls import BlockArgs
 
 ROWS = torch.arange(8)
@@ -41,7 +41,8 @@ def calls(monkeypatch):
 
 def learner(toy, rows: int, **changes) -> Learner:
     config = toy.config(stream="student", **changes)
-    return Learner(toy.student(), config, config.lr, 10, Units(parts={"up": 1.0, "down": 1.0}), compiled=rows)
+    objective = Objective(config, Units(parts={"up": 1.0, "down": 1.0}))
+    return Learner(toy.student(), config.optim, config.lr, 10, objective, compiled=rows)
 
 
 @needs_compiler
@@ -62,7 +63,7 @@ def test_a_compiled_step_is_the_same_step(toy, dtype):
 def test_many_blocks_of_different_ranks_are_compiled_and_let_go(toy):
     students = []
     for rank in range(1, 5):
-        one = Learner(toy.student(rank), toy.config(), 1e-3, 10, Units(), compiled=5)
+        one = Learner(toy.student(rank), toy.config().optim, 1e-3, 10, compiled=5)
         one.run(BlockArgs(), torch.randn(5, 6, 12)).sum().backward()
         assert one._fast.fast is not None
         students.append(weakref.ref(one.student))
@@ -164,7 +165,7 @@ class Unrolled(nn.Module):
 )
 def test_blocks_that_would_be_compiled_again_and_again_or_for_very_long_are_not(toy, kind, reason, told):
     student, x = kind(), torch.randn(5, 6, 12)
-    one = Learner(student, toy.config(), 1e-3, 10, Units(), compiled=5)
+    one = Learner(student, toy.config().optim, 1e-3, 10, compiled=5)
     for _ in range(2):
         torch.testing.assert_close(one.run(BlockArgs(), x), student(x))
     assert one._fast.fast is None

@@ -11,8 +11,8 @@ PLAIN = DistillConfig(lr_scale="width", lr_schedule="constant", warmup=0.0)
 
 
 def factors(steps: int, **changes: object) -> list[float]:
-    config = replace(PLAIN, **changes)
-    return [config.lr_factor(step, steps) for step in range(steps)]
+    optim = replace(PLAIN, **changes).optim
+    return [optim.lr_factor(step, steps) for step in range(steps)]
 
 
 def test_constant():
@@ -36,9 +36,9 @@ def test_the_shortest_warm_up_is_one_step():
 
 
 def test_rate_by_width():
-    assert replace(PLAIN, lr=1e-3, lr_width=256).peak_lr(1024) == pytest.approx(2.5e-4)
-    assert replace(PLAIN, lr=1e-3, lr_width=None).peak_lr(1024) == 1e-3
-    assert replace(PLAIN, lr=1e-3, lr_scale="rms").peak_lr(1024) == 1e-3
+    assert replace(PLAIN, lr=1e-3, lr_width=256).optim.peak_lr(1024) == pytest.approx(2.5e-4)
+    assert replace(PLAIN, lr=1e-3, lr_width=None).optim.peak_lr(1024) == 1e-3
+    assert replace(PLAIN, lr=1e-3, lr_scale="rms").optim.peak_lr(1024) == 1e-3
 
 
 @pytest.mark.parametrize("key", ["look_ahead", "sub_blocks"])

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from lillama.distill.end_to_end import Chain, KeptGraphs, Part, Recomputed, graph_bytes
-from lillama.distill.joint import Bench
 from lillama.distill.learner import Learner
-from lillama.distill.objective import Units
+from lillama.distill.pool import LearnerPool
 from lillama.stream.calls import BlockArgs, BlockInputs
 from lillama.stream.store import ActivationStore, Shelf
 
@@ -32,10 +31,10 @@ def chain(toy):
         tape = Recomputed(stores) if recomputed else KeptGraphs()
 
         def learner(index: int) -> Learner:
-            return Learner(copy.deepcopy(students[index]), config, 1e-3, 10, Units())
+            return Learner(copy.deepcopy(students[index]), config.optim, 1e-3, 10)
 
-        bench = Bench(learner, toy.folder / "bench", resident)
-        return Chain(bench, frozenset(TRAINED), dense.__getitem__, BLOCKS, BlockInputs([BlockArgs()] * 5), inputs, tape)
+        pool = LearnerPool(learner, toy.folder / "pool", resident)
+        return Chain(pool, frozenset(TRAINED), dense.__getitem__, BLOCKS, BlockInputs([BlockArgs()] * 5), inputs, tape)
 
     make.whole = nn.ModuleList([copy.deepcopy(students.get(i, dense[i])) for i in BLOCKS])
     return make
@@ -48,7 +47,7 @@ def gradients(chain: Chain, micro_batch: int, slope: torch.Tensor) -> dict[str, 
     assert not any(output.requires_grad for output in outputs)
     found = {}
     for index in chain.backward(parts, list(slope.split(micro_batch))):
-        named = chain.bench[index].student.named_parameters()
+        named = chain.pool[index].student.named_parameters()
         found |= {f"{index}.{name}": parameter.grad.clone() for name, parameter in named}
     return found
 
@@ -86,7 +85,7 @@ def test_the_size_of_a_graph():
 def test_a_learner_is_let_go_before_the_next_one_is_made(chain):
     """Its moments are most of the memory of a tail whose blocks find no room."""
     made, alive = chain(recomputed=True, resident=1), weakref.WeakSet()
-    make = made.bench.make
+    make = made.pool.make
 
     def counted(index: int) -> Learner:
         assert not alive
@@ -94,10 +93,10 @@ def test_a_learner_is_let_go_before_the_next_one_is_made(chain):
         alive.add(learner)
         return learner
 
-    made.bench.make = counted
+    made.pool.make = counted
     parts = Part.of(BATCH, 2)
     outputs = made.forward(parts)
     made.outputs(parts)
     for index in made.backward(parts, [torch.ones_like(output) for output in outputs]):
-        made.bench[index].update()
+        made.pool[index].update()
     assert len(alive) == 1

@@ -1,23 +1,25 @@
 """The joint schedule against a plain reimplementation, and against itself with little memory or after a kill."""
 
 import copy
-import itertools
 import math
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from lillama.distill.block import Rows, batches, step_total
-from lillama.distill.joint import Bench, JointData, JointTraining
+from lillama.distill import trainer as trainer_module
+from lillama.distill.config import OptimConfig
+from lillama.distill.joint import JointData, JointTraining, distill_stack
 from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine
-from lillama.distill.objective import Units
+from lillama.distill.objective import Objective, Units
+from lillama.distill.pool import LearnerPool
+from lillama.distill.split import Batches, Split
 from lillama.errors import TrainingError
 from lillama.progress import silent
 from lillama.stream.calls import BlockArgs, BlockInputs
 
-ROWS, TRAINED, BLOCKS = Rows.split(24, 0.2, seed=0), (0, 2), 3
+SPLIT, TRAINED, BLOCKS = Split.of(24, 0.2, seed=0), (0, 2), 3
 
 
 @dataclass
@@ -36,30 +38,30 @@ class Class:
         for index in TRAINED:
             self.students[index] = type(self.toy)(self.toy.folder, self.teachers[index]).student()
 
-    def learner(self, index):
-        return Learner(
-            copy.deepcopy(self.students[index]), self.config, self.config.lr, step_total(ROWS, self.config), Units()
-        )
+    @property
+    def batches(self):
+        return Batches(SPLIT.train, self.config.epochs, self.config.batch_size, 5)
 
-    def training(self, resident=9, name="joint", snapshot_seconds=1e9):
+    def learner(self, index, scale=1.0):
+        student, optim, objective = self.students[index], self.config.optim, Objective(self.config, Units(scale))
+        return Learner(copy.deepcopy(student), optim, self.config.lr, len(self.batches), objective)
+
+    def training(self, resident=9, name="joint"):
         hidden = self.toy.data().teacher
         return JointTraining(
             names={index: f"layers.{index}" for index in TRAINED},
             last=max(TRAINED),
             teacher=lambda index: self.teachers[index],
-            bench=Bench(self.learner, self.toy.folder / f"{name}-bench", resident),
+            pool=LearnerPool(self.learner, self.toy.folder / f"{name}-pool", resident),
             data=JointData(BlockInputs([BlockArgs()] * BLOCKS), hidden, None, 3),
-            rows=ROWS,
+            held_out=SPLIT.held_out,
             config=self.config,
-            seed=5,
-            folder=self.toy.folder / name,
-            snapshot_seconds=snapshot_seconds,
         )
 
-
-def finished(training):
-    return {index: ({n: t.clone() for n, t in learner.state().items()}, log)
-            for index, learner, log in training.run(silent)}  # fmt: skip
+    def finished(self, resident=9, name="joint", snapshot_seconds=1e9):
+        trainer = self.toy.trainer(self.config, SPLIT, 5, name, snapshot_seconds)
+        trained = distill_stack(self.training(resident, name), trainer, silent)
+        return {index: ({n: t.clone() for n, t in learner.state().items()}, log) for index, learner, log in trained}
 
 
 def assert_same_bits(first, second):
@@ -79,14 +81,14 @@ def school(toy):
 )
 def test_equals_a_plain_reimplementation(toy, stream, adaptive):
     school = Class(toy, toy.config(stream=stream, epochs=1, lr=1e-3, adaptive=adaptive))
-    results = finished(school.training())
+    results = school.finished()
     students = {index: copy.deepcopy(student).requires_grad_() for index, student in school.students.items()}
     optimisers = {index: torch.optim.AdamW(s.parameters(), lr=1e-3, weight_decay=0.0) for index, s in students.items()}
     x, loss = toy.data().teacher.read(torch.arange(24)), L1Cosine()
 
     def held_out():
         with torch.no_grad():
-            above, own, totals = x[ROWS.held_out], x[ROWS.held_out], {}
+            above, own, totals = x[SPLIT.held_out], x[SPLIT.held_out], {}
             for index in range(BLOCKS):
                 target = school.teachers[index](above)[0]
                 block = students.get(index, school.teachers[index])
@@ -97,7 +99,7 @@ def test_equals_a_plain_reimplementation(toy, stream, adaptive):
         return totals
 
     initial = held_out()
-    for rows in batches(ROWS, school.config, 5):
+    for rows in school.batches:
         above = own = x[rows]
         for index in range(BLOCKS):
             target = school.teachers[index](above)[0]
@@ -116,7 +118,7 @@ def test_equals_a_plain_reimplementation(toy, stream, adaptive):
         state, log = results[index]
         doubled = half if index == 0 else 1  # before the streams part, one loss is logged and counts twice
         assert log.initial * doubled == pytest.approx(initial[index], rel=1e-5)
-        assert log.improved and log.best_step == log.steps == step_total(ROWS, school.config)
+        assert log.improved and log.best_step == log.steps == len(school.batches)
         assert log.final * doubled == pytest.approx(final[index], rel=1e-4)
         for name, parameter in student.named_parameters():
             torch.testing.assert_close(state[name], parameter.detach(), atol=2e-5, rtol=1e-4)
@@ -124,57 +126,56 @@ def test_equals_a_plain_reimplementation(toy, stream, adaptive):
 
 @pytest.mark.parametrize("resident", [0, 1])
 def test_learners_that_wait_in_files_learn_the_same(school, resident):
-    assert_same_bits(finished(school.training()), finished(school.training(resident, "small")))
-    assert list((school.toy.folder / "small-bench").glob("learner-*"))
+    assert_same_bits(school.finished(), school.finished(resident, "small"))
+    assert list((school.toy.folder / "small-pool").glob("learner-*"))
 
 
 @pytest.mark.parametrize("resident", [1, 9])
-def test_a_killed_training_goes_on_to_the_same_bits(school, resident):
-    whole = finished(school.training())
+def test_a_killed_training_goes_on_to_the_same_bits(school, monkeypatch, resident):
+    whole = school.finished()
     for stop in (1, 4, 7):
         name = f"stopped-{stop}-{resident}"
-        steps = itertools.count(1)
+        taken, step = [], JointTraining.step
 
         class Killed(Exception):
             pass
 
-        class Stopped(JointTraining):
-            def _step(self, batch, traces, steps=steps, stop=stop, Killed=Killed):
-                if next(steps) == stop + 1:
-                    raise Killed
-                return super()._step(batch, traces)
+        def counted(self, *args, taken=taken, step=step, stop=stop, Killed=Killed):
+            taken.append(1)
+            if len(taken) == stop + 1:
+                raise Killed
+            return step(self, *args)
 
-        training = school.training(resident, name, snapshot_seconds=-1)
-        with pytest.raises(Killed):
-            finished(Stopped(**vars(training)))
-        assert (school.toy.folder / name / "state.json").is_file()
-        counted = school.training(resident, name)
-        step, taken = counted._step, []
-        counted._step = lambda batch, traces, step=step, taken=taken: taken.append(1) or step(batch, traces)
-        assert_same_bits(whole, finished(counted))
-        assert len(taken) == step_total(ROWS, school.config) - stop
+        with monkeypatch.context() as patch:
+            patch.setattr(JointTraining, "step", counted)
+            with pytest.raises(Killed):
+                school.finished(resident, name, snapshot_seconds=-1)
+            assert (school.toy.folder / name / "state.json").is_file()
+            assert_same_bits(whole, school.finished(resident, name))
+        assert len(taken) == len(school.batches) + 1
 
 
 def test_a_killed_training_remembers_its_best_state(school, monkeypatch):
     """The best state may lie before the snapshot: here the rate first helps and then harms."""
-    monkeypatch.setattr(type(school.config), "lr_factor", lambda self, step, steps: 1.0 if step < steps / 2 else 300.0)
-    whole = finished(school.training())
+    monkeypatch.setattr(OptimConfig, "lr_factor", lambda self, step, steps: 1.0 if step < steps / 2 else 300.0)
+    whole = school.finished()
     assert all(0 < log.best_step < log.steps for _, log in whole.values())
-    last = step_total(ROWS, school.config)
+    last = len(school.batches)
     snapshot_at(monkeypatch, last - 1)
-    finished(school.training(name="again", snapshot_seconds=-1))
-    assert_same_bits(whole, finished(school.training(name="again")))
+    school.finished(name="again", snapshot_seconds=-1)
+    assert_same_bits(whole, school.finished(name="again"))
 
 
 def snapshot_at(monkeypatch, step):
-    real = JointTraining._snapshot
-    monkeypatch.setattr(JointTraining, "_snapshot", lambda self, *args: real(self, *args) if args[2] == step else None)
+    """Let a snapshot be written after one step only."""
+    save = trainer_module._save
+    monkeypatch.setattr(trainer_module, "_save", lambda t, state, f: save(t, state, f) if state.done == step else None)
 
 
 @pytest.mark.parametrize("resident", [1, 9])
 def test_a_bad_loss_costs_one_block_half_its_rate(school, monkeypatch, resident):
     spoil(monkeypatch, school, times=1)
-    results = finished(school.training(resident))
+    results = school.finished(resident)
     assert results[2][1].retried and results[2][1].lr == school.config.lr / 2
     assert not results[0][1].retried
     assert results[2][1].final < results[2][1].initial < math.inf
@@ -182,25 +183,25 @@ def test_a_bad_loss_costs_one_block_half_its_rate(school, monkeypatch, resident)
 
 def test_a_killed_retry_goes_on_to_the_same_bits(school, monkeypatch):
     spoil(monkeypatch, school, times=1)
-    whole = finished(school.training())
+    whole = school.finished()
     spoil(monkeypatch, school, times=1)
-    last = step_total(ROWS, school.config)
+    last = len(school.batches)
     snapshot_at(monkeypatch, last - 2)
-    finished(school.training(name="again", snapshot_seconds=-1))
-    assert_same_bits(whole, finished(school.training(name="again")))
+    school.finished(name="again", snapshot_seconds=-1)
+    assert_same_bits(whole, school.finished(name="again"))
 
 
 def test_a_retry_that_waits_in_a_file_learns_the_same(school, monkeypatch):
     spoil(monkeypatch, school, times=1)
-    whole = finished(school.training())
+    whole = school.finished()
     spoil(monkeypatch, school, times=1)
-    assert_same_bits(whole, finished(school.training(1, "small")))
+    assert_same_bits(whole, school.finished(1, "small"))
 
 
 def test_a_second_bad_loss_is_an_error(school, monkeypatch):
     spoil(monkeypatch, school, times=2)
     with pytest.raises(TrainingError, match=r"layers\.2: .*step \d"):
-        finished(school.training())
+        school.finished()
 
 
 def spoil(monkeypatch, school, times):
@@ -210,16 +211,14 @@ def spoil(monkeypatch, school, times):
 
     def spoilt(self, batch, tokens):
         losses = step(self, batch, tokens)
-        if self.units.output == 1.5 and self.lr not in done and len(done) < times:
+        if self.objective.units.output == 1.5 and self.lr not in done and len(done) < times:
             done.append(self.lr)
             with torch.no_grad():
                 next(self.student.parameters()).fill_(math.nan)
         return losses
 
     def learner(index):
-        made = Class.learner(school, index)
-        made.units = Units(1.5 if index == 2 else 1.0)
-        return made
+        return Class.learner(school, index, 1.5 if index == 2 else 1.0)
 
     monkeypatch.setattr(Learner, "step", spoilt)
     monkeypatch.setattr(school, "learner", learner, raising=False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lillama.distill.losses import L1Cosine, Mse, TokenMse
-from lillama.distill.objective import Units
+from lillama.distill.objective import Objective
 
 ROWS = torch.arange(8)
 
@@ -128,7 +128,7 @@ def test_masters_and_moments_are_fp32_when_activations_are_bf16(toy):
     config = toy.config(lr=1e-7)
     learner = toy.learner(config)
     learner.student.to(torch.bfloat16)
-    learner = type(learner)(learner.student, config, config.lr, 100, Units())
+    learner = type(learner)(learner.student, config.optim, config.lr, 100, Objective(config))
     batch = toy.batch(toy.data(dtype=torch.bfloat16), ROWS)
     before = weights(learner)
     for _ in range(5):
@@ -155,7 +155,7 @@ def test_the_schedule_sets_the_rate_of_every_step(toy):
     batch = toy.batch(toy.data(), ROWS)
     for step in range(10):
         learner.step(batch, tokens(batch))
-        assert learner.optimiser.param_groups[0]["lr"] == config.lr * config.lr_factor(step, 10)
+        assert learner.optimiser.param_groups[0]["lr"] == config.lr * config.optim.lr_factor(step, 10)
 
 
 def test_clipping_bounds_the_whole_blocks_gradient(toy):
@@ -189,7 +189,7 @@ def test_relative_rates_move_each_tensor_by_its_own_size(toy):
     learner = toy.learner(config)
     with torch.no_grad():
         learner.student.up.bias.zero_()
-    learner = type(learner)(learner.student, config, config.lr, 10, Units())
+    learner = type(learner)(learner.student, config.optim, config.lr, 10, Objective(config))
     before = learner.state()
     learner.step(batch, tokens(batch))
     sizes = {name: tensor.square().mean().sqrt().item() for name, tensor in before.items()}
@@ -210,7 +210,7 @@ def test_relative_rates_do_not_see_how_a_product_is_shared_out(toy, lr_scale, sa
         with torch.no_grad():
             student.up.left.weight.mul_(factor)
             student.up.right.weight.div_(factor)
-        learner = type(toy.learner(config))(student, config, config.lr, 10, Units())
+        learner = type(toy.learner(config))(student, config.optim, config.lr, 10, Objective(config))
         for _ in range(5):
             learner.step(batch, tokens(batch))
         products.append(student.up.product().detach())

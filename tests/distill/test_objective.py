@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lillama.distill.block import NextBlock, Rows, distill_block, step_total
+from lillama.distill.block import NextBlock, distill_block
 from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine, Mse, TokenMse, length_error
-from lillama.distill.objective import Units, recorded, sub_blocks, token_losses
+from lillama.distill.objective import Objective, Units, recorded, sub_blocks
+from lillama.distill.split import Split
 from lillama.progress import silent
 from lillama.stream.calls import BlockArgs, BlockInputs
 
@@ -61,7 +62,7 @@ def test_it_equals_the_formula(toy, next_block, mask, loss, wanted):
     data = replace(data, following=data.following if "look_ahead" in wanted else None)
     data = replace(data, parts=data.parts if "sub_blocks" in wanted else {})
     units = data.units(loss, ROWS)
-    learner = Learner(toy.student(), config, 1e-3, 10, units)
+    learner = Learner(toy.student(), config.optim, 1e-3, 10, Objective(config, units))
     plain = toy.student()
     x, y = data.student.read(ROWS), data.target.read(ROWS)
     up = plain.up(x)
@@ -93,7 +94,9 @@ def test_padding_and_micro_batches_change_nothing(toy, next_block, mask, loss):
     config, results = toy.config(loss=loss, **EVERYTHING), []
 
     def measured(data):
-        learner = Learner(toy.student(), config, 1.0, 10, Units(parts={"up": 1.0, "down": 1.0}))
+        learner = Learner(
+            toy.student(), config.optim, 1.0, 10, Objective(config, Units(parts={"up": 1.0, "down": 1.0}))
+        )
         return data.units(loss, ROWS), gradient(learner, data)
 
     for micro_batch in (8, 3, 1):
@@ -113,7 +116,7 @@ def test_the_teacher_itself_is_the_minimum_of_all_terms(toy, next_block, loss):
     """A student of full rank on the teacher's stream has nothing left to learn."""
     config = toy.config(stream="teacher", loss=loss, **EVERYTHING)
     data = surrounded(toy, next_block, stream="teacher")
-    learner = Learner(toy.student(rank=12), config, 1e-3, 10, data.units(loss, ROWS))
+    learner = Learner(toy.student(rank=12), config.optim, 1e-3, 10, Objective(config, data.units(loss, ROWS)))
     floor = 0.31326 if loss.name == "l1-cosine" else 0.0
     found = learner.validate(data.micro_batches(ROWS))["teacher"]
     assert found == pytest.approx(floor * (1 + 0.7 + 0.3), abs=1e-4)
@@ -121,29 +124,30 @@ def test_the_teacher_itself_is_the_minimum_of_all_terms(toy, next_block, loss):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_with_every_term_improves_each_of_them(toy, next_block, dtype):
-    rows, config = Rows.split(24, 0.2, seed=0), toy.config(loss=Mse(), lr=1e-2, epochs=8, **EVERYTHING)
+    split, config = Split.of(24, 0.2, seed=0), toy.config(loss=Mse(), lr=1e-2, epochs=8, **EVERYTHING)
     next_block = next_block.to(dtype)
     data = surrounded(toy, next_block.float(), dtype=dtype)
     next_block.to(dtype)
-    units = data.units(Mse(), rows.held_out)
-    learner = Learner(toy.student(), config, config.lr, step_total(rows, config), units)
+    units = data.units(Mse(), split.held_out)
+    trainer = toy.trainer(config, split)
+    learner = Learner(toy.student(), config.optim, config.lr, len(trainer.batches), Objective(config, units))
+
+    def measured(student, data, **weights):
+        config = toy.config(loss=Mse(), **weights)
+        part = Learner(student, config.optim, 1.0, 1, Objective(config, units))
+        return sum(part.validate(data.micro_batches(split.held_out)).values())
 
     def alone(**weights):
-        part = Learner(toy.student(), toy.config(loss=Mse(), **weights), 1.0, 1, units)
-        part.restore(learner.state())
-        return sum(part.validate(data.micro_batches(rows.held_out)).values())
+        student = toy.student()
+        student.load_state_dict(learner.student.state_dict())
+        return measured(student, data, **weights)
 
     def terms():
-        plain = sum(
-            part
-            for part in Learner(learner.student, toy.config(loss=Mse()), 1.0, 1, units)
-            .validate(replace(data, parts={}, following=None).micro_batches(rows.held_out))
-            .values()
-        )
+        plain = measured(learner.student, replace(data, parts={}, following=None))
         return plain, alone(look_ahead=1.0) - plain, alone(sub_blocks=1.0) - plain, alone(norm=1.0) - plain
 
     before = terms()
-    assert distill_block(learner, "b", data, rows, 0, silent).improved
+    assert distill_block(learner, "b", data, split.held_out, trainer, silent).improved
     assert all(late < early for late, early in zip(terms(), before, strict=True))
 
 
@@ -151,7 +155,7 @@ def test_nothing_more_wanted_is_the_loss_alone(toy):
     config, data = toy.config(loss=L1Cosine()), toy.data(micro_batch=8)
     (micro,) = data.micro_batches(ROWS)
     output = torch.randn(micro.target.shape, generator=torch.Generator().manual_seed(0))
-    losses = token_losses(config, Units(2.0), micro, "student", output, {})
+    losses = Objective(config, Units(2.0)).token_losses(micro, "student", output, {})
     assert torch.equal(losses, L1Cosine()(output, micro.target) / 2.0)
 
 

@@ -1,29 +1,44 @@
 """Which state of a recovery tail is kept, and when it ends."""
 
+import json
 import math
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from lillama.distill.recover import HeldOut, RecoverConfig, RecoverTrace
+from lillama.distill.history import History
+from lillama.distill.recover import HeldOut, RecoverConfig, RecoverLog
+from lillama.distill.tail import measurement, reason_to_stop
+from lillama.distill.trainer import TrainingState
 
 START = HeldOut(kl=0.5, lm=3.0, norm=0.9)
 
 
-def traced(*found: HeldOut, lm: float = 0.0) -> RecoverTrace:
-    trace = RecoverTrace(lm)
+def traced(*found: HeldOut, lm: float = 0.0) -> History:
+    history, config = History(), RecoverConfig(lm=lm)
     for step, held_out in enumerate([START, *found]):
         if step:
-            trace.losses.append(torch.tensor([0.5, 3.0]))
-        trace.check(step, held_out, lambda step=step: {0: {"step": torch.tensor(step)}})
-    return trace
+            history.note({"kl": torch.tensor(0.5), "lm": torch.tensor(3.0)}, 10)
+        state = {0: {"step": torch.tensor(step)}}
+        history.check(
+            step, measurement(held_out, history, config), lambda state=state, step=step: state if step else {}
+        )
+    return history
 
 
-def kept(trace: RecoverTrace) -> int:
-    step = trace.checks[trace.best][0]
-    assert (trace.best_states[0]["step"].item() if trace.best_states else 0) == step
-    return step
+def stopped(*found: HeldOut) -> str:
+    return reason_to_stop(traced(*found), RecoverConfig(checks=4))
+
+
+def logged(history: History) -> RecoverLog:
+    return RecoverLog.of(1e-3, TrainingState({"all blocks": history}, len(history.losses), 1.0), history)
+
+
+def kept(history: History) -> int:
+    states = history.best_states
+    assert (states[0]["step"].item() if states else 0) == history.best_step
+    return history.best_step
 
 
 def test_the_smallest_held_out_loss_is_kept():
@@ -40,34 +55,32 @@ def test_a_state_that_is_not_finite_or_whose_activations_grew_is_not_kept():
 
 def test_training_ends_where_it_brings_nothing():
     better, worse = HeldOut(0.4, 3, 0.9), HeldOut(0.6, 3, 0.9)
-    assert not traced(worse, worse, worse).reason_to_stop(2)  # the rate has yet to fall
-    assert not traced(better, worse).reason_to_stop(2)
-    assert traced(better, worse, worse).reason_to_stop(2) == "no progress"
-    assert traced(better, HeldOut(0.8, 3, 0.9)).reason_to_stop(2) == "diverged"
-    assert traced(HeldOut(math.nan, 3, 0.9)).reason_to_stop(2) == "not finite"
+    assert not stopped(worse, worse, worse)  # the rate has yet to fall
+    assert not stopped(better, worse)
+    assert stopped(better, worse, worse) == "no progress"
+    assert stopped(better, HeldOut(0.8, 3, 0.9)) == "diverged"
+    assert stopped(HeldOut(math.nan, 3, 0.9)) == "not finite"
     bad = traced(better)
-    bad.losses.append(torch.tensor([math.nan, 3.0]))
-    assert bad.reason_to_stop(2) == "not finite"
+    bad.note({"kl": torch.tensor(math.nan), "lm": torch.tensor(3.0)}, 10)
+    assert reason_to_stop(bad, RecoverConfig()) == "not finite"
 
 
-def test_a_trace_goes_through_a_file():
-    trace = traced(HeldOut(0.1 + 0.2, 3, 0.9), HeldOut(0.35, 3, 0.9))
-    again = RecoverTrace.from_json(0.0, trace.as_json(), trace.best_states)
-    assert again.log(1e-3, 1.0) == trace.log(1e-3, 1.0)
-    assert again.log(1e-3, 1.0).improved and again.log(1e-3, 1.0).best_step == 1
+def test_patience_is_half_of_the_checks():
+    assert [RecoverConfig(checks=checks).patience for checks in (1, 4, 5, 8)] == [2, 2, 3, 4]
+
+
+def test_a_history_goes_through_a_file():
+    history = traced(HeldOut(0.1 + 0.2, 3, 0.9), HeldOut(0.35, 3, 0.9))
+    again = History.from_json(json.loads(json.dumps(history.as_json())), history.best_states)
+    assert logged(again) == logged(history)
+    assert logged(again).improved and logged(again).best_step == 1
 
 
 def test_the_log_is_valid_json_whatever_happened():
-    trace = traced(HeldOut(math.nan, 3, 0.9))
-    trace.losses.append(torch.tensor([math.nan, math.nan]))
-    log = trace.log(1e-3, 1.0)
+    history = traced(HeldOut(math.nan, 3, 0.9))
+    history.note({"kl": torch.tensor(math.nan), "lm": torch.tensor(math.nan)}, 10)
+    log = logged(history)
     assert len(log.curve) == 1 and len(log.held_out) == 1 and log.final == START
-
-
-@pytest.mark.parametrize("steps", [1, 3, 8, 61])
-def test_the_last_step_is_checked(steps):
-    checks = RecoverConfig(checks=8).check_steps(steps)
-    assert max(checks) == steps and min(checks) >= 1 and len(checks) == min(steps, 8)
 
 
 def test_the_configuration_refuses_nonsense():

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from lillama.distill.log import DistillLog
 from lillama.distill.spectrum import largest_singular_value, largest_singular_values
-from lillama.distill.trace import DistillLog
 
 
 @pytest.mark.parametrize("shape", [(30, 8, 50), (50, 20, 30), (5, 1, 3), (3, 3, 40), (200, 60, 100)])

@@ -1,57 +1,28 @@
 """Local distillation of one block, from its initialisation to its best state."""
 
 import logging
-import math
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lillama.distill.config import DistillConfig
+from lillama.distill.history import History, Measurement
 from lillama.distill.learner import Learner
+from lillama.distill.log import DistillLog
 from lillama.distill.losses import Loss
 from lillama.distill.objective import Ahead, MicroBatch, Units, real_tokens
+from lillama.distill.pool import LearnerPool
 from lillama.distill.spectrum import largest_singular_values
-from lillama.distill.trace import DistillLog, Trace
+from lillama.distill.trainer import Trainer, TrainingState
 from lillama.errors import TrainingError
-from lillama.progress import Progress, Report
+from lillama.progress import Report
 from lillama.stream.calls import BlockInputs
 from lillama.stream.store import ActivationStore
 
 logger = logging.getLogger(__name__)
-
-CHECKS = 4  # at least this often is the held-out loss measured in one training
-REPORT_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which calibration sequences are trained on, and which are held out.
-
-    Attributes:
-        train: indices of the sequences that are trained on.
-        held_out: indices of those on which states are compared.
-    """
-
-    train: Int[Tensor, " n"]
-    held_out: Int[Tensor, " m"]
-
-    @classmethod
-    def split(cls, total: int, share: float, seed: int) -> "Rows":
-        """Hold out a random share of `total` sequences, at least one and not all; a single sequence serves for both."""
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-        if total == 1:
-            return cls(order, order)
-        count = min(max(1, round(share * total)), total - 1)
-        return cls(order[count:].sort().values, order[:count].sort().values)
-
-    def epoch(self, seed: int, epoch: int, batch_size: int) -> list[Tensor]:
-        """Return the batches of one epoch, shuffled anew; the last may be smaller."""
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        return list(self.train[order].split(batch_size))
 
 
 @dataclass(frozen=True)
@@ -139,74 +110,114 @@ class BlockData:
         return Ahead(self.following.block, call, self.following.target.read(rows))
 
 
+@dataclass(frozen=True)
+class BlockTraining:
+    """One block that learns by itself.
+
+    Attributes:
+        name: of the block.
+        pool: with its learner alone.
+        data: activations around the block.
+        held_out: sequences on which states are compared.
+    """
+
+    name: str
+    pool: LearnerPool
+    data: BlockData
+    held_out: Int[Tensor, " m"]
+    keeps_start: ClassVar[bool] = True
+
+    @property
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """The one history, of the one block."""
+        return {self.name: (self.data.index,)}
+
+    def step(self, batch: Int[Tensor, " n"], histories: Mapping[str, History]) -> Float[Tensor, ""]:
+        """Take a step; return its loss, summed over the streams."""
+        tokens = self.data.tokens(batch)
+        losses = self.pool[self.data.index].step(self.data.micro_batches(batch), tokens)
+        histories[self.name].note(losses, tokens)
+        return torch.stack(list(losses.values())).sum()
+
+    def measure(self, histories: Mapping[str, History]) -> dict[str, Measurement]:
+        """Measure the loss on the held-out sequences."""
+        losses = self.pool[self.data.index].validate(self.data.micro_batches(self.held_out))
+        return {self.name: Measurement(losses, sum(losses.values()))}
+
+    def review(self, state: TrainingState) -> None:
+        """End the training if a loss is not finite.
+
+        Raises:
+            TrainingError: the loss is not finite at the start.
+        """
+        if not state.done:
+            note_start(self.pool, self.groups, state.histories)
+        elif state.histories[self.name].first_bad_step() is not None:
+            state.stopped = "not finite"
+
+
 def distill_block(
-    learner: Learner, name: str, data: BlockData, rows: Rows, seed: int, report: Report, retried: bool = False
+    learner: Learner,
+    name: str,
+    data: BlockData,
+    held_out: Int[Tensor, " m"],
+    trainer: Trainer,
+    report: Report,
+    retried: bool = False,
 ) -> DistillLog:
     """Train a student block and leave it in the state that was best on the held-out sequences.
+
+    Where a loss is not finite, training begins once more from the best state, at half the rate.
 
     Args:
         learner: holds the student with its initial weights.
         name: of the block, for messages.
         data: activations around the block.
-        rows: training and held-out sequences.
-        seed: of the order of the batches.
+        held_out: sequences on which states are compared.
+        trainer: the loop; each attempt has its snapshots in a folder of its own in the trainer's.
         report: told about the steps.
-        retried: whether this is the second attempt, at half the rate.
+        retried: whether this is the second attempt.
 
     Raises:
         TrainingError: the loss was not finite at half the learning rate either.
     """
-    config, steps, tokens, told = learner.config, learner.steps, 0, 0.0
-    trace = Trace()
-    trace.check(0, learner.validate(data.micro_batches(rows.held_out)), learner.state)
-    if not trace.best_state:
-        raise TrainingError(f"{name}: the loss is not finite at step 0; the original model overflows on this text")
-    trace.singular = largest_singular_values(learner.student)
-    for batch in batches(rows, config, seed):
-        count = data.tokens(batch)
-        tokens += count
-        trace.losses.append(learner.step(data.micro_batches(batch), count))
-        step = learner.step_count
-        if time.monotonic() - told > REPORT_SECONDS or step == steps:
-            told = time.monotonic()
-            report(Progress("steps", step, steps, name, tokens, trace.recent_loss()))
-        if step in check_steps(config, steps):
-            trace.check(step, learner.validate(data.micro_batches(rows.held_out)), learner.state)
-            bad = trace.first_bad_step()
-            if bad is not None:
-                learner.restore(trace.best_state)
-                return distill_block(retry(learner, name, bad, retried), name, data, rows, seed, report, retried=True)
-    learner.restore(trace.best_state)
-    return trace.log(name, learner.lr, tokens, retried, largest_singular_values(learner.student))
+    pool = LearnerPool(lambda index: learner, trainer.folder, 1)
+    attempt = replace(trainer, folder=trainer.folder / ("second" if retried else "first"), detail=name)
+    state = attempt.fit(BlockTraining(name, pool, data, held_out), report)
+    history = state.histories[name]
+    history.retried = retried
+    learner.restore(history.best_states[data.index])
+    if state.stopped:
+        again = with_half_lr(learner, name, history)
+        return distill_block(again, name, data, held_out, trainer, report, retried=True)
+    return DistillLog.of(name, learner.lr, history, largest_singular_values(learner.student))
 
 
-def retry(learner: Learner, name: str, bad_step: int, retried: bool) -> Learner:
+def with_half_lr(learner: Learner, name: str, history: History) -> Learner:
     """Return a fresh learner at half the rate for a student whose loss was not finite.
 
     Raises:
         TrainingError: this happened before.
     """
-    if retried:
+    bad = history.first_bad_step()
+    if history.retried:
         raise TrainingError(
-            f"{name}: the loss is not finite at step {bad_step}, at half the learning rate too ({learner.lr:g}); "
+            f"{name}: the loss is not finite at step {bad}, at half the learning rate too ({learner.lr:g}); "
             "lower distill.lr in the recipe"
         )
-    logger.warning("%s: loss not finite at step %d; once more at half the learning rate", name, bad_step)
+    logger.warning("%s: loss not finite at step %d; once more at half the learning rate", name, bad)
     return learner.halved()
 
 
-def check_steps(config: DistillConfig, steps: int) -> set[int]:
-    """Return the steps after which the held-out loss is measured: after each epoch, and at least four times."""
-    checks = max(CHECKS, config.epochs)
-    return {math.ceil(steps * k / checks) for k in range(1, checks + 1)}
+def note_start(pool: LearnerPool, groups: Mapping[str, tuple[int, ...]], histories: Mapping[str, History]) -> None:
+    """Note the largest singular values of the blocks before training.
 
-
-def batches(rows: Rows, config: DistillConfig, seed: int) -> Iterator[Tensor]:
-    """Yield the training sequences of every optimiser step."""
-    for epoch in range(config.epochs):
-        yield from rows.epoch(seed, epoch, config.batch_size)
-
-
-def step_total(rows: Rows, config: DistillConfig) -> int:
-    """Return the optimiser steps of one block's training."""
-    return config.epochs * math.ceil(len(rows.train) / config.batch_size)
+    Raises:
+        TrainingError: a loss is not finite at the start.
+    """
+    for name, history in histories.items():
+        if not history.best_states:
+            raise TrainingError(f"{name}: the loss is not finite at step 0; the original model overflows on this text")
+    for name, history in histories.items():
+        for index in groups[name]:
+            history.singular |= largest_singular_values(pool[index].student)

@@ -9,6 +9,46 @@ from pydantic import Field, with_config
 from lillama.distill.losses import Loss, Mse
 from lillama.errors import RecipeError
 
+CHECKS = 4  # at least this often is the held-out loss measured in one training
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser (AdamW) and its rate: the part that distillation and recovery have in common.
+
+    Attributes:
+        lr: learning rate, at a hidden size of `lr_width`, or relative to each tensor.
+        lr_scale: `width` or `rms`, as `DistillConfig` tells.
+        lr_width: hidden size at which `lr` holds, where `lr_scale` is `width`; None uses `lr` as it stands.
+        lr_schedule: `cosine` falls to 0 at the last step; `constant` stays.
+        warmup: share of the steps in which the rate rises linearly from 0.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        clip: largest norm of a block's gradient; None clips nothing.
+    """
+
+    lr: float
+    lr_scale: Literal["width", "rms"]
+    lr_width: int | None
+    lr_schedule: Literal["constant", "cosine"]
+    warmup: float
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float | None
+
+    def peak_lr(self, hidden_size: int) -> float:
+        """Return the learning rate after warm-up for a model of this hidden size, before each tensor's own scale."""
+        return self.lr if self.lr_width is None or self.lr_scale == "rms" else self.lr * self.lr_width / hidden_size
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        """Return the share of the peak rate at a step from 0 to `steps` - 1."""
+        warm = max(1, round(self.warmup * steps)) if self.warmup else 0
+        if step < warm:
+            return (step + 1) / warm
+        if self.lr_schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
 
 @with_config(extra="forbid")
 @dataclass(frozen=True)
@@ -74,15 +114,21 @@ class DistillConfig:
                 "adapt to; set distill.adaptive to 0, or distill.stream to student or both"
             )
 
-    def peak_lr(self, hidden_size: int) -> float:
-        """Return the learning rate after warm-up for a model of this hidden size, before each tensor's own scale."""
-        return self.lr if self.lr_width is None or self.lr_scale == "rms" else self.lr * self.lr_width / hidden_size
+    @property
+    def optim(self) -> OptimConfig:
+        """The optimiser and its rate."""
+        return OptimConfig(
+            lr=self.lr,
+            lr_scale=self.lr_scale,
+            lr_width=self.lr_width,
+            lr_schedule=self.lr_schedule,
+            warmup=self.warmup,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+        )
 
-    def lr_factor(self, step: int, steps: int) -> float:
-        """Return the share of the peak rate at a step from 0 to `steps` - 1."""
-        warm = max(1, round(self.warmup * steps)) if self.warmup else 0
-        if step < warm:
-            return (step + 1) / warm
-        if self.lr_schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    @property
+    def checks(self) -> int:
+        """How often the held-out loss is measured after the start: after each epoch, and at least four times."""
+        return max(CHECKS, self.epochs)

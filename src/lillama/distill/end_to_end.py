@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lillama.distill.joint import Bench
+from lillama.distill.pool import LearnerPool
 from lillama.stream.calls import BlockArgs, BlockInputs
 from lillama.stream.store import ActivationStore
 
@@ -93,7 +93,7 @@ class Chain:
     """The blocks of the compressed model that lie on the way from the first trained parameter to the head.
 
     Attributes:
-        bench: the trained blocks.
+        pool: the trained blocks.
         trained: their indices.
         dense: returns one of the other blocks, which stay as they are; gradients flow through them.
         blocks: indices of all, in order.
@@ -102,7 +102,7 @@ class Chain:
         tape: how a pass is remembered.
     """
 
-    bench: Bench
+    pool: LearnerPool
     trained: frozenset[int]
     dense: Callable[[int], nn.Module]
     blocks: range
@@ -151,7 +151,7 @@ class Chain:
 
     def _block(self, index: int) -> Callable[[BlockArgs, Tensor], Tensor]:
         if index in self.trained:
-            return self.bench[index].run
+            return self.pool[index].run
         block = self.dense(index)
         return lambda call, hidden: call(block, hidden)
 

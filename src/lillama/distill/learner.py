@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lillama.distill.compiled import Compiled
-from lillama.distill.config import DistillConfig
-from lillama.distill.objective import MicroBatch, Units, recorded, token_losses
+from lillama.distill.config import OptimConfig
+from lillama.distill.objective import MicroBatch, Objective, recorded
 from lillama.stream.calls import BlockArgs
 
 NO_SCALE = 1e-3  # of the usual root mean square: a tensor below has no scale of its own
@@ -23,10 +23,10 @@ class Learner:
 
     Args:
         student: the block; its parameters become fp32 and trainable.
-        config: of the distillation.
+        optim: the optimiser and its rate.
         lr: peak learning rate.
         steps: optimiser steps in all.
-        units: losses are divided by these.
+        objective: what the student minimises; None where gradients come from elsewhere, and only `update` is called.
         trained: names of the parameters that learn; None lets all of them.
         compiled: sequences of the micro-batches for which `torch.compile` makes code; 0 for none. Others, and all that is
             computed without gradients, run as they are: each size would need a warm-up of its own.
@@ -35,21 +35,21 @@ class Learner:
     def __init__(
         self,
         student: nn.Module,
-        config: DistillConfig,
+        optim: OptimConfig,
         lr: float,
         steps: int,
-        units: Units,
+        objective: Objective | None = None,
         trained: Collection[str] | None = None,
         compiled: int = 0,
     ) -> None:
         self.student = student.float().eval()
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(trained is None or name in trained)
-        self.config, self.lr, self.steps, self.units = config, lr, steps, units
+        self.optim, self.lr, self.steps, self.objective = optim, lr, steps, objective
         self.step_count = 0
         self.compiled, self._fast = compiled, Compiled(self.student) if compiled else self.student
         self.optimiser = torch.optim.AdamW(
-            rate_groups(self.student, config), lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            rate_groups(self.student, optim), lr=lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
         )
 
     def step(self, batch: Iterable[MicroBatch], tokens: int) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class Learner:
         for micro in batch:
             for stream in micro.inputs:
                 loss = self._loss(micro, stream) / tokens
-                (loss * self._weight(micro)).backward()
+                (loss * self._objective.weight(micro)).backward()
                 losses[stream] = losses.get(stream, 0) + loss.detach()
         self.update()
         return losses
@@ -74,9 +74,9 @@ class Learner:
     def update(self) -> None:
         """Take an optimiser step on the gradient that lies in the parameters, and forget it."""
         for group in self.optimiser.param_groups:
-            group["lr"] = self.lr * group["scale"] * self.config.lr_factor(self.step_count, self.steps)
-        if self.config.clip is not None:
-            nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip)
+            group["lr"] = self.lr * group["scale"] * self.optim.lr_factor(self.step_count, self.steps)
+        if self.optim.clip is not None:
+            nn.utils.clip_grad_norm_(self.student.parameters(), self.optim.clip)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.step_count += 1
@@ -84,7 +84,7 @@ class Learner:
     def halved(self) -> "Learner":
         """Return a learner of the same student at half the rate, with a fresh optimiser."""
         trained = [name for name, parameter in self.student.named_parameters() if parameter.requires_grad]
-        again = Learner(self.student, self.config, self.lr / 2, self.steps, self.units, trained, self.compiled)
+        again = Learner(self.student, self.optim, self.lr / 2, self.steps, self.objective, trained, self.compiled)
         for new, old in zip(again.optimiser.param_groups, self.optimiser.param_groups, strict=True):
             new["scale"] = old["scale"]
         again._fast = self._fast  # the student is the same
@@ -146,12 +146,13 @@ class Learner:
         with recorded(self.student, micro.parts) as parts:
             run = self.uncompiled if micro.parts else self.run  # hooks that come and go would be compiled each time
             output = run(micro.call_of(stream), micro.inputs[stream])
-        losses = token_losses(self.config, self.units, micro, stream, output, parts)
+        losses = self._objective.token_losses(micro, stream, output, parts)
         return (losses if micro.mask is None else losses.masked_fill(~micro.mask, 0)).sum()
 
-    def _weight(self, micro: MicroBatch) -> float:
-        """Return how often a stream counts: twice where both are wanted, but the student's is still the teacher's."""
-        return 2.0 if self.config.stream == "both" and len(micro.inputs) == 1 else 1.0
+    @property
+    def _objective(self) -> Objective:
+        assert self.objective is not None  # whoever has none calls `update` alone
+        return self.objective
 
     def run(self, call: BlockArgs, hidden: Tensor) -> Tensor:
         """Run the student in the type of `hidden`, as the finished model will; gradients flow into the masters."""
@@ -174,14 +175,14 @@ def _run(student: nn.Module, call: BlockArgs, hidden: Tensor) -> Tensor:
     return call(forward, hidden)
 
 
-def rate_groups(student: nn.Module, config: DistillConfig) -> list[dict[str, Any]]:
+def rate_groups(student: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Return the groups of AdamW; the rate of each is multiplied by its `scale`.
 
     By `rms` each tensor is a group, its scale the root mean square of its values as they are now. Tensors of zeros, as
     biases often begin, take the median of the others.
     """
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if config.lr_scale == "width":
+    if optim.lr_scale == "width":
         return [{"params": parameters, "scale": 1.0}]
     scales = torch.stack([parameter.detach().square().mean().sqrt() for parameter in parameters]).cpu()
     usual = scales[scales > 0].median() if scales.any() else torch.tensor(1.0)

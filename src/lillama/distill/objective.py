@@ -95,35 +95,48 @@ class Units:
         return cls(outputs / tokens, aheads / tokens, {name: unit / tokens for name, unit in parts.items()})
 
 
-def token_losses(
-    config: DistillConfig,
-    units: Units,
-    micro: MicroBatch,
-    stream: str,
-    output: Float[Tensor, "sequences length width"],
-    parts: Mapping[str, Tensor],
-) -> Float[Tensor, "sequences length"]:
-    """Return the loss of each token: of the block's output, and of all else that the configuration gives a weight.
+@dataclass(frozen=True)
+class Objective:
+    """What a student minimises at every token.
 
-    Args:
-        config: names the loss and the weights.
+    Attributes:
+        config: names the loss, the streams, and the weights of what is asked for beside the block's output.
         units: of the losses.
-        micro: the sequences.
-        stream: whose activations the student was given.
-        output: the student's output.
-        parts: child of the block -> the student's output of that child; those that `micro` has targets for.
     """
-    target = micro.target_of(stream)
-    losses = _distance(config.loss, output, target, units.output)
-    if config.norm:
-        losses = losses + config.norm * length_error(output.float(), target.float())
-    if micro.ahead is not None:
-        seen = micro.ahead.call(micro.ahead.block, output)
-        losses = losses + config.look_ahead * _distance(config.loss, seen, micro.ahead.target, units.ahead)
-    for name, wanted in micro.parts.items():
-        weight = config.sub_blocks / len(micro.parts)
-        losses = losses + weight * _distance(config.loss, parts[name].reshape(wanted.shape), wanted, units.parts[name])
-    return losses
+
+    config: DistillConfig
+    units: Units = field(default_factory=Units)
+
+    def token_losses(
+        self,
+        micro: MicroBatch,
+        stream: str,
+        output: Float[Tensor, "sequences length width"],
+        parts: Mapping[str, Float[Tensor, "..."]],
+    ) -> Float[Tensor, "sequences length"]:
+        """Return the loss of each token: of the block's output, and of all else that the configuration gives a weight.
+
+        Args:
+            micro: the sequences.
+            stream: whose activations the student was given.
+            output: the student's output.
+            parts: child of the block -> the student's output of that child; those that `micro` has targets for.
+        """
+        config, units, target = self.config, self.units, micro.target_of(stream)
+        losses = _distance(config.loss, output, target, units.output)
+        if config.norm:
+            losses = losses + config.norm * length_error(output.float(), target.float())
+        if micro.ahead is not None:
+            seen = micro.ahead.call(micro.ahead.block, output)
+            losses = losses + config.look_ahead * _distance(config.loss, seen, micro.ahead.target, units.ahead)
+        for name, wanted in micro.parts.items():
+            weight, found = config.sub_blocks / len(micro.parts), parts[name].reshape(wanted.shape)
+            losses = losses + weight * _distance(config.loss, found, wanted, units.parts[name])
+        return losses
+
+    def weight(self, micro: MicroBatch) -> float:
+        """Return how often a stream counts: twice where both are wanted, but the student's is still the teacher's."""
+        return 2.0 if self.config.stream == "both" and len(micro.inputs) == 1 else 1.0
 
 
 def sub_blocks(linears: Iterable[str]) -> tuple[str, ...]:
@@ -160,5 +173,7 @@ def real_tokens(mask: Bool[Tensor, "_ _"] | None, rows: Tensor, length: int) -> 
     return len(rows) * length if mask is None else int(torch.count_nonzero(mask[rows]))
 
 
-def _distance(loss: Loss, student: Tensor, teacher: Tensor, unit: float) -> Tensor:
+def _distance(
+    loss: Loss, student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"], unit: float
+) -> Float[Tensor, "*batch"]:
     return loss(student.float(), teacher.float()) / unit

@@ -1,18 +1,17 @@
 """The recovery tail as values: its part of a recipe, what is measured, and its record."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-import torch
-from jaxtyping import Float
 from pydantic import Field, with_config
-from torch import Tensor
 
-from lillama.distill.config import DistillConfig
-from lillama.distill.trace import CURVE_POINTS
+from lillama.distill.config import OptimConfig
+from lillama.distill.history import History
+from lillama.distill.trainer import TrainingState
 
+BETAS = (0.9, 0.95)  # of AdamW, as distillation has them
 DIVERGED = 1.5  # times the start's held-out loss: no falling rate will mend that
 NORM_LIMIT = 1.5  # a state whose last activations grew or shrank by more than this is not kept
 
@@ -36,7 +35,7 @@ class RecoverConfig:
             the experts is a short way back (REAP reports the same after dropping experts).
 
     Examples:
-        >>> RecoverConfig(epochs=4).training.lr_scale
+        >>> RecoverConfig(epochs=4).optim.lr_scale
         'rms'
     """
 
@@ -52,26 +51,22 @@ class RecoverConfig:
     trains: Literal["all", "routers"] = "all"
 
     @property
-    def training(self) -> DistillConfig:
-        """The same choices in the words of distillation, whose learners and batches serve here too."""
-        return DistillConfig(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
+    def optim(self) -> OptimConfig:
+        """The optimiser and its rate: AdamW without decay, along a cosine."""
+        return OptimConfig(
             lr=self.lr,
             lr_scale=self.lr_scale,
             lr_width=self.lr_width,
             lr_schedule="cosine",
             warmup=self.warmup,
+            betas=BETAS,
             weight_decay=0.0,
             clip=self.clip,
         )
 
-    def check_steps(self, steps: int) -> set[int]:
-        """Return the steps after which the held-out loss is measured; the last one is among them."""
-        return {math.ceil(steps * k / self.checks) for k in range(1, self.checks + 1)}
-
+    @property
     def patience(self) -> int:
-        """Return after how many checks without progress training ends: half of them, at least two."""
+        """After how many checks without progress training ends: half of them, at least two."""
         return max(2, math.ceil(self.checks / 2))
 
 
@@ -136,80 +131,22 @@ class RecoverLog:
     held_out: tuple[tuple[int, float, float, float], ...]
     grown: Mapping[str, float] = field(default_factory=dict)
 
-
-@dataclass
-class RecoverTrace:
-    """What is remembered during the recovery tail.
-
-    Attributes:
-        lm: share of the text in the loss.
-        losses: of every step: divergence and cross-entropy; they stay on the device, so that no step waits for it.
-        checks: step and held-out figures; the first is the start.
-        best: place in `checks` of the best state so far.
-        best_states: block index -> its parameters then; empty while the start is the best.
-        tokens: real tokens trained on.
-        stopped: as in `RecoverLog`.
-    """
-
-    lm: float
-    losses: list[Float[Tensor, "2"]] = field(default_factory=list)
-    checks: list[tuple[int, HeldOut]] = field(default_factory=list)
-    best: int = 0
-    best_states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    tokens: int = 0
-    stopped: str = ""
-
-    def check(self, step: int, held_out: HeldOut, states: Callable[[], dict[int, dict[str, Tensor]]]) -> None:
-        """Note a measurement, and keep the states if they are better than all before."""
-        self.checks.append((step, held_out))
-        start, best = self.checks[0][1], self.checks[self.best][1]
-        if held_out.finite and held_out.near(start) and held_out.loss(self.lm) < best.loss(self.lm):
-            self.best, self.best_states = len(self.checks) - 1, states()
-
-    def reason_to_stop(self, patience: int) -> str:
-        """Return why training should end now, or an empty text; waits for the device.
-
-        While the rate is high the loss may lie above the start's for long and still end below it.
-        """
-        start, latest = self.checks[0][1], self.checks[-1][1]
-        if not (latest.finite and all(bool(loss.isfinite().all()) for loss in self.losses)):
-            return "not finite"
-        if latest.loss(self.lm) > DIVERGED * start.loss(self.lm):
-            return "diverged"
-        return "no progress" if self.best and len(self.checks) - 1 - self.best >= patience else ""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all but the best states as JSON values."""
-        return {
-            "losses": [loss.tolist() for loss in self.losses],
-            "checks": [(step, asdict(held_out)) for step, held_out in self.checks],
-            "best": self.best,
-            "tokens": self.tokens,
-        }
-
     @classmethod
-    def from_json(cls, lm: float, value: Mapping[str, Any], best: dict[int, dict[str, Tensor]]) -> "RecoverTrace":
-        """Return the trace that `as_json` wrote."""
-        losses = [torch.tensor(loss) for loss in value["losses"]]
-        checks = [(step, HeldOut(**held_out)) for step, held_out in value["checks"]]
-        return cls(lm, losses, checks, value["best"], best, value["tokens"])
-
-    def log(self, lr: float, seconds: float) -> RecoverLog:
-        """Return the record of the training."""
-        stride = max(1, len(self.losses) // CURVE_POINTS)
-        (_, initial), (best_step, final) = self.checks[0], self.checks[self.best]
-        rows = [(step + 1, *self.losses[step].tolist()) for step in range(0, len(self.losses), stride)]
-        held_out = [(step, found.kl, found.lm, found.norm) for step, found in self.checks]
-        return RecoverLog(
-            steps=len(self.losses),
-            tokens=self.tokens,
+    def of(cls, lr: float, state: TrainingState, history: History) -> "RecoverLog":
+        """Return the record of a training; rows that are not finite are left out."""
+        initial, final = HeldOut(**history.checks[0][1]), HeldOut(**history.best_check)
+        curve = [(step, losses["kl"], losses["lm"]) for step, losses in history.curve()]
+        held_out = [(step, found["kl"], found["lm"], found["norm"]) for step, found in history.checks]
+        return cls(
+            steps=len(history.losses),
+            tokens=history.tokens,
             lr=lr,
-            seconds=seconds,
+            seconds=state.seconds,
             initial=initial if initial.finite else None,
             final=final if final.finite else None,
-            improved=self.best > 0,
-            best_step=best_step,
-            stopped=self.stopped,
-            curve=tuple(row for row in rows if all(map(math.isfinite, row))),
+            improved=history.best_step > 0,
+            best_step=history.best_step,
+            stopped=state.stopped,
+            curve=tuple(row for row in curve if all(map(math.isfinite, row))),
             held_out=tuple(row for row in held_out if all(map(math.isfinite, row))),
         )

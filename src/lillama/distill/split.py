@@ -1,0 +1,63 @@
+"""Which calibration sequences are trained on, in which batches, and which are held out."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which calibration sequences are trained on, and which are held out.
+
+    Attributes:
+        train: indices of the sequences that are trained on.
+        held_out: indices of those on which states are compared.
+    """
+
+    train: Int[Tensor, " n"]
+    held_out: Int[Tensor, " m"]
+
+    @classmethod
+    def of(cls, total: int, share: float, seed: int) -> "Split":
+        """Hold out a random share of `total` sequences, at least one and not all; a single sequence serves for both."""
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        if total == 1:
+            return cls(order, order)
+        count = min(max(1, round(share * total)), total - 1)
+        return cls(order[count:].sort().values, order[:count].sort().values)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training sequences of every optimiser step, in several passes, each shuffled anew.
+
+    Attributes:
+        train: indices of the sequences.
+        epochs: passes over them.
+        size: sequences in a batch; the last one of a pass may be smaller.
+        seed: of their order.
+
+    Examples:
+        >>> batches = Batches(torch.arange(5), epochs=2, size=3, seed=0)
+        >>> len(batches), [len(batch) for batch in batches]
+        (4, [3, 2, 3, 2])
+    """
+
+    train: Int[Tensor, " n"]
+    epochs: int
+    size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.epochs * math.ceil(len(self.train) / self.size)
+
+    def __iter__(self) -> Iterator[Int[Tensor, " batch"]]:
+        for epoch in range(self.epochs):
+            order = torch.randperm(
+                len(self.train), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            )
+            yield from self.train[order].split(self.size)
