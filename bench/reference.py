@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -32,13 +33,17 @@ ROWS = ("Mixtral", "Mamba", "T5", "Whisper", "BERT", "CLIP's image tower")
 
 
 def digest(folder: Path) -> str:
-    """Return the SHA-256 of all tensors by name, and of the configuration."""
+    """Return the SHA-256 of the weights' files and of the configuration, without version and recipe: places are in its hash."""
     total = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "np") as tensors:
             total.update(json.dumps(sorted(tensors.keys())).encode())
         total.update(file.read_bytes())
-    total.update((folder / "config.json").read_bytes())
+    total.update(
+        re.sub(
+            r'"(recipe_hash|lillama_version)": "[^"]*"', "", (folder / "config.json").read_text(encoding="utf-8")
+        ).encode()
+    )
     return total.hexdigest()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, with_config
+from pydantic import Field, GetCoreSchemaHandler, TypeAdapter, ValidationError, with_config
+from pydantic_core import core_schema
 
 from lillama.calibration.gather import CalibrationConfig, parse_sources
 from lillama.distill.config import DistillConfig
@@ -15,7 +16,7 @@ from lillama.distill.losses import Loss
 from lillama.distill.recover import RecoverConfig
 from lillama.errors import RecipeError, shown, suggestion
 from lillama.files import digest
-from lillama.lowrank.initialize import Initialiser, TwoSided
+from lillama.lowrank.initialize import Initialiser, Known, TwoSided
 from lillama.lowrank.storage import Storage
 from lillama.options import Overrides
 from lillama.packaged import packaged
@@ -24,6 +25,31 @@ from lillama.ranks.plan import Scope
 from lillama.yaml_text import read_yaml
 
 Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a key that takes one of lillama's strategies by name, or in Python one of the user's own."""
+
+    known: Any
+
+    def own(self, strategy: object) -> bool:
+        """Tell whether a strategy is a class of the user's."""
+        known = (dict, *get_args(self.known))
+        return is_dataclass(strategy) and callable(strategy) and not isinstance(strategy, known)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Read one of lillama's by its name; leave one of the user's as it is, and write down its name and fields."""
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, read: value if self.own(value) else read(value),
+            handler.generate_schema(Annotated[self.known, Field(discriminator="name")]),
+            serialization=core_schema.wrap_serializer_function_ser_schema(
+                lambda value, write: {"name": value.name} | asdict(value) if self.own(value) else write(value)
+            ),
+        )
+
+
+INITIALISER = OneOf(Known)
 
 
 @with_config(extra="forbid")
@@ -62,7 +88,7 @@ class Recipe:
     split_gate_up: bool = False
     ranks: Annotated[Allocator, Field(discriminator="name")] = field(default_factory=Adaptive)
     storage: Storage = field(default_factory=Storage)
-    init: Annotated[Initialiser, Field(discriminator="name")] = field(default_factory=TwoSided)
+    init: Annotated[Initialiser, INITIALISER] = field(default_factory=TwoSided)
     distill: DistillConfig = field(default_factory=DistillConfig)
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -89,7 +115,8 @@ def load_recipe(recipe: "str | Path | Recipe" = "default", overrides: Mapping[st
     replaced by one of another `name` brings its own defaults.
 
     Args:
-        recipe: name of a recipe that comes with lillama, path of a YAML file, or a recipe.
+        recipe: name of a recipe that comes with lillama, path of a YAML file, or a recipe. A recipe in Python may hold an
+            initialiser of your own, see `OwnInitialiser`.
         overrides: nested values that replace the recipe's.
 
     Raises:
@@ -108,7 +135,8 @@ def load_recipe(recipe: "str | Path | Recipe" = "default", overrides: Mapping[st
     else:
         path = recipe_file(str(recipe))
         base = _validate(_merge(Recipe().as_dict(), _read(path)), f"{path}: ")
-    return _validate(_merge(base.as_dict(), overrides or {}), "")
+    own = {"init": base.init} if INITIALISER.own(base.init) else {}
+    return _validate(_merge(base.as_dict() | own, overrides or {}), "")
 
 
 def override(recipe: "str | Path | Recipe", overrides: Overrides) -> Recipe:
@@ -220,5 +248,5 @@ def _keys(kind: Any) -> set[str]:
 @cache
 def _strategy_names() -> frozenset[str]:
     """Return the names of all strategies: where a value went wrong, pydantic names them beside the keys."""
-    strategies = (*get_args(Allocator), *get_args(Initialiser), *get_args(Loss))
+    strategies = (*get_args(Allocator), *get_args(Known), *get_args(Loss))
     return frozenset(strategy.name for strategy in strategies)

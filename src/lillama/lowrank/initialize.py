@@ -1,7 +1,7 @@
 """How the factors of a weight start, before they are taught: strategies that a recipe can name."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -131,7 +131,34 @@ class Random:
         return Factors(left, right)
 
 
-Initialiser = Svd | Scaled | Whitened | TwoSided | Random
+Known = Svd | Scaled | Whitened | TwoSided | Random
+
+
+@runtime_checkable
+class OwnInitialiser(Protocol):
+    """An initialiser of the user's, a frozen dataclass: runs and recipes know it by its name and its fields.
+
+    Attributes:
+        name: by which runs know it, none of lillama's.
+        needs_gram: whether it wants the Gram of the inputs.
+        needs_gradient: whether it wants the Gram of the gradients at the outputs.
+        stacks: whether it takes several weights of one shape at once, stacked, of whose factors the beginnings are the
+            factors at smaller ranks.
+    """
+
+    name: str
+    needs_gram: bool
+    needs_gradient: bool
+    stacks: bool
+
+    def __call__(
+        self, weight: Float[Tensor, "... out in"], rank: int, moments: Moments, generator: torch.Generator
+    ) -> Factors:
+        """Return the factors of a weight at a rank."""
+        ...
+
+
+Initialiser = Known | OwnInitialiser
 
 
 def _measured(gram: Gram | None, what: str, name: str) -> Gram:
