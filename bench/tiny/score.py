@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
 
 import lillama  # noqa: F401  (from_pretrained learns of compressed models)
-from lillama.evaluation.bootstrap import bootstrap
+from lillama.evaluation.intervals import bootstrap
 
 SEQ_LEN, AT_ONCE, LONGEST, RATE = 128, 16, 6, 16_000
 
@@ -57,7 +57,7 @@ def next_tokens(model: Path, dense: Path, text: Path) -> dict[str, Any]:
     columns = {
         "model": ours.right, "dense": theirs.right, "same": same, "rise": ours.nll - theirs.nll, "all": torch.ones(len(same))
     }  # fmt: skip
-    sums = bootstrap(columns, torch.Generator().manual_seed(0))
+    sums = bootstrap(columns, np.random.default_rng(0))
     return {
         "accuracy": {"dense": theirs.right.mean().item(), "model": ours.right.mean().item()},
         "perplexity": {"dense": math.exp(theirs.nll.mean()), "model": math.exp(ours.nll.mean())},
@@ -94,7 +94,7 @@ def written_words(model: Path, dense: Path, speech: Path) -> dict[str, Any]:
     ours, theirs = (heard_by(folder, tokenizer, features, texts) for folder in (model, dense))
     words = torch.tensor([len(text.split()) for text in texts], dtype=torch.float64)
     columns = {"model": ours.errors, "dense": theirs.errors, "words": words, "rise": ours.nll - theirs.nll}
-    sums = bootstrap(columns, torch.Generator().manual_seed(0))
+    sums = bootstrap(columns, np.random.default_rng(0))
     rates = {name: (columns[name].sum() / words.sum()).item() for name in ("dense", "model")}
     points = sums.interval(lambda s: 100 * (s["model"] - s["dense"]) / s["words"])
     excess = sums.interval(lambda s: s["rise"] / s["words"]).as_json()

@@ -60,7 +60,7 @@ def test_the_official_example_from_its_table_of_trials(babyberta):
     assert {label: f"{score:.4f}" for label, score in found.groups.items()} == {
         row["type"]: row["score"] for row in table
     }
-    assert found.interval[0] < 0.69 < 0.71 < found.interval[1] and found.pairs == 2160
+    assert found.interval.low < 0.69 < 0.71 < found.interval.high and found.pairs == 2160
 
 
 @pytest.mark.assets

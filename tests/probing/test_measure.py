@@ -10,6 +10,7 @@ import lillama
 from lillama.cli import main
 from lillama.compression import compress
 from lillama.errors import ProbeError
+from lillama.evaluation.intervals import Interval
 from lillama.probing.benchmark import built_in_sets, load_benchmark
 from lillama.probing.judge import judge
 from lillama.probing.measure import probe
@@ -61,8 +62,10 @@ def test_written_trials_are_judged_the_same(tiny, bert, farm, tmp_path, scoring)
 def test_a_model_against_itself_has_not_changed(tiny, farm):
     found = probe(tiny, farm, against=tiny)
     for accuracy in (found.total, found.breakdowns["type"][0]):
-        assert (accuracy.dense, accuracy.difference, accuracy.difference_interval) == (accuracy.score, 0.0, (0.0, 0.0))
-    assert found.as_json()["compared"] == {"dense": found.overall, "difference": 0.0, "interval": (0.0, 0.0)}
+        assert (accuracy.dense, accuracy.difference) == (accuracy.score, 0.0)
+        assert accuracy.difference_interval == Interval(0.0, 0.0, 0.0)
+    zero = {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert found.as_json()["compared"] == {"dense": found.overall, "difference": 0.0, "interval": zero}
 
 
 def test_compressed_models_are_asked_as_they_are(tiny, farm, quick, tmp_path):
@@ -93,11 +96,10 @@ def test_the_template_stands_around_every_text(tiny, farm):
 def test_the_command_prints_json_a_table_and_trials(tiny, farm, tmp_path, capsys):
     run("probe", tiny, "--benchmark", farm, "--json", "--trials-out", tmp_path / "trials.csv", "--device", "cpu")
     value = json.loads(capsys.readouterr().out)
-    assert value["version"] == 1 and value["chance"] == 0.5 and value["pairs"] == value["trials"] == value["items"] == 3
+    assert value["version"] == 2 and value["chance"] == 0.5 and value["pairs"] == value["trials"] == value["items"] == 3
     assert (value["benchmark"], value["model"], value["score"], value["unit"]) == ("farm", str(tiny), "mean", "token")
-    assert (
-        set(value["groups"]) == {"number", "order"} and value["interval"][0] <= value["overall"] <= value["interval"][1]
-    )
+    assert set(value["groups"]) == {"number", "order"} and value["interval"]["value"] == value["overall"]
+    assert value["interval"]["low"] <= value["overall"] <= value["interval"]["high"]
     run("probe", "--trials", tmp_path / "trials.csv", "--benchmark", farm, "--json")
     again = json.loads(capsys.readouterr().out)
     assert {key: again[key] for key in ("overall", "groups", "interval", "ties")} == {

@@ -7,9 +7,9 @@ from lillama.options import Flag, Many, Size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lillama.evaluation.bootstrap import Interval
-    from lillama.evaluation.differences import Compared
+    from lillama.evaluation.agreement_summary import Compared
     from lillama.evaluation.evaluate import Evaluation
+    from lillama.evaluation.intervals import Interval
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from lillama.errors import ProbeError
 from lillama.options import Flag
 
 if TYPE_CHECKING:
+    from lillama.evaluation.intervals import Interval
     from lillama.probing.average import Accuracy
     from lillama.probing.result import ProbeResult
 
@@ -72,6 +73,7 @@ def probe(
     from lillama import cli_output
     from lillama.probing.benchmark import built_in_sets, load_benchmark
     from lillama.probing.judge import judge
+    from lillama.probing.result import VERSION
     from lillama.probing.trials import write_trials
 
     names = built_in_sets() if benchmark is None else [benchmark]
@@ -100,7 +102,7 @@ def probe(
         _refuse_taken(trials_out)  # once more, for something may have come in the meantime
         write_trials(trials_out, load_benchmark(names[0]), results[0].trials)
     values = [result.as_json() for result in results]
-    value = values[0] if benchmark is not None else {"version": 1, "results": values}
+    value = values[0] if benchmark is not None else {"version": VERSION, "results": values}
     cli_output.show(value, json, lambda: _tables(results))
 
 
@@ -163,8 +165,10 @@ def _cells(group: "Accuracy", compared: bool) -> list[str]:
     def percent(value: float | None, sign: str = "") -> str:
         return "-" if value is None else f"{100 * value:{sign}.1f}"
 
-    def span(interval: tuple[float, float] | None, sign: str = "") -> str:
-        return "-" if interval is None else "..".join(percent(end, sign) for end in interval)
+    def span(interval: "Interval | None", sign: str = "") -> str:
+        if interval is None or interval.low is None:
+            return "-"
+        return f"{percent(interval.low, sign)}..{percent(interval.high, sign)}"
 
     cells = [f"{group.items:,}", percent(group.score), span(group.interval)]
     if not compared:

@@ -13,9 +13,9 @@ from torch import Tensor
 from lillama.calibration.documents import read_text
 from lillama.calibration.tokenizer import embeddings_of, load_tokenizer
 from lillama.errors import CalibrationError, ModelError, ResourceError
+from lillama.evaluation.agreement_summary import Agreement, Measured, summary
 from lillama.evaluation.continuation import GRAM, PROMPT, Continued, continuations, continued, cut_prompts
-from lillama.evaluation.differences import Agreement, Measured, summary
-from lillama.evaluation.samples import Sample, samples
+from lillama.evaluation.continuation_samples import Sample, samples
 from lillama.evaluation.tally import log_probs, pair_tallies
 from lillama.evaluation.whole import refuse_too_large
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named

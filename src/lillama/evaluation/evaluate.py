@@ -7,7 +7,7 @@ from typing import Any
 
 from lillama.errors import RecipeError
 from lillama.evaluation.agreement import Protocol, measure
-from lillama.evaluation.differences import Agreement, summary
+from lillama.evaluation.agreement_summary import Agreement, summary
 from lillama.evaluation.harness import find_tasks
 from lillama.evaluation.perplexity import TextScore, perplexity, pooled
 from lillama.evaluation.tasks import TaskScore, score_tasks

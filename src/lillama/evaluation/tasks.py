@@ -6,13 +6,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lillama.errors import RecipeError
-from lillama.evaluation.bootstrap import Interval, bootstrap
 from lillama.evaluation.harness import KINDS, Answers, Task, ask
+from lillama.evaluation.intervals import Interval, bootstrap
 from lillama.model.source import locate
 from lillama.progress import Report, silent
 from lillama.resources import pick_device, shortage_explained
@@ -105,19 +106,19 @@ def score_tasks(
         chosen = pick_device(device)
         folders = {"model": locate(model)} | ({} if against is None else {"dense": locate(against)})
         answers = {role: ask(folder, tasks, limit, chosen, role, report) for role, folder in folders.items()}
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [_drawn(*key, {role: given[key] for role, given in answers.items()}, generator) for key in answers["model"]]
+    random = np.random.default_rng(seed)
+    drawn = [_drawn(*key, {role: given[key] for role, given in answers.items()}, random) for key in answers["model"]]
     suite = {(leaf, task.metric) for task in tasks if task.metric is not None for leaf in task.loaded["tasks"]}
     averaged = [_average([one for one in drawn if (one.task, one.metric) in suite])] if suite else []
     return [one.score() for one in [*drawn, *averaged]]
 
 
-def _drawn(task: str, metric: str, answers: Mapping[str, Answers], generator: torch.Generator) -> Drawn:
+def _drawn(task: str, metric: str, answers: Mapping[str, Answers], random: np.random.Generator) -> Drawn:
     """Draw documents of one task, if its metric is the same kind of mean over them under every model."""
     ours = answers["model"]
     values = {role: one.value for role, one in answers.items()}
     parts = {role: one.parts for role, one in answers.items() if one.parts is not None and one.kind == ours.kind}
-    drawn = bootstrap(parts, generator).draws if len(parts) == len(answers) else None
+    drawn = bootstrap(parts, random).draws if len(parts) == len(answers) else None
     kind = KINDS[ours.kind]
     draws = None if drawn is None else {role: kind(sums[:, 0] / sums[:, 1]) for role, sums in drawn.items()}
     return Drawn(task, metric, ours.documents, values, draws)

@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
 from lillama.errors import ProbeError
+from lillama.evaluation.intervals import Interval, mean_interval
 from lillama.probing.benchmark import Benchmark, Grouping
 from lillama.probing.trials import Trial
 
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
 LONGEST = 4000  # digits of what is ordered as a number; Python reads no more
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,10 @@ class Accuracy:
         items: pairs or words that it is the mean of.
         score: the mean; None where there are no items.
         std: standard deviation of the items' scores (n - 1); None for fewer than two.
-        interval: 95 % bootstrap interval of the mean over items; None for fewer than two.
+        interval: the mean with its 95 % bootstrap interval over items; None where there are no items.
         dense: the mean of the model that was compared with.
         difference: `score - dense`.
-        difference_interval: 95 % paired bootstrap interval of the difference.
+        difference_interval: the same with its 95 % interval, of pairs.
     """
 
     label: str
@@ -94,17 +91,6 @@ def breakdown(
     return tuple(_accuracy(label, found, items, dense, seed) for label, found in ordered.items())
 
 
-def bootstrap(values: Float[np.ndarray, " items"], random: np.random.Generator) -> Interval:
-    """Return the 95 % percentile interval of the mean under resampling with replacement (Efron, 1979).
-
-    Scores take few distinct values, so that one resample is one draw of how often each of them occurs.
-    """
-    distinct, counts = np.unique(values, return_counts=True)
-    means = random.multinomial(len(values), counts / len(values), RESAMPLES) @ distinct / len(values)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
 def _means(items: Sequence[Item], columns: Sequence[str]) -> list[Item]:
     """Replace items that are equal in some columns by their mean."""
     groups: dict[tuple[str, ...], list[Item]] = {}
@@ -125,17 +111,13 @@ def _accuracy(
         return Accuracy(label, 0, None, None, None)
     scores = np.array([items[place].score for place in places])
     std = float(scores.std(ddof=1)) if len(scores) > 1 else None
-    mean, interval = float(scores.mean()), _interval(scores, seed)
+    mean, interval = float(scores.mean()), mean_interval(scores, np.random.default_rng(seed))
     if dense is None:
         return Accuracy(label, len(scores), mean, std, interval)
     others = np.array([dense[place].score for place in places])
-    difference = _interval(scores - others, seed)
+    difference = mean_interval(scores - others, np.random.default_rng(seed))
     other = float(others.mean())
     return Accuracy(label, len(scores), mean, std, interval, other, mean - other, difference)
-
-
-def _interval(values: Float[np.ndarray, " items"], seed: int) -> Interval | None:
-    return bootstrap(values, np.random.default_rng(seed)) if len(values) > 1 else None
 
 
 def _band(grouping: Grouping, column: str, value: str) -> str:

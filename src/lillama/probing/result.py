@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lillama.probing.average import Accuracy, Interval
+from lillama.evaluation.intervals import Interval
+from lillama.probing.average import Accuracy
 from lillama.probing.benchmark import ScoreName, Unit
 from lillama.probing.trials import Trial
 
-VERSION = 1
+VERSION = 2
 CHANCE = 0.5
 
 
@@ -62,7 +63,7 @@ class ProbeResult:
 
     @property
     def interval(self) -> Interval | None:
-        """95 % bootstrap interval of `overall`; None for a single pair or word."""
+        """`overall` with its 95 % bootstrap interval; None where there are no items."""
         return self.total.interval
 
     @property
@@ -78,7 +79,7 @@ class ProbeResult:
             found |= asdict(self.asked)
         return found | {
             "overall": self.overall,
-            "interval": self.interval,
+            "interval": None if self.interval is None else self.interval.as_json(),
             "chance": CHANCE,
             "groups": self.groups,
             "pairs": self.pairs,
@@ -96,4 +97,5 @@ def _compared(total: Accuracy) -> dict[str, Any] | None:
     """Return the overall comparison with the dense model, if there was one."""
     if total.dense is None:
         return None
-    return {"dense": total.dense, "difference": total.difference, "interval": total.difference_interval}
+    interval = None if total.difference_interval is None else total.difference_interval.as_json()
+    return {"dense": total.dense, "difference": total.difference, "interval": interval}

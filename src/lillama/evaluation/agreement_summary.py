@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lillama.evaluation.bootstrap import Interval, Sums, bootstrap
 from lillama.evaluation.continuation import Continued
+from lillama.evaluation.continuation_samples import Sample
+from lillama.evaluation.intervals import Interval, Sums, bootstrap
 from lillama.evaluation.perplexity import TextScore
-from lillama.evaluation.samples import Sample
 from lillama.evaluation.tally import PairTally, joined
 
 
@@ -115,8 +116,8 @@ def summary(name: str, texts: Sequence[Measured], seed: int) -> Agreement:
     columns = {"tokens": tally.model.tokens, "bytes": tally.bytes, "kl": tally.kl, "same": tally.same}
     for role, one in (("model", tally.model), ("dense", tally.dense)):
         columns |= {f"{role}_nll": one.nll, f"{role}_gaps": one.gaps}
-    generator = torch.Generator().manual_seed(seed)
-    sums = bootstrap(columns, generator)
+    random = np.random.default_rng(seed)
+    sums = bootstrap(columns, random)
     tokens, size = sums.total["tokens"].item(), sums.total["bytes"].item()
     scores = {r: TextScore.of(name, tokens, sums.total[f"{r}_nll"].item(), size) for r in ("model", "dense")}
     continued_texts = [text.continued for text in texts if text.continued is not None]
@@ -130,7 +131,7 @@ def summary(name: str, texts: Sequence[Measured], seed: int) -> Agreement:
         kl=sums.interval(lambda s: s["kl"] / s["tokens"]),
         top1=sums.interval(lambda s: s["same"] / s["tokens"]),
         calibration=_calibration(sums),
-        continuation=_continuation(continued_texts, samples, generator) if continued_texts else None,
+        continuation=_continuation(continued_texts, samples, random) if continued_texts else None,
     )
 
 
@@ -142,11 +143,11 @@ def _calibration(sums: Sums) -> Compared:
     return Compared(error(sums.total, "model").item(), error(sums.total, "dense").item(), difference)
 
 
-def _continuation(texts: Iterable[Continued], samples: tuple[Sample, ...], generator: torch.Generator) -> Continuation:
+def _continuation(texts: Iterable[Continued], samples: tuple[Sample, ...], random: np.random.Generator) -> Continuation:
     fields = ("leading", "equal", "model", "dense")
     columns = {field: torch.cat([getattr(text, field) for text in texts]) for field in fields}
     prompts = len(columns["equal"])
-    sums = bootstrap(columns | {"prompts": torch.ones(prompts, dtype=torch.float64)}, generator)
+    sums = bootstrap(columns | {"prompts": torch.ones(prompts, dtype=torch.float64)}, random)
     repetition = Compared(
         columns["model"].mean().item(),
         columns["dense"].mean().item(),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.conftest import byte_tokenizer
 
-from lillama.evaluation.samples import Sample, samples
+from lillama.evaluation.continuation_samples import Sample, samples
 
 TOKENIZER = byte_tokenizer()
 
