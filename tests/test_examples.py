@@ -3,9 +3,12 @@
 import runpy
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -32,3 +35,17 @@ def test_an_example_is_short(script: Path) -> None:
     source = script.read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 30
     assert f"python examples/{script.name}" in source
+
+
+def test_the_notebook_draws_the_pictures_of_the_report(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, place in {"MODEL": tiny, "TEXT": text, "OUT": tmp_path / "out"}.items():
+        monkeypatch.setenv(name, str(place))
+    notebook = nbformat.read(EXAMPLES / "report.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # nothing stands there that no command has printed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Jupyter itself
+        NotebookClient(notebook, kernel_name="python3", timeout=None).execute()
+    shown = [str(output.get("data", {})) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("<svg" in value for value in shown) >= 4
