@@ -1,6 +1,7 @@
 """Ranks decided on the way: what the run folder says of them, that a resumed run keeps them, goals instead of shares."""
 
 import json
+from math import inf, nan
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_a_bound_on_the_loss_decides_the_size(tiny, quick, tmp_path):
     assert again.plan == result.plan and again.held_out == result.held_out
 
 
-@pytest.mark.parametrize("most", [0.0, -1.0])
+@pytest.mark.parametrize("most", [0.0, -1.0, nan, inf])
 def test_senseless_bounds_are_refused(tiny, quick, tmp_path, most):
     with pytest.raises(RecipeError, match=f"max-loss is {most:g}; give nats a token above 0"):
         compress(tiny, tmp_path / "out", recipe=quick(**BEST), max_loss=most)

@@ -46,11 +46,11 @@ def resolved(path: Path) -> Path:
     """Return where a path leads, links followed.
 
     Raises:
-        OutputError: it leads in a circle.
+        OutputError: it leads in a circle, or no file can have its name.
     """
     try:
         return path.resolve()
-    except (OSError, RuntimeError) as error:  # a RuntimeError up to Python 3.12
+    except (OSError, RuntimeError, ValueError) as error:  # a RuntimeError up to Python 3.12
         raise OutputError(f"{path}: a link that leads nowhere ({error}); name a folder") from None
 
 

@@ -30,7 +30,7 @@ def refuse_search(most: float, run: Path) -> None:
         most: largest rise of the loss, in nats a token.
         run: folder for the runs of the search.
     """
-    if most <= 0:
+    if not (math.isfinite(most) and most > 0):
         raise RecipeError(f"max-loss is {most:g}; give nats a token above 0, for example 0.02")
     if (run / MARKER).is_file():
         raise OutputError(f"{run}: holds a run of one size; give --max-loss another folder with --run")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, Wav2Vec2FeatureExtractor, WhisperConfig, WhisperFeatureExtractor
 
+from lillama.calibration import media
 from lillama.calibration.media import SECONDS, clips, pack_media, wave
 from lillama.calibration.pack import TokenBlocks
 from lillama.calibration.sources import SPEECH, Source, fingerprint
@@ -201,3 +202,41 @@ def test_features_that_were_computed_before_are_taken_as_they_are(speech: Path, 
     (speech / "mel.npy").write_bytes(b"not an array")
     with pytest.raises(CalibrationError, match="no readable array"):
         packed(speech, whisper, tokenizer, rows=1)
+
+
+@pytest.mark.parametrize("damage", ["empty", "header of more than the file holds", "objects", "zip"])
+def test_arrays_that_are_none(damage: str, speech: Path, whisper: Path, tokenizer) -> None:
+    place = speech / "mel.npy"
+    np.save(place, np.zeros((16, 40), np.float32))
+    content = place.read_bytes()
+    if damage == "objects":
+        np.save(place, np.array([[{}]]), allow_pickle=True)
+    else:
+        huge = content.replace(b"(16, 40), }        ", b"(16, 4000000000), }")
+        assert huge != content
+        place.write_bytes({"empty": b"", "zip": b"PK\x03\x04" + content}.get(damage, huge))
+    (speech / "metadata.jsonl").write_text('{"file_name": "mel.npy", "text": "a b"}\n', encoding="utf-8")
+    with pytest.raises(CalibrationError, match=r"mel\.npy: no readable array"):
+        packed(speech, whisper, tokenizer, rows=1)
+
+
+def test_sound_that_would_fill_the_memory(speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "LONGEST", 1000)
+    with pytest.raises(CalibrationError, match=r"0\.wav: no readable sound file \(8,000 samples of 1 channels"):
+        wave(speech / "0.wav", RATE)
+
+
+@pytest.mark.parametrize("damage", ["bomb", "cut", "no image", "odd header"])
+def test_images_that_are_none(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    CLIPImageProcessor(size={"shortest_edge": 16}).save_pretrained(tmp_path / "m")
+    place = tmp_path / "images" / "0.png"
+    Image.new("RGB", (200, 240), (50, 10, 10)).save(place)
+    content = place.read_bytes()
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    else:
+        damaged = {"cut": content[:80], "no image": b"x", "odd header": content[:20] + b"\xff" * 10 + content[30:]}
+        place.write_bytes(damaged[damage])
+    with pytest.raises(CalibrationError, match=r"0\.png: no readable image"):
+        pack_media((Source(str(tmp_path / "images")),), Kind("pixel_values"), tmp_path / "m", None, 1, 0)

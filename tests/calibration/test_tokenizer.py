@@ -171,6 +171,14 @@ def test_files_that_are_damaged(folder, name, content):
     refused(folder)
 
 
+def test_code_that_is_not_run_is_named_with_its_remedy(folder):
+    edit(folder, "tokenizer_config.json", **CONFIGS["code"])
+    with pytest.raises(
+        ModelError, match=r"no usable tokenizer .*custom code.*; read that code, and .* --trust-remote-code"
+    ):
+        load_tokenizer(folder)
+
+
 def refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="no usable tokenizer") as caught:
         load_tokenizer(folder)

@@ -98,7 +98,10 @@ def test_pickles_of_modules_are_left_out_aloud(tmp_path: Path, out: Path, caplog
     assert "2_Dense/pytorch_model.bin is left out: pickles can run code" in caplog.text
 
 
-@pytest.mark.parametrize("path", ["../secret", "/etc", "a/../../secret", "..", "C:\\secret", "a\0b", ".git", "a/.ssh"])
+@pytest.mark.parametrize(
+    "path",
+    ["../secret", "/etc", "a/../../secret", "..", "C:\\secret", "a\0b", ".git", "a/.ssh", "\ud83d", "x" * 256],
+)
 def test_no_module_leads_outside(path: str, tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, {"secret/config.json": "{}", "model/modules.json": modules(path), "model/.git/config.json": "{}"})
     carry_along(tmp_path / "model", out)
@@ -116,6 +119,16 @@ def test_a_damaged_list_of_modules_is_said_and_ends_nothing(
     (tmp_path / "model" / "modules.json").write_text(text, errors="surrogatepass")
     carry_along(tmp_path / "model", out)
     assert names(out) == {"modules.json"} and "does not list folders" in caplog.text
+
+
+def test_links_in_a_circle_are_left_out(tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What goes along is copied after the last block: nothing in the folder may end the run then."""
+    model = write(tmp_path / "model", {"modules.json": modules("1_Pooling", "2_Dense"), "2_Dense/config.json": "{}"})
+    (model / "1_Pooling").symlink_to("1_Pooling")
+    (model / "2_Dense" / "vocab.txt").symlink_to("vocab.txt")
+    (model / "vocab.txt").symlink_to("vocab.txt")
+    carry_along(model, out)
+    assert names(out) == {"modules.json", "2_Dense/config.json"} and "1_Pooling" in caplog.text
 
 
 def test_links_are_followed_within_the_folder_and_in_the_cache_of_the_hub(

@@ -1,6 +1,7 @@
 """From a model to its figures, from Python and from the command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import lillama
 from lillama.cli import main
 from lillama.compression import compress
-from lillama.errors import ProbeError
+from lillama.errors import ModelError, ProbeError
 from lillama.evaluation.intervals import Interval
 from lillama.probing.benchmark import built_in_sets, load_benchmark
 from lillama.probing.judge import judge
@@ -168,3 +169,12 @@ def test_trials_replace_no_file(tiny, farm, tmp_path, capsys):
     assert (tmp_path / "given.csv").read_bytes() == before
     run(*given, tmp_path / "new.csv")
     assert (tmp_path / "new.csv").read_bytes() == before
+
+
+def test_a_class_that_is_not_transformers_own_needs_its_code(tiny, farm, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    changes = {"architectures": ["Odd"], "auto_map": {"AutoModelForCausalLM": "odd.Odd"}}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ModelError, match=r"needs code of its own .*odd\.Odd.*--trust-remote-code"):
+        probe(folder, farm)

@@ -66,3 +66,17 @@ def test_a_report_does_not_pass_for_an_artefact_of_a_run(name, out, tmp_path):
     with pytest.raises(OutputError, match=r"lies in the run folder .*run, where a report is called report\.html"):
         write(report([out]), tmp_path / "run" / name)
     assert write(report([out]), tmp_path / "run" / "report.html")[0].is_file()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "x/.."])
+def test_a_place_needs_a_name(name, out, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", str(out), "--out", name])
+    assert "--out is a file to make; give it a name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_time_that_is_none(seconds, unfinished, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", str(unfinished), "--watch", "--every", seconds])
+    assert f"--every is {seconds}; it is the seconds" in capsys.readouterr().err

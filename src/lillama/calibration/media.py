@@ -35,6 +35,7 @@ Takes = Literal["input_features", "input_values", "pixel_values"]
 
 TEXTS = ("text", "transcription", "sentence", "transcript")  # names of the field that holds what is said
 SECONDS = 4  # of a window, for encoders that take the wave itself
+LONGEST = 1 << 29  # samples of a sound file, which take 2 GiB; FLAC packs silence into nothing
 BATCH = 16  # images that are processed at once
 
 
@@ -154,8 +155,11 @@ def wave(path: Path, rate: int) -> NDArray[np.float32]:
     from scipy.signal import resample_poly
 
     try:
+        known = soundfile.info(path)
+        if known.frames * known.channels > LONGEST:
+            raise ValueError(f"{known.frames:,} samples of {known.channels} channels, and it is read as a whole")
         samples, found = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, ValueError) as error:
         raise CalibrationError(f"{path}: no readable sound file ({first_line(error)}); write it anew") from None
     mono = samples.mean(axis=1)
     return mono if found == rate else resample_poly(mono, rate, found).astype(np.float32)
@@ -186,14 +190,15 @@ def _heard(path: Path, extractor: Any) -> tuple[Float[Tensor, "mels frames"], Bo
 def _computed(path: Path, extractor: Any) -> tuple[Float[Tensor, "mels frames"], Bool[Tensor, " frames"]]:
     """Return features that were computed before, filled up with their smallest value, which silence has."""
     try:
-        found = torch.from_numpy(np.load(path, allow_pickle=False)).float()
-    except (ValueError, OSError, TypeError) as error:
+        stored = np.lib.format.open_memmap(path, "r")  # of a shape that the file has room for
+        mels, frames = extractor.feature_size, extractor.nb_max_frames
+        if stored.ndim != 2 or len(stored) != mels or not 0 < stored.shape[1] <= frames:
+            raise CalibrationError(
+                f"{path}: has the shape {stored.shape}; {mels} mels x at most {frames} frames are wanted"
+            )
+        found = torch.from_numpy(np.array(stored)).float()
+    except (ValueError, OSError, TypeError, EOFError, OverflowError) as error:
         raise CalibrationError(f"{path}: no readable array ({first_line(error)}); write it with numpy.save") from None
-    mels, frames = extractor.feature_size, extractor.nb_max_frames
-    if found.dim() != 2 or len(found) != mels or not 0 < found.shape[1] <= frames:
-        raise CalibrationError(
-            f"{path}: has the shape {tuple(found.shape)}; {mels} mels x at most {frames} frames are wanted"
-        )
     features = found.new_full((mels, frames), float(found.min()))
     features[:, : found.shape[1]] = found
     return features, torch.arange(frames) < found.shape[1]
@@ -229,7 +234,7 @@ def _pixels(chosen: list[Clip], folder: Path, kind: Kind, rows: int) -> dict[str
             try:
                 with Image.open(clip.path) as image:
                     images.append(image.convert("RGB"))
-            except (UnidentifiedImageError, OSError) as error:
+            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
                 raise CalibrationError(f"{clip.path}: no readable image ({first_line(error)})") from None
         parts.append(processor(images=images, return_tensors="pt")["pixel_values"])
     return {"pixel_values": torch.cat(parts)}

@@ -16,6 +16,7 @@ from lillama.files import digest
 from lillama.model.foreign import reason
 from lillama.model.remote import runs_code
 
+CODE = "contains custom code"  # what transformers says of tokenizers that it would have to run
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
 
 
@@ -47,9 +48,10 @@ def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
     """
 
     def explain(why: str) -> ModelError:
-        return ModelError(
-            f"{model_path}: no usable tokenizer ({why}); put tokenizer.json and its config there as they were published"
-        )
+        remedy = "put tokenizer.json and its config there as they were published"
+        if CODE in why and not runs_code():
+            remedy = "read that code, and if you trust it give --trust-remote-code"
+        return ModelError(f"{model_path}: no usable tokenizer ({why}); {remedy}")
 
     with failures_explained(explain):
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=runs_code())

@@ -24,6 +24,7 @@ OTHERS = {"lillama.json", "adapter_config.json", "trainer_state.json", "training
 FOLDERS = ("additional_chat_templates",)
 PARTS = "modules.json"  # of sentence-transformers: names folders with settings, and small weights, of their own
 CODE_KEYS = ("auto_map", "custom_pipelines")  # name code that lies in the model's folder
+LONGEST_NAME = 255  # bytes
 LARGEST = 1 << 20  # bytes of settings, and of a file of code, that are read
 RELATIVE = re.compile(r"^\s*(?:from|import)\s+\.([\w.]*)(?:\s+import\s+([^#\n]+))?", re.MULTILINE)
 
@@ -83,7 +84,10 @@ def code_files(source: Path) -> tuple[str, ...]:
 
 def is_inside(file: Path, source: Path) -> bool:
     """Tell whether a file lies in a model folder, links followed, or where the hub's cache keeps that folder's files."""
-    folder, target = source.resolve(), file.resolve()
+    try:
+        folder, target = source.resolve(), file.resolve()
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a name that no file can have
+        return False
     cached = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
     return cached or target.is_relative_to(folder)
 
@@ -131,7 +135,10 @@ def _parts(source: Path) -> tuple[str, ...]:
 
 
 def _climbs(path: str) -> bool:
-    return PurePosixPath(path).is_absolute() or any(part.startswith(".") for part in PurePosixPath(path).parts)
+    """Tell whether a path leads out of the folder that it starts from, into a hidden one, or is none at all."""
+    parts = PurePosixPath(path).parts
+    names = (part.encode(errors="replace").decode() == part and len(part.encode()) <= LONGEST_NAME for part in parts)
+    return PurePosixPath(path).is_absolute() or any(part.startswith(".") for part in parts) or not all(names)
 
 
 def _copy(file: Path, target: Path, source: Path, code: bool) -> None:

@@ -15,7 +15,13 @@ MARK = "<!-- lillama report, sha256 {} -->\n"
 
 
 def places(out: Path) -> tuple[Path, Path, Path]:
-    """Return the places of the page, of Markdown and of JSON, of which the first one is `out`."""
+    """Return the places of the page, of Markdown and of JSON, of which the first one is `out`.
+
+    Raises:
+        OutputError: `out` has no name.
+    """
+    if out.name in ("", ".."):
+        raise OutputError(f"{out}: --out is a file to make; give it a name")
     stem = out.name.removesuffix(SUFFIXES[0])
     html, markdown, value = (out.with_name(stem + suffix) for suffix in SUFFIXES)
     return html, markdown, value

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 
+from lillama.errors import RecipeError
 from lillama.report.evidence import RESULT, Extra
 from lillama.report.page import report, write
 
@@ -22,7 +24,13 @@ def written(paths: Sequence[Path], place: Path, extra: Extra) -> Path:
 def watched(
     paths: Sequence[Path], place: Path, extra: Extra, seconds: float, sleep: Callable[[float], None] = time.sleep
 ) -> Path:
-    """Write the report every few seconds until all runs are finished, and return the HTML file's place."""
+    """Write the report every few seconds until all runs are finished, and return the HTML file's place.
+
+    Raises:
+        RecipeError: the seconds are none.
+    """
+    if not (isfinite(seconds) and seconds > 0):
+        raise RecipeError(f"--every is {seconds:g}; it is the seconds between two times, above 0")
     while not (page := report(paths, extra)).finished:
         write(page, place, refresh=seconds)
         sleep(seconds)
