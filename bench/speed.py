@@ -86,8 +86,8 @@ def staged() -> Iterator[Stages]:
     from lillama.distill.grams import GramWatch
     from lillama.distill.learner import Learner
     from lillama.distill.streams import Streams
-    from lillama.distill.tail import RecoveryTraining
     from lillama.lesson import RunContext
+    from lillama.recovery.training import RecoveryTraining
     from lillama.stream.streamed import StreamedModel
 
     stages = Stages()

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from lillama import compression, making, recovery, teach
+from lillama import compression, making, recover, teach
 from lillama.recipe import Recipe, load_recipe
 
 
@@ -19,7 +19,7 @@ def work(job: dict) -> None:
     seconds = job.get("snapshot_seconds", 0)
     making.SCHEDULES["sequential"] = partial(teach.teach_sequentially, snapshot_seconds=seconds)
     making.SCHEDULES["joint"] = partial(teach.teach_jointly, snapshot_seconds=seconds)
-    making.recover = partial(recovery.recover, snapshot_seconds=seconds)
+    making.recover = partial(recover.recover, snapshot_seconds=seconds)
     compression.compress(job["model"], job["out"], recipe=load_recipe(Recipe(), job["recipe"]), texts=job["texts"])
 
 

@@ -47,7 +47,7 @@ def bits(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def recipe(text) -> Recipe:
-    """All that leaves artefacts: spectra, candidates, teaching, the tail."""
+    """All that leaves artefacts: spectra, candidates, teaching, recovery."""
     changes = {
         "keep": 0.7,
         "ranks": {"multiple_of": 1},

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from lillama import artefacts, files, making, recovery, teach
+from lillama import artefacts, files, making, recover, teach
 from lillama.cli import main
 from lillama.compression import compress
 from lillama.model import checkpoint
@@ -189,7 +189,7 @@ def test_a_disk_that_is_full_for_each_kind_of_write(make_model, text, tmp_path, 
     recipe.write_text(load_recipe(Recipe(), changes).as_yaml())
     monkeypatch.setitem(making.SCHEDULES, "sequential", partial(teach.teach_sequentially, snapshot_seconds=0))
     monkeypatch.setitem(making.SCHEDULES, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
-    monkeypatch.setattr(making, "recover", partial(recovery.recover, snapshot_seconds=0))
+    monkeypatch.setattr(making, "recover", partial(recover.recover, snapshot_seconds=0))
     options = ["--recipe", str(recipe), "--shard-size", "40kB", "--activation-memory", "0"]
 
     def compressed(out: Path) -> int:

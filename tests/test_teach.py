@@ -15,9 +15,9 @@ from lillama import lesson, teach
 from lillama.artefacts import load_tensors
 from lillama.compression import compress
 from lillama.distill.compiled import Compiled
-from lillama.distill.recover import RecoverConfig
 from lillama.errors import ModelError
 from lillama.options import Machine
+from lillama.recovery.config import RecoveryConfig
 from lillama.stream.streamed import StreamedModel
 
 EVERYTHING = {"look_ahead": 0.5, "sub_blocks": 0.3, "adaptive": 0.5, "norm": 0.1}
@@ -72,7 +72,7 @@ def test_every_learner_is_compiled_where_that_is_asked_for(tiny, short, tmp_path
     monkeypatch.setattr(Compiled, "__init__", counted)
     let_go: list[int] = []
     monkeypatch.setattr(lesson.gc, "collect", lambda: let_go.append(len(made)))
-    recipe = replace(short(schedule=schedule), recover=RecoverConfig(epochs=1))
+    recipe = replace(short(schedule=schedule), recover=RecoveryConfig(epochs=1))
     plain = blocks(compress(tiny, tmp_path / "plain", recipe=recipe))
     assert not made and not let_go
     found = blocks(compress(tiny, tmp_path / "fast", recipe=recipe, machine=Machine(compile=True)))

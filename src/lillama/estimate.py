@@ -245,7 +245,7 @@ def _comparison(work: _Work, plans: int) -> _Stage:
 
 
 def _recovery(work: _Work) -> _Stage:
-    """Return what the recovery tail needs where graphs find no room, so that every block runs again on the way back."""
+    """Return what recovery needs where graphs find no room, so that every block runs again on the way back."""
     spec, config, seq_len = work.plan.spec, work.recipe.recover, work.recipe.calibration.seq_len
     chain, trained = spec.blocks[work.trained[0].index :], {block.index for block in work.trained}
     forward = sum(2 * work.active[block.index] for block in chain)

@@ -32,7 +32,7 @@ from lillama.model.spec import BlockSpec
 from lillama.prepare import Job, check_resources
 from lillama.progress import Report
 from lillama.ranks.spectra import Spectra
-from lillama.recovery import Recovered, recover
+from lillama.recover import recover
 from lillama.report.still import PLOT, kept_plot
 from lillama.resources import peak_memory, save_memory
 from lillama.result import FILE, Result, Stored, TextPair, file_digests, refuse_foreign
@@ -138,7 +138,7 @@ def export_model(ctx: RunContext, target: Target, windows: Mapping[str, Windows]
     def compressed(block: BlockSpec) -> Mapping[str, Tensor] | None:
         if not ctx.ranks(block):
             return None
-        recovered = Recovered(run_dir.path).load(block.index)
+        recovered = run_dir.load_recovered(block.index)
         return run_dir.load_block(block.index) if recovered is None else recovered
 
     with target.claim.folder() as folder:

@@ -80,7 +80,7 @@ class Overrides:
         seq_len: Tokens of a sequence [default: the recipe's].
         scope: What --keep is a share of: the whole `model` [default] or its `blocks`.
         bits: Store the factors in 8 or 4 bits a number [default: the original's type].
-        recover: The recovery tail, in which all blocks learn together; False, or --no-recover, leaves it out.
+        recover: Recovery, in which all blocks learn together; False, or --no-recover, leaves it out.
         targets: Globs of the linears to factorise, by full name or by name within the block [default: all].
         ignore: Globs of linears to leave dense.
         seed: Of every random choice.

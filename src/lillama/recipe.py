@@ -13,7 +13,6 @@ from pydantic_core import core_schema
 from lillama.calibration.gather import CalibrationConfig, parse_sources
 from lillama.distill.config import DistillConfig
 from lillama.distill.losses import Loss
-from lillama.distill.recover import RecoverConfig
 from lillama.errors import RecipeError, shown, suggestion
 from lillama.files import digest
 from lillama.lowrank.initialize import Initialiser, Known, TwoSided
@@ -22,6 +21,7 @@ from lillama.options import Overrides
 from lillama.packaged import packaged
 from lillama.ranks.adaptive import Adaptive, Allocator
 from lillama.ranks.plan import Scope
+from lillama.recovery.config import RecoveryConfig
 from lillama.yaml_text import read_yaml
 
 Tree = dict[str, Any]
@@ -90,7 +90,7 @@ class Recipe:
     storage: Storage = field(default_factory=Storage)
     init: Annotated[Initialiser, INITIALISER] = field(default_factory=TwoSided)
     distill: DistillConfig = field(default_factory=DistillConfig)
-    recover: RecoverConfig = field(default_factory=RecoverConfig)
+    recover: RecoveryConfig = field(default_factory=RecoveryConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 

@@ -10,6 +10,9 @@ blocks/0003.safetensors   a finished block, in fp32
 blocks/0003.json          how it was taught
 sequential/               the latest state of the block that is taught, while that goes on
 joint/                    the latest state of a joint schedule, while it goes on
+recovered/0003.safetensors  a block after recovery, in fp32; there are none if it brought nothing
+recovered/log.json        how recovery went; its presence marks it as finished
+recovery/                 the latest state of recovery, while it goes on
 metrics.json              sizes, perplexities, time and memory of the finished run
 
 Every artefact carries its digest (`artefacts`). Those that are damaged when a run goes on are named, removed, and made again.
@@ -35,6 +38,7 @@ from lillama.distill.log import DistillLog
 from lillama.errors import DamagedError, OutputError
 from lillama.files import ASIDE, locked, made_folder, resolved, settled
 from lillama.model.spec import ModelSpec
+from lillama.recovery.log import RecoveryLog
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +136,39 @@ class RunDir:
         """Read a finished block's log."""
         return load_json(self._log(index))
 
+    @property
+    def recovery_state(self) -> Path:
+        """Folder of the state of recovery, while it goes on."""
+        return self.path / "recovery"
+
+    @property
+    def is_recovered(self) -> bool:
+        """Whether recovery is finished."""
+        return self._recovery_log.is_file()
+
+    def save_recovered(self, index: int, state: Mapping[str, Tensor]) -> str:
+        """Write a block after recovery, and return its seal; it is not read before recovery is finished."""
+        self._recovery_log.parent.mkdir(exist_ok=True)
+        return save_tensors(self._recovered(index), state)
+
+    def finish_recovery(self, log: RecoveryLog, seals: Mapping[int, str]) -> None:
+        """Write the log, which marks recovery as finished and names its blocks; the latest state is removed."""
+        self._recovery_log.parent.mkdir(exist_ok=True)
+        blocks = {self._recovered(index).name: seal for index, seal in seals.items()}
+        save_json(self._recovery_log, {"version": VERSION} | asdict(log), blocks)
+        shutil.rmtree(self.recovery_state, ignore_errors=True)
+
+    def load_recovered(self, index: int) -> dict[str, Tensor] | None:
+        """Read a block after recovery; None if it stays as it was taught."""
+        log = self.recovery_log()
+        if log is None or self._recovered(index).name not in log[TENSORS]:
+            return None
+        return load_tensors(self._recovered(index))
+
+    def recovery_log(self) -> dict[str, Any] | None:
+        """Read the record of recovery; None if it is not finished."""
+        return load_json(self._recovery_log) if self.is_recovered else None
+
     def made_from(self) -> set[str]:
         """Return the seals of calibration tokens that are noted in this run, as far as they can be read."""
         found = set[str | None]()
@@ -198,6 +235,13 @@ class RunDir:
         ):
             for state in sorted(self.path.glob(pattern)):
                 yield partial(load_whole, state), (state, state.parent)
+
+    @property
+    def _recovery_log(self) -> Path:
+        return self.path / "recovered" / "log.json"
+
+    def _recovered(self, index: int) -> Path:
+        return self.path / "recovered" / f"{index:04}.safetensors"
 
     def _weights(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:04}.safetensors"

@@ -1,4 +1,4 @@
-"""Figures about the teaching: losses of each block, the error from block to block, the recovery tail."""
+"""Figures about the teaching: losses of each block, the error from block to block, recovery."""
 
 from lillama.report.evidence import Evidence, Json
 from lillama.report.figure import Cell, Figure

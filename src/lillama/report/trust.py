@@ -44,9 +44,9 @@ def _teaching(evidence: Evidence) -> Iterator[str]:
         yield f"Training diverged and was tried again with a lower rate: {_some(retried)}."
     recovery, allocation = evidence["recovery"], evidence["allocation"]
     if recovery and not recovery["improved"]:
-        yield "The recovery tail brought nothing; the blocks stay as they were taught."
+        yield "Recovery brought nothing; the blocks stay as they were taught."
     if recovery.get("stopped") in ("not finite", "diverged"):
-        yield f"The recovery tail was stopped: {recovery['stopped']}; lower recover.lr."
+        yield f"Recovery was stopped: {recovery['stopped']}; lower recover.lr."
     if len(allocation.get("candidates", [])) > 1 and allocation.get("chosen") == 0:
         yield "Uniform ranks were taken: those by the spectra were no better on held-out calibration text."
 

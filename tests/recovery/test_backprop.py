@@ -7,36 +7,50 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.distill.end_to_end import Chain, KeptGraphs, Part, Recomputed, graph_bytes
+from lillama.distill.config import DistillConfig
 from lillama.distill.learner import Learner
 from lillama.distill.pool import LearnerPool
+from lillama.recovery.backprop import Chain, KeptGraphs, Part, Recomputed, graph_bytes
 from lillama.stream.calls import BlockArgs, BlockInputs
 from lillama.stream.store import ActivationStore, Shelf
 
 BATCH = torch.tensor([7, 2, 11, 5, 3])
 TRAINED, BLOCKS = (1, 3, 4), range(1, 5)
+SHAPE = (24, 6, 12)
+
+
+class Block(nn.Module):
+    """A residual block that returns a tuple, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(SHAPE[-1], 20), nn.Linear(20, SHAPE[-1], bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
+        return (hidden + self.down(torch.tanh(self.up(hidden))),)
 
 
 @pytest.fixture
-def chain(toy):
+def chain(tmp_path):
     """Return a function that makes a chain of four blocks, of which all but the second are trained."""
     torch.manual_seed(1)
-    dense = {index: type(toy.teacher)().requires_grad_(False) for index in BLOCKS}
-    students = {index: toy.student() for index in TRAINED}
+    blocks = {index: Block().requires_grad_(False) for index in BLOCKS}
+    shelf = Shelf(torch.device("cpu"), tmp_path, 0, 1 << 30)
+    inputs = ActivationStore(SHAPE, torch.float32, shelf, "host", "inputs")
+    inputs.write(slice(0, SHAPE[0]), torch.randn(SHAPE))
 
     def make(recomputed: bool, resident: int = 9) -> Chain:
-        config, inputs = toy.config(), toy.data().teacher
-        shelf = Shelf(torch.device("cpu"), toy.folder, 0, 1 << 30)
-        stores = {i: ActivationStore((8, *inputs.shape[1:]), torch.float32, shelf, "disk", f"b{i}") for i in BLOCKS}
+        stores = {i: ActivationStore((8, *SHAPE[1:]), torch.float32, shelf, "disk", f"b{i}") for i in BLOCKS}
         tape = Recomputed(stores) if recomputed else KeptGraphs()
 
         def learner(index: int) -> Learner:
-            return Learner(copy.deepcopy(students[index]), config.optim, 1e-3, 10)
+            return Learner(copy.deepcopy(blocks[index]), DistillConfig().optim, 1e-3, 10)
 
-        pool = LearnerPool(learner, toy.folder / "pool", resident)
-        return Chain(pool, frozenset(TRAINED), dense.__getitem__, BLOCKS, BlockInputs([BlockArgs()] * 5), inputs, tape)
+        pool = LearnerPool(learner, tmp_path / "pool", resident)
+        calls = BlockInputs([BlockArgs()] * 5)
+        return Chain(pool, frozenset(TRAINED), blocks.__getitem__, BLOCKS, calls, inputs, tape)
 
-    make.whole = nn.ModuleList([copy.deepcopy(students.get(i, dense[i])) for i in BLOCKS])
+    make.whole = nn.ModuleList([copy.deepcopy(blocks[i]) for i in BLOCKS])
     return make
 
 
@@ -54,7 +68,7 @@ def gradients(chain: Chain, micro_batch: int, slope: torch.Tensor) -> dict[str, 
 
 @pytest.mark.parametrize("micro_batch", [2, 5])
 @pytest.mark.parametrize(("recomputed", "resident"), [(True, 9), (True, 1), (False, 9)])
-def test_equal_those_of_plain_autograd(toy, chain, recomputed, resident, micro_batch):
+def test_equal_those_of_plain_autograd(chain, recomputed, resident, micro_batch):
     made = chain(recomputed, resident)
     hidden = made.inputs.read(BATCH)
     slope = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
@@ -83,7 +97,7 @@ def test_the_size_of_a_graph():
 
 
 def test_a_learner_is_let_go_before_the_next_one_is_made(chain):
-    """Its moments are most of the memory of a tail whose blocks find no room."""
+    """Its moments are most of the memory where blocks find no room."""
     made, alive = chain(recomputed=True, resident=1), weakref.WeakSet()
     make = made.pool.make
 

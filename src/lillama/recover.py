@@ -1,39 +1,32 @@
-"""The recovery tail over a compressed model, after all its blocks are taught; and where its results lie.
-
-recovered/0003.safetensors   a block after the tail, in fp32; there are none if the tail brought nothing
-recovered/log.json           how it went; its presence marks the tail as finished
-recovery/                    the latest state, while it goes on
-"""
+"""Recovery over a whole compressed model, after all its blocks are taught."""
 
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lillama.artefacts import TENSORS, load_json, load_tensors, save_json, save_tensors
-from lillama.distill.end_to_end import Chain, KeptGraphs, Recomputed, graph_bytes
 from lillama.distill.history import State
 from lillama.distill.learner import Learner
 from lillama.distill.log import GROWTH
 from lillama.distill.pool import LearnerPool
 from lillama.distill.prediction import Head
-from lillama.distill.recover import RecoverConfig, RecoverLog
 from lillama.distill.spectrum import largest_singular_value
 from lillama.distill.split import Batches
-from lillama.distill.tail import ALL, RecoveryData, RecoveryTraining, warn_of_end
 from lillama.distill.trainer import SNAPSHOT_SECONDS, Trainer
 from lillama.lesson import RunContext
 from lillama.lowrank.compressed import restored_copy
 from lillama.model.spec import BlockSpec
 from lillama.model.unfused import routers
 from lillama.progress import Progress
+from lillama.recovery.backprop import Chain, KeptGraphs, Recomputed, graph_bytes
+from lillama.recovery.config import RecoveryConfig
+from lillama.recovery.log import RecoveryLog
+from lillama.recovery.training import ALL, RecoveryData, RecoveryTraining, warn_of_end
 from lillama.resources import free_memory, trim_memory
 from lillama.stream.calls import BlockInputs
 from lillama.stream.running import advance, begin
@@ -43,87 +36,36 @@ from lillama.teach import TRAINING_BYTES
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
 SLOWER = 0.25  # of the peak rate, in a second attempt where the loss diverges in the first
 STATE_BYTES = TRAINING_BYTES + 4  # a parameter under training, and in the best state
 
 
-@dataclass(frozen=True)
-class Recovered:
-    """What the tail leaves in a run folder.
-
-    Attributes:
-        run: the run folder.
-    """
-
-    run: Path
-
-    @property
-    def state(self) -> Path:
-        """Folder of the latest state, while the tail goes on."""
-        return self.run / "recovery"
-
-    @property
-    def done(self) -> bool:
-        """Whether the tail is finished."""
-        return self._log.is_file()
-
-    def save_block(self, index: int, state: Mapping[str, Tensor]) -> str:
-        """Write a block, and return its seal; `load` does not see it before the tail is finished."""
-        self._log.parent.mkdir(exist_ok=True)
-        return save_tensors(self._weights(index), state)
-
-    def finish(self, log: RecoverLog, seals: Mapping[int, str]) -> None:
-        """Write the log, which marks the tail as finished and names its blocks; the latest state is removed."""
-        self._log.parent.mkdir(exist_ok=True)
-        blocks = {self._weights(index).name: seal for index, seal in seals.items()}
-        save_json(self._log, {"version": VERSION} | asdict(log), blocks)
-        shutil.rmtree(self.state, ignore_errors=True)
-
-    def load(self, index: int) -> dict[str, Tensor] | None:
-        """Read a block after the tail; None if it stays as it was taught."""
-        log = self.log()
-        if log is None or self._weights(index).name not in log[TENSORS]:
-            return None
-        return load_tensors(self._weights(index))
-
-    def log(self) -> dict[str, Any] | None:
-        """Read the record of a finished tail."""
-        return load_json(self._log) if self.done else None
-
-    @property
-    def _log(self) -> Path:
-        return self.run / "recovered" / "log.json"
-
-    def _weights(self, index: int) -> Path:
-        return self.run / "recovered" / f"{index:04}.safetensors"
-
-
-def recover(ctx: RunContext, config: RecoverConfig, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
+def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
     """Train all compressed blocks together, and write those that are better than before on the held-out sequences.
 
     In an encoder-decoder these are the blocks of the decoder; the encoder stays as it was taught. Nothing is done if the
-    tail is switched off or finished, or no block is compressed. Where the loss diverges before it has fallen, the tail begins
-    once more at a quarter of the rate. Blocks that stayed dense are left as they are, and so is
-    all outside the blocks.
+    recipe leaves recovery out, it is finished, or no block is compressed. Where the loss diverges before it has fallen,
+    training begins once more at a quarter of the rate. Blocks that stayed dense are left as they are, and so is all outside
+    the blocks.
     """
-    place = Recovered(ctx.run_dir.path)
     last = ctx.teacher.indices(len(ctx.teacher.stacks) - 1)
     trained = {block.index: block for block in ctx.blocks if ctx.ranks(block) and block.index in last}
     if config.trains == "routers":
         trained = {index: block for index, block in trained.items() if routers(ctx.teacher.template(index))}
-    if not config.epochs or not trained or place.done:
+    if not config.epochs or not trained or ctx.run_dir.is_recovered:
         return
-    made = [Stores(ctx.shelf(), ctx.teacher.dtype, f"tail-{name}", 2) for name in ("original", "own")]
+    made = [Stores(ctx.shelf(), ctx.teacher.dtype, f"recovery-{name}", 2) for name in ("original", "own")]
     calls, inputs, targets = _streamed(ctx, min(trained), *made)
     head = Head(ctx.teacher, ctx.teacher.outside(head=True), calls)
     data = RecoveryData(ctx.batch, targets, ctx.rows, ctx.job.micro_batch)
 
-    def attempt(config: RecoverConfig) -> tuple[RecoverLog, dict[int, State]]:
+    def attempt(config: RecoveryConfig) -> tuple[RecoveryLog, dict[int, State]]:
         boundaries, name = dict[int, ActivationStore](), f"{config.lr:g}"
-        chain = _chain(ctx, trained, config, calls, inputs, boundaries, ctx.run_dir.scratch / "tail" / name)
+        chain = _chain(ctx, trained, config, calls, inputs, boundaries, ctx.run_dir.scratch / "recovery" / name)
         training, batches = RecoveryTraining(chain, head, data, config), _batches(ctx, config)
-        trainer = Trainer(batches, config.checks, place.state / name, "recover", snapshot_seconds=snapshot_seconds)
+        trainer = Trainer(
+            batches, config.checks, ctx.run_dir.recovery_state / name, "recover", snapshot_seconds=snapshot_seconds
+        )
         state = trainer.fit(training, ctx.report)
         for store in boundaries.values():
             store.remove()
@@ -131,7 +73,7 @@ def recover(ctx: RunContext, config: RecoverConfig, snapshot_seconds: float = SN
         ctx.let_go()
         warn_of_end(state)
         history = state.histories[ALL]
-        return RecoverLog.of(_lr(ctx, config), state, history), history.best_states
+        return RecoveryLog.of(_lr(ctx, config), state, history), history.best_states
 
     log, states = attempt(config)
     if log.stopped and not log.improved:
@@ -140,9 +82,9 @@ def recover(ctx: RunContext, config: RecoverConfig, snapshot_seconds: float = SN
     for index, state in states.items():
         taught = ctx.run_dir.load_block(index)
         grown |= _grown(trained[index].name, ctx.ranks(trained[index]), taught, state)
-        seals[index] = place.save_block(index, taught | state)
+        seals[index] = ctx.run_dir.save_recovered(index, taught | state)
     _warn_of_growth(grown)
-    place.finish(replace(log, grown=grown), seals)
+    ctx.run_dir.finish_recovery(replace(log, grown=grown), seals)
     for store in (*made, calls):
         store.remove()
     trim_memory()
@@ -173,11 +115,11 @@ def _largest(state: Mapping[str, Tensor], name: str) -> float:
 def _streamed(
     ctx: RunContext, first: int, targets: Stores, own: Stores
 ) -> tuple[BlockInputs, ActivationStore, ActivationStore]:
-    """Run the original over all sequences, and the compressed model as far as the tail does not reach.
+    """Run the original over all sequences, and the compressed model as far as recovery does not reach.
 
     Args:
         ctx: with finished blocks.
-        first: the first block that the tail trains.
+        first: the first block that is trained.
         targets: makes stores for the original's activations.
         own: for those of the compressed model.
 
@@ -205,7 +147,7 @@ def _streamed(
 def _chain(
     ctx: RunContext,
     trained: Mapping[int, BlockSpec],
-    config: RecoverConfig,
+    config: RecoveryConfig,
     calls: BlockInputs,
     inputs: ActivationStore,
     boundaries: dict[int, ActivationStore],
@@ -219,7 +161,9 @@ def _chain(
     if resident < len(trained) or not _graphs_fit(ctx, pool, blocks, config, calls, inputs):
         shelf, shape = ctx.shelf(), (config.batch_size, *inputs.shape[1:])
         place = shelf.place(len(blocks) * math.prod(shape) * inputs.dtype.itemsize)
-        boundaries |= {index: ActivationStore(shape, inputs.dtype, shelf, place, f"tail-{index}") for index in blocks}
+        boundaries |= {
+            index: ActivationStore(shape, inputs.dtype, shelf, place, f"recovery-{index}") for index in blocks
+        }
     tape = Recomputed(boundaries) if boundaries else KeptGraphs()
     return Chain(pool, frozenset(trained), _dense_blocks(ctx), blocks, calls, inputs, tape)
 
@@ -228,7 +172,7 @@ def _graphs_fit(
     ctx: RunContext,
     pool: LearnerPool,
     blocks: range,
-    config: RecoverConfig,
+    config: RecoveryConfig,
     calls: BlockInputs,
     inputs: ActivationStore,
 ) -> bool:
@@ -239,7 +183,7 @@ def _graphs_fit(
     return needed <= free_memory(inputs.device) // 4
 
 
-def _learners(ctx: RunContext, config: RecoverConfig, compiled: int) -> Callable[[int], Learner]:
+def _learners(ctx: RunContext, config: RecoveryConfig, compiled: int) -> Callable[[int], Learner]:
     """Return what makes the learner of a block as distillation left it."""
     steps, specs = len(_batches(ctx, config)), {block.index: block for block in ctx.blocks}
 
@@ -260,9 +204,9 @@ def _dense_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
     return lru_cache(free_memory(model.device) // 8 // largest)(ctx.current)
 
 
-def _batches(ctx: RunContext, config: RecoverConfig) -> Batches:
+def _batches(ctx: RunContext, config: RecoveryConfig) -> Batches:
     return Batches(ctx.rows.train, config.epochs, config.batch_size, ctx.job.recipe.seed)
 
 
-def _lr(ctx: RunContext, config: RecoverConfig) -> float:
+def _lr(ctx: RunContext, config: RecoveryConfig) -> float:
     return config.optim.peak_lr(ctx.job.plan.spec.hidden_size)

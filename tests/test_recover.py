@@ -1,4 +1,4 @@
-"""The recovery tail over tiny models: against plain training of the whole model, with little memory, after a kill."""
+"""Recovery over tiny models: against plain training of the whole model, with little memory, after a kill."""
 
 import itertools
 import json
@@ -13,23 +13,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from lillama import recovery
+from lillama import recover as stage
 from lillama.calibration.gather import gather
-from lillama.distill.recover import RecoverConfig
 from lillama.distill.split import Batches
-from lillama.distill.tail import RecoveryTraining
 from lillama.lesson import RunContext
 from lillama.lowrank.install import install
 from lillama.options import Machine
 from lillama.prepare import build_job
 from lillama.progress import silent
 from lillama.ranks.plan import RankPlan
-from lillama.recovery import Recovered, recover
+from lillama.recover import recover
+from lillama.recovery.config import RecoveryConfig
+from lillama.recovery.training import RecoveryTraining
 from lillama.run import RunDir
 from lillama.stream.streamed import open_streamed
 from lillama.teach import teach_sequentially
 
-CONFIG = RecoverConfig(epochs=2, batch_size=8, lr=1e-3, lr_scale="width", lr_width=None, checks=4)
+CONFIG = RecoveryConfig(epochs=2, batch_size=8, lr=1e-3, lr_scale="width", lr_width=None, checks=4)
 STEPS = 8
 TOO_HIGH = 0.02  # a quarter of it is not
 
@@ -61,12 +61,12 @@ def taught(tiny, quick, tmp_path) -> Callable[..., RunContext]:
 
 
 def states(ctx: RunContext) -> dict[str, torch.Tensor]:
-    found = ((block.index, Recovered(ctx.run_dir.path).load(block.index)) for block in ctx.blocks)
+    found = ((block.index, ctx.run_dir.load_recovered(block.index)) for block in ctx.blocks)
     return {f"{index}.{name}": tensor for index, state in found if state for name, tensor in state.items()}
 
 
 def log(ctx: RunContext) -> dict:
-    found = Recovered(ctx.run_dir.path).log()
+    found = ctx.run_dir.recovery_log()
     assert found is not None
     return {key: value for key, value in found.items() if key != "seconds"}
 
@@ -84,7 +84,7 @@ def test_the_compressed_model_comes_nearer_to_the_original(taught):
     first = log(ctx)
     assert first["improved"] and first["final"]["kl"] < 0.9 * first["initial"]["kl"]
     assert first["best_step"] == first["steps"] == STEPS and first["stopped"] == ""
-    assert not Recovered(ctx.run_dir.path).state.exists()
+    assert not ctx.run_dir.recovery_state.exists()
     for block in ctx.blocks:  # what was written is what was measured
         name = f"{block.index:04}.safetensors"
         shutil.copy(ctx.run_dir.path / "recovered" / name, ctx.run_dir.path / "blocks" / name)
@@ -160,11 +160,11 @@ def test_padding_does_not_matter(taught):
 def test_little_memory_changes_nothing(taught, monkeypatch):
     plenty, little = taught(), taught()
     recover(plenty, CONFIG)
-    monkeypatch.setattr(recovery, "free_memory", lambda device: 0)
+    monkeypatch.setattr(stage, "free_memory", lambda device: 0)
     kept = []
-    monkeypatch.setattr(recovery, "KeptGraphs", lambda: kept.append(1))
+    monkeypatch.setattr(stage, "KeptGraphs", lambda: kept.append(1))
     recover(little, CONFIG)
-    assert not kept and list((little.run_dir.scratch / "tail").rglob("learner-*"))
+    assert not kept and list((little.run_dir.scratch / "recovery").rglob("learner-*"))
     assert_same_bits(plenty, little)
 
 
@@ -173,7 +173,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("stop", [1, 6])
-def test_a_killed_tail_goes_on_to_the_same_bits(taught, monkeypatch, stop):
+def test_a_killed_recovery_goes_on_to_the_same_bits(taught, monkeypatch, stop):
     whole, stopped = taught(), taught()
     recover(whole, CONFIG)
     step, taken = RecoveryTraining.step, []
@@ -187,7 +187,7 @@ def test_a_killed_tail_goes_on_to_the_same_bits(taught, monkeypatch, stop):
     monkeypatch.setattr(RecoveryTraining, "step", counted)
     with pytest.raises(Killed):
         recover(stopped, CONFIG, snapshot_seconds=-1)
-    assert Recovered(stopped.run_dir.path).state.is_dir() and not Recovered(stopped.run_dir.path).done
+    assert stopped.run_dir.recovery_state.is_dir() and not stopped.run_dir.is_recovered
     recover(stopped, CONFIG, snapshot_seconds=-1)
     assert len(taken) == STEPS + 1
     assert_same_bits(whole, stopped)
@@ -233,7 +233,7 @@ def poisoned(monkeypatch) -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize(("after", "kept"), [(1, 0), (5, 4)])
-def test_a_loss_that_is_not_finite_ends_the_tail(taught, poisoned, caplog, after, kept):
+def test_a_loss_that_is_not_finite_ends_it(taught, poisoned, caplog, after, kept):
     ctx = taught()
     poisoned(after)
     with caplog.at_level(logging.WARNING):
@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_ends_the_tail(taught, poisoned, caplog, after
 def test_switched_off_or_nothing_to_train(taught):
     ctx = taught()
     recover(ctx, replace(CONFIG, epochs=0))
-    assert Recovered(ctx.run_dir.path).log() is None and Recovered(ctx.run_dir.path).load(0) is None
+    assert ctx.run_dir.recovery_log() is None and ctx.run_dir.load_recovered(0) is None
     nothing = replace(ctx.job, plan=RankPlan(ctx.job.plan.spec, dict.fromkeys(ctx.job.plan.ranks)))
     recover(replace(ctx, job=nothing), CONFIG)
     assert not (ctx.run_dir.path / "recovered").exists()
@@ -283,7 +283,7 @@ def test_only_the_routers_of_experts_learn_where_that_is_asked_for(taught, make_
 def test_without_experts_there_is_no_router_to_teach(taught):
     ctx = taught()
     recover(ctx, replace(CONFIG, trains="routers"))
-    assert Recovered(ctx.run_dir.path).log() is None
+    assert ctx.run_dir.recovery_log() is None
 
 
 def test_blocks_without_a_router_are_the_compressed_ones_while_routers_learn(taught, make_model, tmp_path):

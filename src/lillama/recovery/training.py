@@ -1,4 +1,4 @@
-"""The recovery tail: all compressed blocks learn together to give the original's predictions.
+"""Recovery: all compressed blocks learn together to give the original's predictions.
 
 The gradient of each block is clipped by its own norm and the block steps as soon as its gradient is complete, so that no two
 blocks need their gradients at once.
@@ -14,20 +14,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lillama.distill.end_to_end import Chain, Part
 from lillama.distill.history import History, Measurement
 from lillama.distill.learner import Learner
 from lillama.distill.pool import LearnerPool
 from lillama.distill.prediction import Compared, Head
-from lillama.distill.recover import DIVERGED, HeldOut, RecoverConfig
 from lillama.distill.split import Split
 from lillama.distill.trainer import TrainingState
+from lillama.recovery.backprop import Chain, Part
+from lillama.recovery.config import RecoveryConfig
+from lillama.recovery.log import HeldOut
 from lillama.stream.batch import Batch
 from lillama.stream.store import ActivationStore
 
 logger = logging.getLogger(__name__)
 
 ALL = "all blocks"
+DIVERGED = 1.5  # times the start's held-out loss: no falling rate will mend that
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class RecoveryTraining:
     chain: Chain
     head: Head
     data: RecoveryData
-    config: RecoverConfig
+    config: RecoveryConfig
     keeps_start: ClassVar[bool] = False  # nothing is written where no state was better
 
     @property
@@ -129,14 +131,14 @@ class RecoveryTraining:
         return max(1, tokens), max(1, predicted)
 
 
-def measurement(found: HeldOut, history: History, config: RecoverConfig) -> Measurement:
+def measurement(found: HeldOut, history: History, config: RecoveryConfig) -> Measurement:
     """Return what is noted of a check; a state that is not finite, or whose activations grew or shrank, is not kept."""
     start = HeldOut(**history.checks[0][1]) if history.checks else found
     kept = found.finite and found.near(start)
     return Measurement(asdict(found), found.loss(config.lm) if kept else math.inf)
 
 
-def reason_to_stop(history: History, config: RecoverConfig) -> str:
+def reason_to_stop(history: History, config: RecoveryConfig) -> str:
     """Return why training should end now, or an empty text; waits for the device.
 
     While the rate is high the loss may lie above the start's for long and still end below it.

@@ -1,4 +1,4 @@
-"""Which state of a recovery tail is kept, and when it ends."""
+"""Which state of a recovery is kept, and when it ends."""
 
 import json
 import math
@@ -8,15 +8,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from lillama.distill.history import History
-from lillama.distill.recover import HeldOut, RecoverConfig, RecoverLog
-from lillama.distill.tail import measurement, reason_to_stop
 from lillama.distill.trainer import TrainingState
+from lillama.recovery.config import RecoveryConfig
+from lillama.recovery.log import HeldOut, RecoveryLog
+from lillama.recovery.training import measurement, reason_to_stop
 
 START = HeldOut(kl=0.5, lm=3.0, norm=0.9)
 
 
 def traced(*found: HeldOut, lm: float = 0.0) -> History:
-    history, config = History(), RecoverConfig(lm=lm)
+    history, config = History(), RecoveryConfig(lm=lm)
     for step, held_out in enumerate([START, *found]):
         if step:
             history.note({"kl": torch.tensor(0.5), "lm": torch.tensor(3.0)}, 10)
@@ -28,11 +29,11 @@ def traced(*found: HeldOut, lm: float = 0.0) -> History:
 
 
 def stopped(*found: HeldOut) -> str:
-    return reason_to_stop(traced(*found), RecoverConfig(checks=4))
+    return reason_to_stop(traced(*found), RecoveryConfig(checks=4))
 
 
-def logged(history: History) -> RecoverLog:
-    return RecoverLog.of(1e-3, TrainingState({"all blocks": history}, len(history.losses), 1.0), history)
+def logged(history: History) -> RecoveryLog:
+    return RecoveryLog.of(1e-3, TrainingState({"all blocks": history}, len(history.losses), 1.0), history)
 
 
 def kept(history: History) -> int:
@@ -62,11 +63,11 @@ def test_training_ends_where_it_brings_nothing():
     assert stopped(HeldOut(math.nan, 3, 0.9)) == "not finite"
     bad = traced(better)
     bad.note({"kl": torch.tensor(math.nan), "lm": torch.tensor(3.0)}, 10)
-    assert reason_to_stop(bad, RecoverConfig()) == "not finite"
+    assert reason_to_stop(bad, RecoveryConfig()) == "not finite"
 
 
 def test_patience_is_half_of_the_checks():
-    assert [RecoverConfig(checks=checks).patience for checks in (1, 4, 5, 8)] == [2, 2, 3, 4]
+    assert [RecoveryConfig(checks=checks).patience for checks in (1, 4, 5, 8)] == [2, 2, 3, 4]
 
 
 def test_a_history_goes_through_a_file():
@@ -84,8 +85,8 @@ def test_the_log_is_valid_json_whatever_happened():
 
 
 def test_the_configuration_refuses_nonsense():
-    adapter = TypeAdapter(RecoverConfig)
-    assert adapter.validate_python({"epochs": 0}) == RecoverConfig(epochs=0)
+    adapter = TypeAdapter(RecoveryConfig)
+    assert adapter.validate_python({"epochs": 0}) == RecoveryConfig(epochs=0)
     for wrong in ({"epoch": 1}, {"lm": 1.1}, {"lr": 0}, {"epochs": -1}, {"checks": 0}):
         with pytest.raises(ValidationError):
             adapter.validate_python(wrong)

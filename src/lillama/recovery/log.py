@@ -1,73 +1,13 @@
-"""The recovery tail as values: its part of a recipe, what is measured, and its record."""
+"""What recovery measures on held-out sequences, and its record."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
 
-from pydantic import Field, with_config
-
-from lillama.distill.config import OptimConfig
 from lillama.distill.history import History
 from lillama.distill.trainer import TrainingState
 
-BETAS = (0.9, 0.95)  # of AdamW, as distillation has them
-DIVERGED = 1.5  # times the start's held-out loss: no falling rate will mend that
 NORM_LIMIT = 1.5  # a state whose last activations grew or shrank by more than this is not kept
-
-
-@with_config(extra="forbid")
-@dataclass(frozen=True)
-class RecoverConfig:
-    """The recovery tail: all compressed blocks learn together to give the original's predictions.
-
-    Attributes:
-        epochs: passes over the calibration tokens; 0 leaves the blocks as distillation made them.
-        batch_size: sequences in one optimiser step.
-        lr: learning rate; it rises linearly, then falls along a cosine to 0.
-        lr_scale: what the rate is relative to, `rms` or `width`, as in `distill`.
-        lr_width: as in `distill`.
-        warmup: share of the steps in which the rate rises.
-        clip: largest norm of each block's gradient of the mean loss; None clips nothing.
-        lm: share of the text's own cross-entropy in the loss; the rest is the divergence from the original's predictions.
-        checks: how often the loss on held-out sequences is measured after the start.
-        trains: `all` parameters of the compressed blocks, or only the `routers` of their experts, which after any change of
-            the experts is a short way back (REAP reports the same after dropping experts).
-
-    Examples:
-        >>> RecoverConfig(epochs=4).optim.lr_scale
-        'rms'
-    """
-
-    epochs: Annotated[int, Field(ge=0)] = 8
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    lr: Annotated[float, Field(gt=0)] = 4e-3
-    lr_scale: Literal["width", "rms"] = "rms"
-    lr_width: Annotated[int, Field(ge=1)] | None = 256
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
-    lm: Annotated[float, Field(ge=0, le=1)] = 0.0
-    checks: Annotated[int, Field(ge=1)] = 8
-    trains: Literal["all", "routers"] = "all"
-
-    @property
-    def optim(self) -> OptimConfig:
-        """The optimiser and its rate: AdamW without decay, along a cosine."""
-        return OptimConfig(
-            lr=self.lr,
-            lr_scale=self.lr_scale,
-            lr_width=self.lr_width,
-            lr_schedule="cosine",
-            warmup=self.warmup,
-            betas=BETAS,
-            weight_decay=0.0,
-            clip=self.clip,
-        )
-
-    @property
-    def patience(self) -> int:
-        """After how many checks without progress training ends: half of them, at least two."""
-        return max(2, math.ceil(self.checks / 2))
 
 
 @dataclass(frozen=True)
@@ -99,8 +39,8 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class RecoverLog:
-    """What happened in the recovery tail.
+class RecoveryLog:
+    """What happened in recovery.
 
     Attributes:
         steps: optimiser steps taken.
@@ -132,7 +72,7 @@ class RecoverLog:
     grown: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, lr: float, state: TrainingState, history: History) -> "RecoverLog":
+    def of(cls, lr: float, state: TrainingState, history: History) -> "RecoveryLog":
         """Return the record of a training; rows that are not finite are left out."""
         initial, final = HeldOut(**history.checks[0][1]), HeldOut(**history.best_check)
         curve = [(step, losses["kl"], losses["lm"]) for step, losses in history.curve()]

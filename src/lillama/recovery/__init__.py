@@ -1,0 +1,1 @@
+"""Recovery: all compressed blocks learn together, end to end, to give the original's predictions."""
