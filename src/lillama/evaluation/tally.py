@@ -97,7 +97,10 @@ def log_probs(model: StreamedModel, texts: Mapping[str, Windows], shelf: Shelf, 
             logits = finish(model, outside, calls[name], texts[name].ids[rows], hidden[name].read(rows))
             log_p = logits[:, :-1].float().log_softmax(-1)
             if log_p.amax().isnan():
-                raise ModelError(f"{name}: the model's logits are not finite on this text; try another --device")
+                raise ModelError(
+                    f"{name}: the model's logits are not finite on this text; get a sound copy of the model, or "
+                    "try another --device"
+                )
             return log_p
 
         yield read

@@ -71,7 +71,7 @@ def likelihoods(scorer: Scorer, texts: Sequence[str], report: Report) -> dict[st
     if wrong:
         raise ModelError(
             f"{scorer.name}: the log-probabilities of {len(wrong)} texts are not finite, the first is {_shown(wrong[0])}; "
-            "try another --device"
+            "get a sound copy of the model, or try another --device"
         )
     return {text: Likelihood(totals[tokens[text]], tokens[text]) for text in distinct}
 
