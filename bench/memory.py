@@ -77,7 +77,7 @@ def compress(folder: Path, room: int) -> dict[str, int]:
     trim_memory()
     before, peak = anonymous(), Peak()
     with ExitStack() as patches, peak:
-        for name in ("allocation", "lesson", "recover", "stream.store", "teach"):
+        for name in ("allocation", "lesson", "recover", "stream.store", "schedules"):
             free = patch(f"lillama.{name}.free_memory", lambda device: max(0, room - anonymous() + before))
             patches.enter_context(free)
         run("model")

@@ -82,10 +82,10 @@ def staged() -> Iterator[Stages]:
     """Time the stages of `compress` by the functions that do them."""
     import lillama.allocation
     import lillama.distill.fisher
-    import lillama.teach
+    import lillama.schedules
+    from lillama.distill.activations import BlockActivations
     from lillama.distill.grams import GramWatch
     from lillama.distill.learner import Learner
-    from lillama.distill.streams import Streams
     from lillama.lesson import RunContext
     from lillama.recovery.training import RecoveryTraining
     from lillama.stream.streamed import StreamedModel
@@ -96,12 +96,12 @@ def staged() -> Iterator[Stages]:
         "gradients": [(lillama.allocation, "measured"), (lillama.distill.fisher, "moments")],
         "spectra": [(lillama.allocation, "_spectra")],
         "trials": [(lillama.allocation, "advance")],
-        "factors": [(lillama.teach, "compressed_copy"), (lillama.allocation, "compressed_copy")],
-        "teacher's stream": [(Streams, "teach")],
-        "student's stream": [(Streams, "move_on")],
+        "factors": [(lillama.schedules, "compressed_copy"), (lillama.allocation, "compressed_copy")],
+        "teacher's stream": [(BlockActivations, "compute_target")],
+        "student's stream": [(BlockActivations, "advance")],
         "steps": [(Learner, "step")],
         "checks": [(Learner, "validate"), (Learner, "state")],
-        "bookkeeping": [(lillama.teach, "distill_block")],
+        "bookkeeping": [(lillama.schedules, "distill_block")],
         "recovery": [(RecoveryTraining, "step")],
         "files": [(StreamedModel, "block"), (RunContext, "save"), (RunContext, "finished")],
     }
@@ -115,10 +115,10 @@ def staged() -> Iterator[Stages]:
 @contextmanager
 def captured() -> Iterator[list[dict[str, Any]]]:
     """Keep what each block's training started from, and what came of it."""
-    import lillama.teach
+    import lillama.schedules
 
     taught: list[dict[str, Any]] = []
-    train = lillama.teach.distill_block
+    train = lillama.schedules.distill_block
 
     def keep(learner: Any, name: str, data: Any, held_out: Any, trainer: Any, report: Any) -> Any:
         start = copy.deepcopy(learner.student)
@@ -128,7 +128,7 @@ def captured() -> Iterator[list[dict[str, Any]]]:
         )
         return log
 
-    with patch.object(lillama.teach, "distill_block", keep):
+    with patch.object(lillama.schedules, "distill_block", keep):
         yield taught
 
 
@@ -183,7 +183,7 @@ def plain_loop(folder: Path, ids: Any, taught: list[dict[str, Any]]) -> dict[str
         with torch.no_grad():
             teacher(ids[rows])
         student(ids[rows])
-        loss = nn.functional.mse_loss(seen["student"], seen["teacher"]) / learner.objective.units.output
+        loss = nn.functional.mse_loss(seen["student"], seen["teacher"]) / learner.objective.scale.output
         loss.backward()
         nn.utils.clip_grad_norm_(block.parameters(), optim.clip)
         optimiser.step()

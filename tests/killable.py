@@ -11,14 +11,14 @@ from functools import partial
 
 import torch
 
-from lillama import compression, making, recover, teach
+from lillama import compression, making, recover, schedules
 from lillama.recipe import Recipe, load_recipe
 
 
 def work(job: dict) -> None:
     seconds = job.get("snapshot_seconds", 0)
-    making.SCHEDULES["sequential"] = partial(teach.teach_sequentially, snapshot_seconds=seconds)
-    making.SCHEDULES["joint"] = partial(teach.teach_jointly, snapshot_seconds=seconds)
+    making.SCHEDULES["sequential"] = partial(schedules.distill_sequentially, snapshot_seconds=seconds)
+    making.SCHEDULES["joint"] = partial(schedules.distill_jointly, snapshot_seconds=seconds)
     making.recover = partial(recover.recover, snapshot_seconds=seconds)
     compression.compress(job["model"], job["out"], recipe=load_recipe(Recipe(), job["recipe"]), texts=job["texts"])
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lillama import making, teach
+from lillama import making, schedules
 from lillama.artefacts import checked, load_json, load_tensors, load_whole, save_json, save_tensors, seal_of
 from lillama.compression import compress
 from lillama.distill import trainer
@@ -200,8 +200,8 @@ def test_a_damaged_state_of_a_training_is_not_gone_on_from(
     make_model, quick, tmp_path, monkeypatch, caplog, stage, name, kind
 ):
     model = make_model(num_hidden_layers=2)
-    monkeypatch.setitem(making.SCHEDULES, "sequential", partial(teach.teach_sequentially, snapshot_seconds=0))
-    monkeypatch.setitem(making.SCHEDULES, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
+    monkeypatch.setitem(making.SCHEDULES, "sequential", partial(schedules.distill_sequentially, snapshot_seconds=0))
+    monkeypatch.setitem(making.SCHEDULES, "joint", partial(schedules.distill_jointly, snapshot_seconds=0))
     monkeypatch.setattr(making, "recover", partial(making.recover, snapshot_seconds=0))
     recipe = quick(distill={"epochs": 0}, recover={"epochs": 1, "lr": 1e-3})
     if stage != "recovery":

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lillama
 import lillama.calibration.pack
 import lillama.lesson
-import lillama.teach
+import lillama.schedules
 from lillama.compression import compress
 from lillama.errors import OutputError, RecipeError
 from lillama.options import Machine
@@ -202,13 +202,13 @@ def test_the_seed_reaches_random_factors(two_blocks, quick, tmp_path):
 
 def test_the_students_stream_runs_through_the_students(tiny, quick, tmp_path, monkeypatch):
     """What enters each student is what enters its block in the finished model."""
-    entered, move_on = [], lillama.teach.Streams.move_on
+    entered, advance = [], lillama.schedules.BlockActivations.advance
 
     def noted(self, index, student):
-        move_on(self, index, student)
+        advance(self, index, student)
         entered.append((self.teacher.read(slice(0, 40)), self.student.read(slice(0, 40))))
 
-    monkeypatch.setattr(lillama.teach.Streams, "move_on", noted)
+    monkeypatch.setattr(lillama.schedules.BlockActivations, "advance", noted)
     recipe = quick(targets=["*.0.*", "*.2.*"], keep=0.8)  # the block between stays dense
     result = compress(tiny, tmp_path / "out", recipe=recipe)
     ids = lillama.calibration.pack.TokenBlocks.load(result.run / "calibration").ids

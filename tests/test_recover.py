@@ -26,8 +26,8 @@ from lillama.recover import recover
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.training import RecoveryTraining
 from lillama.run import RunDir
+from lillama.schedules import distill_sequentially
 from lillama.stream.streamed import open_streamed
-from lillama.teach import teach_sequentially
 
 CONFIG = RecoveryConfig(epochs=2, batch_size=8, lr=1e-3, lr_scale="width", lr_width=None, checks=4)
 STEPS = 8
@@ -54,7 +54,7 @@ def taught(tiny, quick, tmp_path) -> Callable[..., RunContext]:
             real[2::5, :7] = False
             tokens = replace(tokens, mask=real)
         ctx = RunContext(job, tokens, RunDir(folder), silent)
-        teach_sequentially(ctx)
+        distill_sequentially(ctx)
         return ctx
 
     return make

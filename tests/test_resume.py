@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from lillama import artefacts, files, making, recover, teach
+from lillama import artefacts, files, making, recover, schedules
 from lillama.cli import main
 from lillama.compression import compress
 from lillama.model import checkpoint
@@ -118,8 +118,8 @@ def short(quick) -> Callable:
 def test_a_crash_at_every_write(make_model, short, tmp_path, schedule, crash_at, monkeypatch):
     tiny = make_model(num_hidden_layers=2)
     recipe = short(schedule)
-    monkeypatch.setitem(making.SCHEDULES, "sequential", partial(teach.teach_sequentially, snapshot_seconds=0))
-    monkeypatch.setitem(making.SCHEDULES, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
+    monkeypatch.setitem(making.SCHEDULES, "sequential", partial(schedules.distill_sequentially, snapshot_seconds=0))
+    monkeypatch.setitem(making.SCHEDULES, "joint", partial(schedules.distill_jointly, snapshot_seconds=0))
     writes = crash_at(float("inf"), Crash())
     whole = bits(compress(tiny, tmp_path / "whole", recipe=recipe).path)
     every = {"run.json", "plan.json", "manifest.json", "0001.safetensors", "0001.json", "state.json", "config.json"}
@@ -187,8 +187,8 @@ def test_a_disk_that_is_full_for_each_kind_of_write(make_model, text, tmp_path, 
     }  # fmt: skip
     recipe, model = tmp_path / "recipe.yaml", make_model(num_hidden_layers=2)
     recipe.write_text(load_recipe(Recipe(), changes).as_yaml())
-    monkeypatch.setitem(making.SCHEDULES, "sequential", partial(teach.teach_sequentially, snapshot_seconds=0))
-    monkeypatch.setitem(making.SCHEDULES, "joint", partial(teach.teach_jointly, snapshot_seconds=0))
+    monkeypatch.setitem(making.SCHEDULES, "sequential", partial(schedules.distill_sequentially, snapshot_seconds=0))
+    monkeypatch.setitem(making.SCHEDULES, "joint", partial(schedules.distill_jointly, snapshot_seconds=0))
     monkeypatch.setattr(making, "recover", partial(recover.recover, snapshot_seconds=0))
     options = ["--recipe", str(recipe), "--shard-size", "40kB", "--activation-memory", "0"]
 

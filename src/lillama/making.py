@@ -37,14 +37,14 @@ from lillama.report.still import PLOT, kept_plot
 from lillama.resources import peak_memory, save_memory
 from lillama.result import FILE, Result, Stored, TextPair, file_digests, refuse_foreign
 from lillama.run import RunDir, opened
+from lillama.schedules import distill_jointly, distill_sequentially
 from lillama.stream.store import Shelf, Stores
 from lillama.stream.streamed import open_streamed
 from lillama.stream.through import through
-from lillama.teach import teach_jointly, teach_sequentially
 
 logger = logging.getLogger(__name__)
 
-SCHEDULES = {"sequential": teach_sequentially, "joint": teach_jointly}
+SCHEDULES = {"sequential": distill_sequentially, "joint": distill_jointly}
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.log import RecoveryLog
 from lillama.recovery.training import ALL, RecoveryData, RecoveryTraining, warn_of_end
 from lillama.resources import free_memory, trim_memory
+from lillama.schedules import TRAINING_BYTES
 from lillama.stream.calls import BlockInputs
 from lillama.stream.running import advance, begin
 from lillama.stream.store import ActivationStore, Stores
 from lillama.stream.through import through
-from lillama.teach import TRAINING_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def _graphs_fit(
 
 
 def _learners(ctx: RunContext, config: RecoveryConfig, compiled: int) -> Callable[[int], Learner]:
-    """Return what makes the learner of a block as distillation left it."""
+    """Return a factory of learners of the blocks as distillation left them."""
     steps, specs = len(_batches(ctx, config)), {block.index: block for block in ctx.blocks}
 
     def learner(index: int) -> Learner:
@@ -198,7 +198,7 @@ def _learners(ctx: RunContext, config: RecoveryConfig, compiled: int) -> Callabl
 
 
 def _dense_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
-    """Return what gives a block that is not trained; those that an eighth of the free memory holds are not read again."""
+    """Return a cached loader of the blocks that are not trained; an eighth of the free memory holds what it keeps."""
     model, spec = ctx.teacher, ctx.job.plan.spec
     largest = max(block.params for block in spec) * model.dtype.itemsize
     return lru_cache(free_memory(model.device) // 8 // largest)(ctx.current)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from architectures.rows import ROWS, Row, write_images, write_speech
-from lillama import allocation, compress, export, lesson, load_recipe, recover, teach
+from lillama import allocation, compress, export, lesson, load_recipe, recover, schedules
 from lillama.hub.portable import make_portable
 from lillama.progress import Progress
 from lillama.stream import store
@@ -134,7 +134,7 @@ def test_architecture(
     with pytest.raises(Stopped):
         compress(tmp_path / "model", tmp_path / "halves", report=stop, **halves)
     with monkeypatch.context() as short:
-        for module in (allocation, lesson, recover, store, teach):
+        for module in (allocation, lesson, recover, store, schedules):
             short.setattr(module, "free_memory", lambda device: 0)
         compress(tmp_path / "model", tmp_path / "halves", **halves)
     for file in files:

@@ -1,12 +1,13 @@
 """What only an encoder-decoder can get wrong: looking ahead at the end of a stack, and resuming between two."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from architectures.rows import ROWS
-from lillama import compress, load_recipe
+from lillama import compress, load_recipe, making, schedules
 from lillama.progress import Progress
 
 SHORT = {"distill": {"epochs": 1}, "recover": {"epochs": 0}, "ranks": {"name": "uniform", "multiple_of": 1}}
@@ -31,7 +32,8 @@ def test_looking_ahead_ends_at_the_end_of_a_stack(bart: Path, text: Path, tmp_pa
 
 
 def test_a_joint_run_goes_on_wherever_it_was_stopped(bart: Path, text: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("lillama.teach.SNAPSHOT_SECONDS", 0.0)
+    jointly = partial(schedules.distill_jointly, snapshot_seconds=0)
+    monkeypatch.setitem(making.SCHEDULES, "joint", jointly)
     recipe = load_recipe("paper", {"ranks": {"name": "uniform", "multiple_of": 1}, "distill": {"lr": 1e-3}})
     given = {"keep": 0.8, "scope": "blocks", "recipe": recipe, "calibration": text, "tokens": 384, "seq_len": 32}
     whole = compress(bart, tmp_path / "whole", **given)

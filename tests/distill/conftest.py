@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lillama.distill.activations import BlockActivations
 from lillama.distill.block import BlockData
 from lillama.distill.config import DistillConfig
 from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine
-from lillama.distill.objective import MicroBatch, Objective, Units
+from lillama.distill.objective import LossScale, MicroBatch, Objective
 from lillama.distill.split import Batches, Split
 from lillama.distill.trainer import Trainer
 from lillama.lowrank.factors import truncated_svd
@@ -73,16 +74,16 @@ class Toy:
         chance = torch.Generator().manual_seed(1)
         x = torch.randn(rows, LENGTH, WIDTH, generator=chance)
         own = x + 0.1 * torch.randn(x.shape, generator=chance)
-        return BlockData(
-            index=0,
+        activations = BlockActivations(
             calls=BlockInputs([BlockArgs()]),
             teacher=self.store("teacher", x.to(dtype)),
-            student=self.store("student", own.to(dtype)) if parted else None,
             target=self.store("target", self.teacher(x)[0].to(dtype)),
-            mask=mask,
-            stream=stream,
+            student=self.store("student", own.to(dtype)) if parted else None,
+            spare=None,
+            masks=(mask,),
             micro_batch=micro_batch,
         )
+        return BlockData(activations, 0, stream)
 
     def config(self, **changes: Any) -> DistillConfig:
         plain = DistillConfig(
@@ -92,8 +93,8 @@ class Toy:
         )  # fmt: skip
         return replace(plain, **changes)
 
-    def learner(self, config: DistillConfig, steps: int = 10, unit: float = 1.0, rank: int = 3) -> Learner:
-        return Learner(self.student(rank), config.optim, config.lr, steps, Objective(config, Units(unit)))
+    def learner(self, config: DistillConfig, steps: int = 10, scale: float = 1.0, rank: int = 3) -> Learner:
+        return Learner(self.student(rank), config.optim, config.lr, steps, Objective(config, LossScale(scale)))
 
     def trainer(
         self, config: DistillConfig, split: Split, seed: int = 0, name: str = "state", snapshot_seconds: float = 1e9

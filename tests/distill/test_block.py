@@ -78,7 +78,7 @@ def test_a_full_rank_student_stays_at_no_loss(toy):
     config = toy.config(loss=Mse(), stream="teacher", lr=1e-4)
     learner, log = trained(toy, config, rank=12)
     assert log.initial < 1e-10 and log.final <= log.initial
-    x = toy.data().teacher.read(torch.arange(24))
+    x = toy.data().activations.teacher.read(torch.arange(24))
     torch.testing.assert_close(learner.student(x)[0], toy.teacher(x)[0], atol=1e-4, rtol=1e-4)
 
 
@@ -130,7 +130,7 @@ def test_a_second_bad_loss_is_an_error_naming_block_and_step(toy, monkeypatch):
 
 def test_a_teacher_that_overflows_is_an_error(toy):
     data = toy.data()
-    data.target.write(slice(0, 24), torch.full((24, 6, 12), math.inf))
+    data.activations.target.write(slice(0, 24), torch.full((24, 6, 12), math.inf))
     config = toy.config()
     with pytest.raises(TrainingError, match=r"model\.layers\.7: .*step 0"):
         distill_block(toy.learner(config), "model.layers.7", data, SPLIT.held_out, toy.trainer(config, SPLIT), silent)

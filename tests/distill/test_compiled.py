@@ -13,7 +13,7 @@ from torch._dynamo.exc import Unsupported
 
 from lillama.distill import compiled
 from lillama.distill.learner import Learner
-from lillama.distill.objective import Objective, Units
+from lillama.distill.objective import LossScale, Objective
 from lillama.stream.calls import BlockArgs
 
 ROWS = torch.arange(8)
@@ -41,7 +41,7 @@ def calls(monkeypatch):
 
 def learner(toy, rows: int, **changes) -> Learner:
     config = toy.config(stream="student", **changes)
-    objective = Objective(config, Units(parts={"up": 1.0, "down": 1.0}))
+    objective = Objective(config, LossScale(parts={"up": 1.0, "down": 1.0}))
     return Learner(toy.student(), config.optim, config.lr, 10, objective, compiled=rows)
 
 
@@ -81,14 +81,15 @@ def test_only_whole_micro_batches_with_gradients_are_compiled(toy, calls):
     one.forward(BlockArgs(), torch.randn(5, 6, 12))
     one.uncompiled(BlockArgs(), torch.randn(5, 6, 12))
     assert calls == [5, 5]
-    one.halved().step(toy.batch(data, ROWS), 48)
+    one.with_half_lr().step(toy.batch(data, ROWS), 48)
     assert calls == [5, 5, 5]
 
 
 def test_outputs_of_children_are_watched_without_it(toy, calls):
     one, data = learner(toy, 5, sub_blocks=0.5), toy.data(stream="student", micro_batch=5)
     parts = {name: toy.store(name, torch.randn(24, 6, size)) for name, size in (("up", 20), ("down", 12))}
-    one.step(toy.batch(replace(data, parts=parts), ROWS), 48)
+    data = replace(data, activations=replace(data.activations, parts=parts))
+    one.step(toy.batch(data, ROWS), 48)
     assert not calls
 
 

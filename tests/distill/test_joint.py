@@ -12,7 +12,7 @@ from lillama.distill.config import OptimConfig
 from lillama.distill.joint import JointData, JointTraining, distill_stack
 from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine
-from lillama.distill.objective import Objective, Units
+from lillama.distill.objective import LossScale, Objective
 from lillama.distill.pool import LearnerPool
 from lillama.distill.split import Batches, Split
 from lillama.errors import TrainingError
@@ -43,11 +43,11 @@ class Class:
         return Batches(SPLIT.train, self.config.epochs, self.config.batch_size, 5)
 
     def learner(self, index, scale=1.0):
-        student, optim, objective = self.students[index], self.config.optim, Objective(self.config, Units(scale))
+        student, optim, objective = self.students[index], self.config.optim, Objective(self.config, LossScale(scale))
         return Learner(copy.deepcopy(student), optim, self.config.lr, len(self.batches), objective)
 
     def training(self, resident=9, name="joint"):
-        hidden = self.toy.data().teacher
+        hidden = self.toy.data().activations.teacher
         return JointTraining(
             names={index: f"layers.{index}" for index in TRAINED},
             last=max(TRAINED),
@@ -84,7 +84,7 @@ def test_equals_a_plain_reimplementation(toy, stream, adaptive):
     results = school.finished()
     students = {index: copy.deepcopy(student).requires_grad_() for index, student in school.students.items()}
     optimisers = {index: torch.optim.AdamW(s.parameters(), lr=1e-3, weight_decay=0.0) for index, s in students.items()}
-    x, loss = toy.data().teacher.read(torch.arange(24)), L1Cosine()
+    x, loss = toy.data().activations.teacher.read(torch.arange(24)), L1Cosine()
 
     def held_out():
         with torch.no_grad():
@@ -211,7 +211,7 @@ def spoil(monkeypatch, school, times):
 
     def spoilt(self, batch, tokens):
         losses = step(self, batch, tokens)
-        if self.objective.units.output == 1.5 and self.lr not in done and len(done) < times:
+        if self.objective.scale.output == 1.5 and self.lr not in done and len(done) < times:
             done.append(self.lr)
             with torch.no_grad():
                 next(self.student.parameters()).fill_(math.nan)

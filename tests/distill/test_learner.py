@@ -70,23 +70,25 @@ def test_padding_changes_nothing(toy, mask, loss):
     ]
     assert toy.learner(config).validate(batch) == toy.learner(config).validate(spoilt)
     torch.testing.assert_close(gradients(toy.learner(config), batch), gradients(toy.learner(config), spoilt))
-    units = data.units(loss, ROWS)
-    data.target.write(slice(0, 24), torch.where(mask[..., None], data.target.read(slice(0, 24)), -1e3))
-    assert data.units(loss, ROWS).output == pytest.approx(units.output)
+    units = data.loss_scale(loss, ROWS)
+    data.activations.target.write(
+        slice(0, 24), torch.where(mask[..., None], data.activations.target.read(slice(0, 24)), -1e3)
+    )
+    assert data.loss_scale(loss, ROWS).output == pytest.approx(units.output)
 
 
 def test_the_mean_is_over_real_tokens(toy, mask):
     config = toy.config(stream="teacher", loss=Mse())
     data = toy.data(stream="teacher", mask=mask)
-    learner = toy.learner(config, unit=2.0)
-    x, y = data.teacher.read(ROWS), data.target.read(ROWS)
+    learner = toy.learner(config, scale=2.0)
+    x, y = data.activations.teacher.read(ROWS), data.activations.target.read(ROWS)
     with torch.no_grad():
         errors = (learner.student(x)[0] - y).pow(2).mean(-1)[mask[:8]]
     assert learner.validate(toy.batch(data, ROWS))["teacher"] == pytest.approx(errors.mean().item() / 2, rel=1e-5)
 
 
 def test_unit_does_not_depend_on_micro_batches(toy, mask):
-    units = [toy.data(mask=mask, micro_batch=size).units(Mse(), ROWS).output for size in (1, 3, 8)]
+    units = [toy.data(mask=mask, micro_batch=size).loss_scale(Mse(), ROWS).output for size in (1, 3, 8)]
     assert units == pytest.approx([units[0]] * 3, rel=1e-6)
 
 
@@ -120,7 +122,7 @@ def test_streams_feed_what_they_name(toy, stream, parted, fed):
     for micro in toy.batch(data, torch.tensor([3, 17])):
         assert set(micro.inputs) == fed
         for name in fed:
-            store = data.teacher if name == "teacher" else data.student
+            store = data.activations.teacher if name == "teacher" else data.activations.student
             assert torch.equal(micro.inputs[name], store.read(torch.tensor([3, 17])))
 
 
@@ -143,7 +145,7 @@ def test_masters_and_moments_are_fp32_when_activations_are_bf16(toy):
 
 def test_bf16_activations_are_computed_with_rounded_masters(toy):
     learner = toy.learner(toy.config())
-    x = toy.data(dtype=torch.bfloat16).teacher.read(ROWS)
+    x = toy.data(dtype=torch.bfloat16).activations.teacher.read(ROWS)
     output = learner.forward(toy.batch(toy.data(), ROWS)[0].call, x)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output, learner.student.to(torch.bfloat16)(x)[0])
@@ -222,6 +224,6 @@ def test_half_the_rate_is_half_of_every_tensors(toy):
     scales = [group["scale"] for group in learner.optimiser.param_groups]
     with torch.no_grad():
         learner.student.up.left.weight.mul_(100)
-    again = learner.halved()
+    again = learner.with_half_lr()
     assert again.lr == learner.lr / 2 and [group["scale"] for group in again.optimiser.param_groups] == scales
     assert not again.optimiser.state and again.step_count == 0

@@ -17,7 +17,7 @@ def test_l1_cosine_by_hand():
 
 def test_mse_by_hand():
     torch.testing.assert_close(Mse()(STUDENT, TEACHER), torch.tensor([(1 + 4) / 2, (9 + 16) / 2]))
-    assert Mse().unit(TEACHER) == (0 + 4 + 36 + 64) / 4
+    assert Mse().scale(TEACHER) == (0 + 4 + 36 + 64) / 4
 
 
 def test_token_mse_by_hand():
@@ -47,10 +47,10 @@ def test_the_teachers_own_output_is_the_minimum(loss):
 @pytest.mark.parametrize("loss", [Mse(), TokenMse()], ids=lambda loss: loss.name)
 def test_a_student_of_zeros_has_loss_one(loss):
     y = 5 * torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
-    assert loss(torch.zeros_like(y), y).mean().item() / loss.unit(y) == pytest.approx(1)
+    assert loss(torch.zeros_like(y), y).mean().item() / loss.scale(y) == pytest.approx(1)
 
 
 def test_a_silent_teacher_has_a_finite_unit_and_loss():
     silent = torch.zeros(3, 8)
-    assert Mse().unit(silent) > 0
+    assert Mse().scale(silent) > 0
     assert TokenMse()(silent, silent).isfinite().all()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lillama.distill.block import NextBlock, distill_block
+from lillama.distill.block import distill_block
 from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine, Mse, TokenMse, length_error
-from lillama.distill.objective import Objective, Units, recorded, sub_blocks
+from lillama.distill.objective import LossScale, Objective, recorded, sub_blocks
 from lillama.distill.split import Split
 from lillama.progress import silent
 from lillama.stream.calls import BlockArgs, BlockInputs
@@ -29,13 +29,14 @@ def next_block(toy):
 def surrounded(toy, next_block, mask=None, micro_batch=5, **changes):
     """Return data with the next block and the outputs of both linears as targets."""
     data = toy.data(mask=mask, micro_batch=micro_batch, **changes)
-    x, y = (store.read(slice(0, 24)).float() for store in (data.teacher, data.target))
+    x, y = (store.read(slice(0, 24)).float() for store in (data.activations.teacher, data.activations.target))
     with recorded(toy.teacher, ["up", "down"]) as outputs:
         toy.teacher(x)
-    dtype = data.target.dtype
+    dtype = data.activations.target.dtype
     parts = {name: toy.store(f"part-{name}", output.to(dtype)) for name, output in outputs.items()}
-    following = NextBlock(1, next_block, toy.store("ahead", next_block(y)[0].to(dtype)))
-    return replace(data, calls=BlockInputs([BlockArgs()] * 2), parts=parts, following=following)
+    ahead = toy.store("ahead", next_block(y)[0].to(dtype))
+    activations = replace(data.activations, calls=BlockInputs([BlockArgs()] * 2), parts=parts, next_target=ahead)
+    return replace(data, activations=activations, next_block=next_block)
 
 
 def gradient(learner, data) -> Tensor:
@@ -59,24 +60,28 @@ def test_it_equals_the_formula(toy, next_block, mask, loss, wanted):
     """Loss and gradient are those of the sum written out, each term in its own unit."""
     config = toy.config(stream="student", loss=loss, **wanted)
     data = surrounded(toy, next_block, mask, stream="student")
-    data = replace(data, following=data.following if "look_ahead" in wanted else None)
-    data = replace(data, parts=data.parts if "sub_blocks" in wanted else {})
-    units = data.units(loss, ROWS)
+    parts = data.activations.parts if "sub_blocks" in wanted else {}
+    data = replace(
+        data,
+        activations=replace(data.activations, parts=parts),
+        next_block=next_block if "look_ahead" in wanted else None,
+    )
+    units = data.loss_scale(loss, ROWS)
     learner = Learner(toy.student(), config.optim, 1e-3, 10, Objective(config, units))
     plain = toy.student()
-    x, y = data.student.read(ROWS), data.target.read(ROWS)
+    x, y = data.activations.student.read(ROWS), data.activations.target.read(ROWS)
     up = plain.up(x)
     down = plain.down(torch.tanh(up))
     a, here = x + down, mask[ROWS]
 
     def term(student, teacher):
-        return (loss(student, teacher) / loss.unit(teacher[here]))[here].mean()
+        return (loss(student, teacher) / loss.scale(teacher[here]))[here].mean()
 
     total = term(a, y)
     if "look_ahead" in wanted:
         total = total + 0.7 * term(next_block(a)[0], next_block(y)[0])
     if "sub_blocks" in wanted:
-        clean = data.teacher.read(ROWS)
+        clean = data.activations.teacher.read(ROWS)
         wanted_up = toy.teacher.up(clean).detach()
         wanted_down = toy.teacher.down(torch.tanh(wanted_up)).detach()
         total = total + 0.15 * term(up, wanted_up) + 0.15 * term(down, wanted_down)
@@ -95,14 +100,15 @@ def test_padding_and_micro_batches_change_nothing(toy, next_block, mask, loss):
 
     def measured(data):
         learner = Learner(
-            toy.student(), config.optim, 1.0, 10, Objective(config, Units(parts={"up": 1.0, "down": 1.0}))
+            toy.student(), config.optim, 1.0, 10, Objective(config, LossScale(parts={"up": 1.0, "down": 1.0}))
         )
-        return data.units(loss, ROWS), gradient(learner, data)
+        return data.loss_scale(loss, ROWS), gradient(learner, data)
 
     for micro_batch in (8, 3, 1):
         data = surrounded(toy, next_block, mask, micro_batch)
         results.append(measured(data))
-    for store in (data.teacher, data.student, data.target, data.following.target, *data.parts.values()):
+    around = data.activations
+    for store in (around.teacher, around.student, around.target, around.next_target, *around.parts.values()):
         store.write(slice(0, 24), torch.where(mask[..., None], store.read(slice(0, 24)), 1e3))
     results.append(measured(data))
     for units, found in results[1:]:
@@ -116,7 +122,7 @@ def test_the_teacher_itself_is_the_minimum_of_all_terms(toy, next_block, loss):
     """A student of full rank on the teacher's stream has nothing left to learn."""
     config = toy.config(stream="teacher", loss=loss, **EVERYTHING)
     data = surrounded(toy, next_block, stream="teacher")
-    learner = Learner(toy.student(rank=12), config.optim, 1e-3, 10, Objective(config, data.units(loss, ROWS)))
+    learner = Learner(toy.student(rank=12), config.optim, 1e-3, 10, Objective(config, data.loss_scale(loss, ROWS)))
     floor = 0.31326 if loss.name == "l1-cosine" else 0.0
     found = learner.validate(data.micro_batches(ROWS))["teacher"]
     assert found == pytest.approx(floor * (1 + 0.7 + 0.3), abs=1e-4)
@@ -128,7 +134,7 @@ def test_training_with_every_term_improves_each_of_them(toy, next_block, dtype):
     next_block = next_block.to(dtype)
     data = surrounded(toy, next_block.float(), dtype=dtype)
     next_block.to(dtype)
-    units = data.units(Mse(), split.held_out)
+    units = data.loss_scale(Mse(), split.held_out)
     trainer = toy.trainer(config, split)
     learner = Learner(toy.student(), config.optim, config.lr, len(trainer.batches), Objective(config, units))
 
@@ -137,13 +143,15 @@ def test_training_with_every_term_improves_each_of_them(toy, next_block, dtype):
         part = Learner(student, config.optim, 1.0, 1, Objective(config, units))
         return sum(part.validate(data.micro_batches(split.held_out)).values())
 
+    plainly = replace(data, activations=replace(data.activations, parts={}), next_block=None)
+
     def alone(**weights):
         student = toy.student()
         student.load_state_dict(learner.student.state_dict())
         return measured(student, data, **weights)
 
     def terms():
-        plain = measured(learner.student, replace(data, parts={}, following=None))
+        plain = measured(learner.student, plainly)
         return plain, alone(look_ahead=1.0) - plain, alone(sub_blocks=1.0) - plain, alone(norm=1.0) - plain
 
     before = terms()
@@ -155,15 +163,16 @@ def test_nothing_more_wanted_is_the_loss_alone(toy):
     config, data = toy.config(loss=L1Cosine()), toy.data(micro_batch=8)
     (micro,) = data.micro_batches(ROWS)
     output = torch.randn(micro.target.shape, generator=torch.Generator().manual_seed(0))
-    losses = Objective(config, Units(2.0)).token_losses(micro, "student", output, {})
+    losses = Objective(config, LossScale(2.0)).token_losses(micro, "student", output, {})
     assert torch.equal(losses, L1Cosine()(output, micro.target) / 2.0)
 
 
 def test_each_stream_has_its_own_target(toy):
     other = toy.store("other", torch.zeros(24, 6, 12))
-    (micro,) = replace(toy.data(micro_batch=8), own_target=other).micro_batches(ROWS)
+    data = toy.data(micro_batch=8)
+    (micro,) = replace(data, activations=replace(data.activations, own_target=other)).micro_batches(ROWS)
     assert torch.equal(micro.target_of("student"), other.read(ROWS))
-    assert torch.equal(micro.target_of("teacher"), toy.data().target.read(ROWS))
+    assert torch.equal(micro.target_of("teacher"), toy.data().activations.target.read(ROWS))
 
 
 def test_the_length_is_seen_where_the_cosine_is_blind():

@@ -2,112 +2,85 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lillama.distill.activations import BlockActivations
 from lillama.distill.history import History, Measurement
 from lillama.distill.learner import Learner
 from lillama.distill.log import DistillLog
 from lillama.distill.losses import Loss
-from lillama.distill.objective import Ahead, MicroBatch, Units, real_tokens
+from lillama.distill.objective import LookAhead, LossScale, MicroBatch, real_tokens
 from lillama.distill.pool import LearnerPool
 from lillama.distill.spectrum import largest_singular_values
 from lillama.distill.trainer import Trainer, TrainingState
 from lillama.errors import TrainingError
 from lillama.progress import Report
-from lillama.stream.calls import BlockInputs
-from lillama.stream.store import ActivationStore
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class NextBlock:
-    """The block behind the one that is taught.
-
-    Attributes:
-        index: of it.
-        block: the teacher's, frozen.
-        target: the teacher's outputs of it.
-    """
-
-    index: int
-    block: nn.Module
-    target: ActivationStore
-
-
-@dataclass(frozen=True)
 class BlockData:
-    """The activations around one block.
+    """The activations around one block, as long as they are not advanced behind it.
 
     Attributes:
+        activations: before the block, and the targets.
         index: of the block.
-        calls: how blocks are called.
-        teacher: the teacher's inputs of the block.
-        student: the student's inputs, or None while they are the teacher's.
-        target: the teacher's outputs.
-        mask: true at real tokens, on the host; None if all are.
         stream: as in `DistillConfig`.
-        micro_batch: sequences that are computed at once.
-        own_target: what the student's stream is compared with, if it is not `target`.
-        parts: child of the block -> the teacher's outputs of that child.
-        following: the next block, if the student is looked at through it.
-        own_calls: how blocks are called in the student's stream; None if as in the teacher's.
+        next_block: the teacher's next block, frozen, if the student is looked at through it.
     """
 
+    activations: BlockActivations
     index: int
-    calls: BlockInputs
-    teacher: ActivationStore
-    student: ActivationStore | None
-    target: ActivationStore
-    mask: Bool[Tensor, "sequences length"] | None
     stream: str
-    micro_batch: int
-    own_target: ActivationStore | None = None
-    parts: Mapping[str, ActivationStore] = field(default_factory=dict)
-    following: NextBlock | None = None
-    own_calls: BlockInputs | None = None
+    next_block: nn.Module | None = None
 
     def micro_batches(self, rows: Int[Tensor, " n"]) -> Iterator[MicroBatch]:
         """Read some sequences, a micro-batch at a time."""
-        for part in rows.split(self.micro_batch):
+        activations, device = self.activations, self.activations.target.device
+        for part in rows.split(activations.micro_batch):
             inputs = {}
-            if self.stream != "student" or self.student is None:
-                inputs["teacher"] = self.teacher.read(part)
-            if self.stream != "teacher" and self.student is not None:
-                inputs["student"] = self.student.read(part)
+            if self.stream != "student" or activations.student is None:
+                inputs["teacher"] = activations.teacher.read(part)
+            if self.stream != "teacher" and activations.student is not None:
+                inputs["student"] = activations.student.read(part)
             yield MicroBatch(
-                call=self.calls.select(self.index, part, self.target.device),
+                call=activations.calls.select(self.index, part, device),
                 inputs=inputs,
-                target=self.target.read(part),
-                mask=None if self.mask is None else self.mask[part].to(self.target.device, non_blocking=True),
+                target=activations.target.read(part),
+                mask=None if activations.mask is None else activations.mask[part].to(device, non_blocking=True),
                 tokens=self.tokens(part),
-                own_target=None if self.own_target is None else self.own_target.read(part),
-                parts={name: store.read(part) for name, store in self.parts.items()},
-                ahead=self._ahead(part),
+                own_target=None if activations.own_target is None else activations.own_target.read(part),
+                parts={name: store.read(part) for name, store in activations.parts.items()},
+                ahead=self._look_ahead(part),
                 own_call=None
-                if self.own_calls is None
-                else self.own_calls.select(self.index, part, self.target.device),
+                if activations.own_calls is None
+                else activations.own_calls.select(self.index, part, device),
             )
 
     def tokens(self, rows: Int[Tensor, " n"]) -> int:
         """Return the number of real tokens in some sequences."""
-        return real_tokens(self.mask, rows, self.target.shape[1])
+        return real_tokens(self.activations.mask, rows, self.activations.target.shape[1])
 
-    def units(self, loss: Loss, rows: Int[Tensor, " n"]) -> Units:
-        """Return the units of a loss, measured on the real tokens of some sequences of the targets."""
-        return Units.measured(loss, self.micro_batches(rows))
+    def loss_scale(self, loss: Loss, rows: Int[Tensor, " n"]) -> LossScale:
+        """Return the normalisers of a loss, measured on the real tokens of some sequences of the targets."""
+        return LossScale.of(loss, self.micro_batches(rows))
 
-    def _ahead(self, rows: Int[Tensor, " n"]) -> Ahead | None:
-        if self.following is None:
+    def _look_ahead(self, rows: Int[Tensor, " n"]) -> LookAhead | None:
+        activations = self.activations
+        if self.next_block is None:
             return None
-        calls = self.calls if self.own_calls is None or self.stream == "teacher" else self.own_calls
-        call = calls.select(self.following.index, rows, self.target.device)
-        return Ahead(self.following.block, call, self.following.target.read(rows))
+        assert activations.next_target is not None  # it was computed with this block
+        calls = (
+            activations.calls if activations.own_calls is None or self.stream == "teacher" else activations.own_calls
+        )
+        call = calls.select(self.index + 1, rows, activations.target.device)
+        return LookAhead(self.next_block, call, activations.next_target.read(rows))
 
 
 @dataclass(frozen=True)
@@ -117,7 +90,7 @@ class BlockTraining:
     Attributes:
         name: of the block.
         pool: with its learner alone.
-        data: activations around the block.
+        data: activations activations the block.
         held_out: sequences on which states are compared.
     """
 
@@ -172,7 +145,7 @@ def distill_block(
     Args:
         learner: holds the student with its initial weights.
         name: of the block, for messages.
-        data: activations around the block.
+        data: activations activations the block.
         held_out: sequences on which states are compared.
         trainer: the loop; each attempt has its snapshots in a folder of its own in the trainer's.
         report: told about the steps.
@@ -206,7 +179,7 @@ def with_half_lr(learner: Learner, name: str, history: History) -> Learner:
             "lower distill.lr in the recipe"
         )
     logger.warning("%s: loss not finite at step %d; once more at half the learning rate", name, bad)
-    return learner.halved()
+    return learner.with_half_lr()
 
 
 def note_start(pool: LearnerPool, groups: Mapping[str, tuple[int, ...]], histories: Mapping[str, History]) -> None:

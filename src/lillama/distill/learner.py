@@ -81,7 +81,7 @@ class Learner:
         self.optimiser.zero_grad()
         self.step_count += 1
 
-    def halved(self) -> "Learner":
+    def with_half_lr(self) -> "Learner":
         """Return a learner of the same student at half the rate, with a fresh optimiser."""
         trained = [name for name, parameter in self.student.named_parameters() if parameter.requires_grad]
         again = Learner(self.student, self.optim, self.lr / 2, self.steps, self.objective, trained, self.compiled)

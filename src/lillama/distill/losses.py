@@ -27,8 +27,8 @@ class L1Cosine:
         distance = (student - teacher).abs().mean(-1)
         return distance - F.logsigmoid(F.cosine_similarity(student, teacher, dim=-1))
 
-    def unit(self, teacher: Float[Tensor, "*batch d"]) -> float:
-        """Return the unit that losses of this block are given in: 1, as published."""
+    def scale(self, teacher: Float[Tensor, "*batch d"]) -> float:
+        """Return what losses of this block are divided by: 1, as published."""
         return 1.0
 
 
@@ -45,7 +45,7 @@ class Mse:
         """Return the loss of each token."""
         return (student - teacher).pow(2).mean(-1)
 
-    def unit(self, teacher: Float[Tensor, "*batch d"]) -> float:
+    def scale(self, teacher: Float[Tensor, "*batch d"]) -> float:
         """Return the teacher's mean square, so that a student which returns zero has a loss of about 1."""
         return max(teacher.float().pow(2).mean().item(), 1e-30)
 
@@ -63,8 +63,8 @@ class TokenMse:
         """Return the loss of each token."""
         return (student - teacher).pow(2).mean(-1) / teacher.pow(2).mean(-1).clamp(min=1e-12)
 
-    def unit(self, teacher: Float[Tensor, "*batch d"]) -> float:
-        """Return 1: the loss has no unit."""
+    def scale(self, teacher: Float[Tensor, "*batch d"]) -> float:
+        """Return 1: the loss is relative already."""
         return 1.0
 
 

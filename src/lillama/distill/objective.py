@@ -14,7 +14,7 @@ from lillama.stream.calls import BlockArgs, hidden_of
 
 
 @dataclass(frozen=True)
-class Ahead:
+class LookAhead:
     """The next block, through which a student's output is looked at.
 
     Attributes:
@@ -51,7 +51,7 @@ class MicroBatch:
     tokens: int
     own_target: Float[Tensor, "sequences length width"] | None = None
     parts: Mapping[str, Float[Tensor, "sequences length _"]] = field(default_factory=dict)
-    ahead: Ahead | None = None
+    ahead: LookAhead | None = None
     own_call: BlockArgs | None = None
 
     def call_of(self, stream: str) -> BlockArgs:
@@ -68,8 +68,8 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Units:
-    """What losses are divided by, so that each begins near 1 whatever the size of the activations.
+class LossScale:
+    """Loss normalisers, such as the teacher's mean square: each loss begins near 1 whatever the size of the activations.
 
     Attributes:
         output: for the block's output.
@@ -82,17 +82,17 @@ class Units:
     parts: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def measured(cls, loss: Loss, batches: Iterable[MicroBatch]) -> "Units":
-        """Return the units of a loss on the real tokens of some micro-batches."""
+    def of(cls, loss: Loss, batches: Iterable[MicroBatch]) -> "LossScale":
+        """Return the normalisers of a loss on the real tokens of some micro-batches."""
         outputs, aheads, parts, tokens = 0.0, 0.0, dict[str, float](), 0
         for micro in batches:
             if micro.tokens:
                 tokens += micro.tokens
-                outputs += micro.tokens * loss.unit(micro.real(micro.target))
-                aheads += micro.tokens * (loss.unit(micro.real(micro.ahead.target)) if micro.ahead else 1.0)
+                outputs += micro.tokens * loss.scale(micro.real(micro.target))
+                aheads += micro.tokens * (loss.scale(micro.real(micro.ahead.target)) if micro.ahead else 1.0)
                 for name, target in micro.parts.items():
-                    parts[name] = parts.get(name, 0.0) + micro.tokens * loss.unit(micro.real(target))
-        return cls(outputs / tokens, aheads / tokens, {name: unit / tokens for name, unit in parts.items()})
+                    parts[name] = parts.get(name, 0.0) + micro.tokens * loss.scale(micro.real(target))
+        return cls(outputs / tokens, aheads / tokens, {name: scale / tokens for name, scale in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ class Objective:
 
     Attributes:
         config: names the loss, the streams, and the weights of what is asked for beside the block's output.
-        units: of the losses.
+        scale: that each of its losses is divided by.
     """
 
     config: DistillConfig
-    units: Units = field(default_factory=Units)
+    scale: LossScale = field(default_factory=LossScale)
 
     def token_losses(
         self,
@@ -122,16 +122,16 @@ class Objective:
             output: the student's output.
             parts: child of the block -> the student's output of that child; those that `micro` has targets for.
         """
-        config, units, target = self.config, self.units, micro.target_of(stream)
-        losses = _distance(config.loss, output, target, units.output)
+        config, scale, target = self.config, self.scale, micro.target_of(stream)
+        losses = _distance(config.loss, output, target, scale.output)
         if config.norm:
             losses = losses + config.norm * length_error(output.float(), target.float())
         if micro.ahead is not None:
             seen = micro.ahead.call(micro.ahead.block, output)
-            losses = losses + config.look_ahead * _distance(config.loss, seen, micro.ahead.target, units.ahead)
+            losses = losses + config.look_ahead * _distance(config.loss, seen, micro.ahead.target, scale.ahead)
         for name, wanted in micro.parts.items():
             weight, found = config.sub_blocks / len(micro.parts), parts[name].reshape(wanted.shape)
-            losses = losses + weight * _distance(config.loss, found, wanted, units.parts[name])
+            losses = losses + weight * _distance(config.loss, found, wanted, scale.parts[name])
         return losses
 
     def weight(self, micro: MicroBatch) -> float:
@@ -174,6 +174,6 @@ def real_tokens(mask: Bool[Tensor, "_ _"] | None, rows: Tensor, length: int) -> 
 
 
 def _distance(
-    loss: Loss, student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"], unit: float
+    loss: Loss, student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"], scale: float
 ) -> Float[Tensor, "*batch"]:
-    return loss(student.float(), teacher.float()) / unit
+    return loss(student.float(), teacher.float()) / scale

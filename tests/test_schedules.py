@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lillama import lesson, teach
+from lillama import lesson, schedules
 from lillama.artefacts import load_tensors
 from lillama.compression import compress
 from lillama.distill.compiled import Compiled
@@ -93,7 +93,7 @@ def test_every_block_of_the_teacher_is_read_once(tiny, short, tmp_path, monkeypa
 
 @pytest.mark.parametrize("ample", [True, False])
 def test_the_next_block_is_read_while_one_is_taught_where_memory_is_ample(tiny, short, tmp_path, monkeypatch, ample):
-    ahead, block, train = {index: threading.Event() for index in range(3)}, StreamedModel.block, teach.distill_block
+    ahead, block, train = {index: threading.Event() for index in range(3)}, StreamedModel.block, schedules.distill_block
 
     def read(self, index):
         found = block(self, index)
@@ -108,7 +108,7 @@ def test_the_next_block_is_read_while_one_is_taught_where_memory_is_ample(tiny, 
 
     plain = compress(tiny, tmp_path / "plain", recipe=short())
     monkeypatch.setattr(StreamedModel, "block", read)
-    monkeypatch.setattr(teach, "distill_block", taught)
+    monkeypatch.setattr(schedules, "distill_block", taught)
     monkeypatch.setattr(lesson, "free_memory", lambda device: 10**12 if ample else 0)
     found = compress(tiny, tmp_path / "out", recipe=short())
     assert [ahead[index].is_set() for index in range(3)] == [False, ample, ample]

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from lillama.artefacts import load_tensors, save_tensors
-from lillama.distill.block import distill_block
+from lillama.distill.activations import BlockActivations, Earlier
+from lillama.distill.block import BlockData, distill_block
 from lillama.distill.joint import JointData, JointTraining, distill_stack
 from lillama.distill.learner import Learner
 from lillama.distill.log import DistillLog
-from lillama.distill.objective import Objective, Units, sub_blocks
+from lillama.distill.objective import LossScale, Objective, sub_blocks
 from lillama.distill.pool import LearnerPool
 from lillama.distill.split import Batches
-from lillama.distill.streams import Earlier, Streams
 from lillama.distill.trainer import SNAPSHOT_SECONDS, Trainer
 from lillama.lesson import RunContext
 from lillama.lowrank.compressed import compressed_copy, restored_copy
@@ -34,7 +34,7 @@ TRAINING_BYTES = 16  # a parameter under training: itself, gradient, two moments
 
 
 class Teachers:
-    """The teacher's blocks, each read once: the one at work, and the next one, which is read while its forerunner is taught.
+    """The teacher's blocks, each read once: the one at work, and the next one, which is read while its forerunner is trained.
 
     Args:
         model: the teacher.
@@ -73,65 +73,71 @@ class Teachers:
         return self._next[index]
 
 
-def teach_sequentially(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
+def distill_sequentially(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
     """Finish one block after the other; both streams of activations move along.
 
     The state of the block at work is noted every `snapshot_seconds`.
     """
     with Teachers(ctx.teacher, ctx.ample) as teachers:
-        for block, streams in _along(ctx):
+        for block, activations in _walk(ctx):
             ctx.report(Progress("blocks", block.index, len(ctx.blocks), block.name))
-            _teach(ctx, block, streams, teachers, snapshot_seconds)
+            _finish_block(ctx, block, activations, teachers, snapshot_seconds)
             ctx.let_go()
     ctx.report(Progress("blocks", len(ctx.blocks), len(ctx.blocks)))
 
 
-def _teach(ctx: RunContext, block: BlockSpec, streams: Streams, teachers: Teachers, snapshot_seconds: float) -> None:
+def _finish_block(
+    ctx: RunContext, block: BlockSpec, activations: BlockActivations, teachers: Teachers, snapshot_seconds: float
+) -> None:
     """Finish a block, and move both streams behind it."""
     teacher, ranks = teachers.take(block.index), ctx.ranks(block)
-    untaught = bool(ranks) and not ctx.run_dir.has_block(block.index)
-    grams = _target(ctx, block, teacher, streams, untaught)
+    untrained = bool(ranks) and not ctx.run_dir.has_block(block.index)
+    grams = _target(ctx, block, teacher, activations, untrained)
     student = None
-    if untaught:
+    if untrained:
         student = initial_student(ctx, block, teacher, grams)
-        streams.adapt(block.index, teacher, ctx.job.recipe.distill.adaptive)
+        activations.blend_target(block.index, teacher, ctx.job.recipe.distill.adaptive)
         grams.clear()
         teacher = None
         trim_memory()
         if block is not ctx.blocks[-1]:
             teachers.expect(block.index + 1)
-        ctx.save(block, student, _taught(ctx, block, student, streams, teachers, snapshot_seconds))
+        ctx.save(block, student, _train(ctx, block, student, activations, teachers, snapshot_seconds))
         ctx.run_dir.remove_states()
         student = None
     if ranks:
         student = ctx.finished(block)
-    elif streams.parted:
+    elif activations.parted:
         student = teacher
-    streams.move_on(block.index, student)
+    activations.advance(block.index, student)
 
 
-def _along(ctx: RunContext) -> Iterator[tuple[BlockSpec, Streams]]:
+def _walk(ctx: RunContext) -> Iterator[tuple[BlockSpec, BlockActivations]]:
     """Yield each block with the streams before it; whoever asks for the next one has moved them on."""
     model, config = ctx.teacher, ctx.job.recipe.distill
     parts = max(len(sub_blocks(ctx.ranks(block))) for block in ctx.blocks) if config.sub_blocks else 0
     further, both = parts + bool(config.look_ahead) + bool(config.adaptive), config.stream != "teacher"
-    streams, stack = None, 0
+    activations, stack = None, 0
     for block in ctx.blocks:
-        if streams is None:
-            streams = Streams.at(0, model, ctx.batch, ctx.shelf(), both, ctx.job.micro_batch, further)
+        if activations is None:
+            activations = BlockActivations.at(0, model, ctx.batch, ctx.shelf(), both, ctx.job.micro_batch, further)
         elif block.index not in model.indices(stack):
             stack += 1
-            streams = streams.crossed(model, ctx.batch, ctx.shelf(), stack, further)
-        yield block, streams
-    if streams is not None:
-        streams.remove()
+            activations = activations.enter_stack(model, ctx.batch, ctx.shelf(), stack, further)
+        yield block, activations
+    if activations is not None:
+        activations.remove()
 
 
-def _target(ctx: RunContext, block: BlockSpec, teacher: nn.Module, streams: Streams, untaught: bool) -> dict[str, Gram]:
+def _target(
+    ctx: RunContext, block: BlockSpec, teacher: nn.Module, activations: BlockActivations, untrained: bool
+) -> dict[str, Gram]:
     """Compute the target of a block, and on the way all else that its student will need; return the Grams."""
     recipe, ranks = ctx.job.recipe, ctx.ranks(block)
-    parts = sub_blocks(ranks) if untaught and recipe.distill.sub_blocks else ()
-    return streams.teach(block.index, teacher, parts, ranks if untaught and recipe.init.needs_gram else ())
+    parts = sub_blocks(ranks) if untrained and recipe.distill.sub_blocks else ()
+    return activations.compute_target(
+        block.index, teacher, parts, ranks if untrained and recipe.init.needs_gram else ()
+    )
 
 
 def initial_student(ctx: RunContext, block: BlockSpec, teacher: nn.Module, grams: Mapping[str, Gram]) -> nn.Module:
@@ -146,20 +152,20 @@ def initial_student(ctx: RunContext, block: BlockSpec, teacher: nn.Module, grams
     return compressed_copy(ctx.teacher.template(block.index), teacher, ranks, init, found, generator)
 
 
-def _taught(
+def _train(
     ctx: RunContext,
     block: BlockSpec,
     student: nn.Module,
-    streams: Streams,
+    activations: BlockActivations,
     teachers: Teachers,
     snapshot_seconds: float,
 ) -> DistillLog:
     config, rows = ctx.job.recipe.distill, ctx.rows
     following = teachers.after(block.index) if config.look_ahead else None
     if following is not None:
-        streams.look_ahead(block.index + 1, following)
-    data = streams.data(block.index, config.stream, following)
-    objective = Objective(config, data.units(config.loss, rows.held_out))
+        activations.compute_next_target(block.index, following)
+    data = BlockData(activations, block.index, config.stream, following)
+    objective = Objective(config, data.loss_scale(config.loss, rows.held_out))
     folder = ctx.run_dir.block_state(block.index)
     trainer = _trainer(ctx, ctx.seed(block), folder, snapshot_seconds)
     compiled = ctx.compiled(config.batch_size, "blocks")
@@ -174,7 +180,7 @@ def _trainer(ctx: RunContext, seed: int, folder: Path, snapshot_seconds: float) 
     return Trainer(batches, config.checks, folder, snapshot_seconds=snapshot_seconds)
 
 
-def teach_jointly(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
+def distill_jointly(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
     """Let all blocks of a stack take a step on every batch, as published; note the state every `snapshot_seconds`.
 
     Of an encoder-decoder the encoder is finished first: the decoder is taught on what the finished encoder gives it.
@@ -182,29 +188,34 @@ def teach_jointly(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS) -
     for stack in range(len(ctx.teacher.stacks)):
         trained = {b.index: b for b in ctx.blocks if ctx.ranks(b) and b.index in ctx.teacher.indices(stack)}
         if any(not ctx.run_dir.has_block(index) for index in trained):
-            _teach_stack(ctx, stack, trained, snapshot_seconds)
+            _distill_stack(ctx, stack, trained, snapshot_seconds)
             ctx.let_go()
 
 
-def _teach_stack(ctx: RunContext, stack: int, trained: Mapping[int, BlockSpec], snapshot_seconds: float) -> None:
+def _distill_stack(ctx: RunContext, stack: int, trained: Mapping[int, BlockSpec], snapshot_seconds: float) -> None:
     config, before = ctx.job.recipe.distill, _before(ctx, stack)
-    initial, units = _initial_students(ctx, trained, stack, before)
+    initial, scales = _initial_students(ctx, trained, stack, before)
     trainer = _trainer(ctx, ctx.job.recipe.seed, ctx.run_dir.joint_state(stack), snapshot_seconds)
     lr, resident = config.optim.peak_lr(ctx.job.plan.spec.hidden_size), _resident(ctx, trained)
     compiled = ctx.compiled(config.batch_size, f"stack {stack}", resident >= len(trained))
 
     def learner(index: int) -> Learner:
-        objective = Objective(config, units[index])
+        objective = Objective(config, scales[index])
         return Learner(initial(index), config.optim, lr, len(trainer.batches), objective, compiled=compiled)
 
-    streams = _streams(ctx, stack, before, config.stream != "teacher" and stack > 0)
+    activations = _activations(ctx, stack, before, config.stream != "teacher" and stack > 0)
     training = JointTraining(
         names={index: block.name for index, block in trained.items()},
         last=max(trained),
         teacher=_teacher_blocks(ctx),
         pool=LearnerPool(learner, ctx.run_dir.scratch, resident),
         data=JointData(
-            streams.calls, streams.teacher, streams.mask, ctx.job.micro_batch, streams.own_calls, streams.student
+            activations.calls,
+            activations.teacher,
+            activations.mask,
+            ctx.job.micro_batch,
+            activations.own_calls,
+            activations.student,
         ),
         held_out=ctx.rows.held_out,
         config=config,
@@ -212,7 +223,7 @@ def _teach_stack(ctx: RunContext, stack: int, trained: Mapping[int, BlockSpec], 
     for index, taught, log in distill_stack(training, trainer, ctx.report):
         ctx.save(trained[index], taught.student, log)
     ctx.run_dir.remove_states()
-    streams.remove()
+    activations.remove()
 
 
 def _before(ctx: RunContext, stack: int) -> Earlier:
@@ -229,43 +240,43 @@ def _before(ctx: RunContext, stack: int) -> Earlier:
     return dict(enumerate(zip(*ends, strict=True)))
 
 
-def _streams(ctx: RunContext, stack: int, before: Earlier, both: bool) -> Streams:
-    return Streams.at(stack, ctx.teacher, ctx.batch, ctx.shelf(), both, ctx.job.micro_batch, before=before)
+def _activations(ctx: RunContext, stack: int, before: Earlier, both: bool) -> BlockActivations:
+    return BlockActivations.at(stack, ctx.teacher, ctx.batch, ctx.shelf(), both, ctx.job.micro_batch, before=before)
 
 
 def _initial_students(
     ctx: RunContext, trained: Mapping[int, BlockSpec], stack: int, before: Earlier
-) -> tuple[Callable[[int], nn.Module], dict[int, Units]]:
+) -> tuple[Callable[[int], nn.Module], dict[int, LossScale]]:
     """Compute the student of every block of a stack before training.
 
     Returns:
-        what reads one back, and the units of the losses.
+        a loader of the initial student of a block, and the loss normalisers by block.
     """
-    config, rows, units = ctx.job.recipe.distill, ctx.rows, dict[int, Units]()
-    streams = _streams(ctx, stack, before, False)
+    config, rows, scales = ctx.job.recipe.distill, ctx.rows, dict[int, LossScale]()
+    activations = _activations(ctx, stack, before, False)
     folder = ctx.run_dir.scratch
     folder.mkdir(exist_ok=True)
     for block in (block for block in ctx.blocks if block.index in ctx.teacher.indices(stack)):
         ctx.report(Progress("blocks", block.index, len(ctx.blocks), block.name))
         teacher = ctx.teacher.block(block.index)
-        grams = _target(ctx, block, teacher, streams, block.index in trained)
+        grams = _target(ctx, block, teacher, activations, block.index in trained)
         if block.index in trained:
             student = initial_student(ctx, block, teacher, grams)
             save_tensors(folder / f"initial-{block.index:04}.safetensors", student.state_dict())
-            units[block.index] = streams.data(block.index, "teacher").units(config.loss, rows.held_out)
-        streams.move_on(block.index, None)
-    streams.remove(earlier=False)
+            scales[block.index] = BlockData(activations, block.index, "teacher").loss_scale(config.loss, rows.held_out)
+        activations.advance(block.index, None)
+    activations.remove(earlier=False)
 
     def initial(index: int) -> nn.Module:
         state = load_tensors(folder / f"initial-{index:04}.safetensors")
         template, ranks = ctx.teacher.template(index), ctx.ranks(trained[index])
         return restored_copy(template, ranks, state, ctx.teacher.device, torch.float32)
 
-    return initial, units
+    return initial, scales
 
 
 def _teacher_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
-    """Return what gives a teacher's block; the first ones, as many as a quarter of the free memory holds, are read once."""
+    """Return a cached loader of the teacher's blocks; as many as a quarter of the free memory holds are kept."""
     teacher, kept = ctx.teacher, dict[int, nn.Module]()
     largest = max(block.params for block in ctx.blocks) * teacher.dtype.itemsize
     room = free_memory(teacher.device) // 4 // largest

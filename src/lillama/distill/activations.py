@@ -1,4 +1,4 @@
-"""The two streams of activations that run through the model: the teacher's and the student's own."""
+"""The activations before and behind the block at work, in two streams: the teacher's and the student's own."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from lillama.distill.block import BlockData, NextBlock
 from lillama.distill.grams import shrunk, watched, with_siblings
 from lillama.distill.objective import recorded
 from lillama.errors import RecipeError
@@ -22,22 +21,22 @@ Earlier = Mapping[int, tuple[ActivationStore, ActivationStore]]
 
 
 @dataclass
-class Streams:
+class BlockActivations:
     """Activations of all calibration sequences before the block at work.
 
     Attributes:
         calls: how the blocks of the stack are called.
         teacher: the teacher's activations.
-        target: the teacher's activations after the block, once `teach` has run.
+        target: the teacher's activations after the block, once `compute_target` has run.
         student: the student's activations, or None while they equal the teacher's, or are not wanted.
         spare: a store that becomes the student's when the streams part; None if no student stream is wanted.
         masks: true at real tokens; this stack's own first, then those of stacks that its blocks look at. None: all are real.
         micro_batch: sequences that are computed at once.
         own_calls: how the blocks are called in the student's stream, where that hangs on an earlier stack; None if alike.
         before: outputs of the earlier stacks: the teacher's and the student's, the same while these have not parted.
-        own_target: what the student's stream is compared with, once `adapt` has run; None if that is `target`.
-        ahead: index of the next block and the teacher's activations after it, once `look_ahead` has run.
-        parts: child of the block -> the teacher's outputs of it, once `teach` was asked for them.
+        own_target: what the student's stream is compared with, once `blend_target` has run; None if that is `target`.
+        next_target: the teacher's activations after the next block, once `compute_next_target` has run.
+        parts: child of the block -> the teacher's outputs of it, once `compute_target` was asked for them.
     """
 
     calls: BlockInputs
@@ -50,7 +49,7 @@ class Streams:
     own_calls: BlockInputs | None = None
     before: Earlier = field(default_factory=dict)
     own_target: ActivationStore | None = None
-    ahead: tuple[int, ActivationStore] | None = None
+    next_target: ActivationStore | None = None
     parts: dict[str, ActivationStore] = field(default_factory=dict)
     _made: dict[str, ActivationStore] = field(default_factory=dict)
 
@@ -65,7 +64,7 @@ class Streams:
         micro_batch: int,
         further: int = 0,
         before: Earlier | None = None,
-    ) -> "Streams":
+    ) -> "BlockActivations":
         """Run what comes before the first block of a stack.
 
         Args:
@@ -75,7 +74,7 @@ class Streams:
             shelf: where the activations go.
             both: whether a student's stream is wanted besides the teacher's.
             micro_batch: sequences that are computed at once.
-            further: stores that `teach`, `adapt` and `look_ahead` will need.
+            further: stores that `compute_target`, `blend_target` and `compute_next_target` will need.
             before: for each earlier stack, its outputs in the teacher's and in the student's stream.
         """
         before = before or {}
@@ -89,24 +88,28 @@ class Streams:
 
         calls, _ = begin(model, batch, new, micro_batch, stack, {s: pair[0] for s, pair in before.items()})
         spare = stores[2] if both else None
-        streams = cls(calls, stores[0], stores[1], None, spare, batch.masks_at(stack), micro_batch, before=before)
+        activations = cls(calls, stores[0], stores[1], None, spare, batch.masks_at(stack), micro_batch, before=before)
         if spare is not None and any(pair[0] is not pair[1] for pair in before.values()):
             own = {s: pair[1] for s, pair in before.items()}
-            streams.own_calls, streams.student = begin(model, batch, lambda shape: spare, micro_batch, stack, own)
-        return streams
+            activations.own_calls, activations.student = begin(
+                model, batch, lambda shape: spare, micro_batch, stack, own
+            )
+        return activations
 
-    def crossed(self, model: StreamedModel, batch: Batch, shelf: Shelf, stack: int, further: int = 0) -> "Streams":
-        """Return the streams before the first block of the next stack; the outputs of this one are kept for it."""
+    def enter_stack(
+        self, model: StreamedModel, batch: Batch, shelf: Shelf, stack: int, further: int = 0
+    ) -> "BlockActivations":
+        """Return the activations before the first block of the next stack; the outputs of this one are kept for it."""
         before = dict(self.before) | {stack - 1: (self.teacher, self.student or self.teacher)}
         kept = {id(store) for store in before[stack - 1]}
         for store in (self.teacher, self.target, self.spare, *self._made.values(), self.calls, self.own_calls):
             if store is not None and id(store) not in kept:
                 store.remove()
         both = self.spare is not None
-        return Streams.at(stack, model, batch, shelf, both, self.micro_batch, further, before)
+        return BlockActivations.at(stack, model, batch, shelf, both, self.micro_batch, further, before)
 
     @torch.no_grad()
-    def teach(
+    def compute_target(
         self, index: int, block: nn.Module, parts: Sequence[str] = (), linears: Iterable[str] = ()
     ) -> dict[str, Gram]:
         """Compute the teacher's outputs of a block, and of those of its children that are named.
@@ -136,7 +139,7 @@ class Streams:
         return shrunk(block, watch.grams, linears)
 
     @torch.no_grad()
-    def adapt(self, index: int, block: nn.Module, share: float) -> None:
+    def blend_target(self, index: int, block: nn.Module, share: float) -> None:
         """Move the student's target by a share towards the teacher's answer to the student's own input."""
         if self.student is None or not share:
             return
@@ -146,35 +149,12 @@ class Streams:
             answer = call(block, self.student.read(rows))
             self.own_target.write(rows, torch.lerp(self.target.read(rows), answer, share))
 
-    def look_ahead(self, index: int, block: nn.Module) -> None:
-        """Compute the teacher's outputs of the next block too."""
-        self.ahead = index, self._store("ahead", self.target.shape)
-        advance(block, index, self.calls, self.target, self.ahead[1], self.micro_batch)
+    def compute_next_target(self, index: int, next_block: nn.Module) -> None:
+        """Compute the teacher's outputs of the block behind block `index` too."""
+        self.next_target = self._store("ahead", self.target.shape)
+        advance(next_block, index + 1, self.calls, self.target, self.next_target, self.micro_batch)
 
-    def data(self, index: int, stream: str, following: nn.Module | None = None) -> BlockData:
-        """Return the activations around a block, after `teach`.
-
-        Args:
-            index: of the block.
-            stream: as in `DistillConfig`.
-            following: the teacher's next block, after `look_ahead`; None if the student is not looked at through it.
-        """
-        return BlockData(
-            index,
-            self.calls,
-            self.teacher,
-            self.student,
-            self.target,
-            self.mask,
-            stream,
-            self.micro_batch,
-            self.own_target,
-            self.parts,
-            None if self.ahead is None or following is None else NextBlock(self.ahead[0], following, self.ahead[1]),
-            self.own_calls,
-        )
-
-    def move_on(self, index: int, student: nn.Module | None) -> None:
+    def advance(self, index: int, student: nn.Module | None) -> None:
         """Step over a block: the teacher's outputs become the next inputs, and the student's stream goes through it.
 
         Args:
@@ -187,7 +167,7 @@ class Streams:
             self.student = self.spare
             advance(student, index, self.own_calls or self.calls, source, self.student, self.micro_batch)
         self.teacher, self.target = self.target, self.teacher
-        self.own_target, self.ahead, self.parts = None, None, {}
+        self.own_target, self.next_target, self.parts = None, None, {}
 
     @property
     def mask(self) -> Bool[Tensor, "sequences _"] | None:
