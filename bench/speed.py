@@ -81,19 +81,22 @@ class Stages:
 def staged() -> Iterator[Stages]:
     """Time the stages of `compress` by the functions that do them."""
     import lillama.allocation
-    import lillama.distill.fisher
+    import lillama.moments.gradients
     import lillama.schedules
     from lillama.distill.activations import BlockActivations
-    from lillama.distill.grams import GramWatch
     from lillama.distill.learner import Learner
     from lillama.lesson import RunContext
+    from lillama.moments.inputs import InputMomentHooks
     from lillama.recovery.training import RecoveryTraining
     from lillama.stream.streamed import StreamedModel
 
     stages = Stages()
     places = {
-        "grams": [(GramWatch, "add")],
-        "gradients": [(lillama.allocation, "measured"), (lillama.distill.fisher, "moments")],
+        "grams": [(InputMomentHooks, "add")],
+        "gradients": [
+            (lillama.allocation, "collect_gradient_moments"),
+            (lillama.moments.gradients, "collect_block_moments"),
+        ],
         "spectra": [(lillama.allocation, "_spectra")],
         "trials": [(lillama.allocation, "advance")],
         "factors": [(lillama.schedules, "compressed_copy"), (lillama.allocation, "compressed_copy")],
@@ -226,7 +229,7 @@ def measure(hidden: int) -> dict[str, Any]:
 
 def extrapolated(seconds: dict[str, float], recovery_steps: int, rows: int) -> dict[str, float]:
     """Return the seconds of each stage at the default budget, from those of so many sequences and steps of recovery."""
-    from lillama.distill.fisher import PROBED_TOKENS
+    from lillama.moments.gradients import PROBED_TOKENS
 
     tokens = rows * SEQ_LEN
     growth = dict.fromkeys(seconds, FULL_TOKENS / tokens) | dict.fromkeys(FIXED, 1.0)

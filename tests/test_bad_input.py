@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lillama import cli, lesson, making, prepare
+from lillama import cli, making, memory, prepare
 from lillama.cli import main
 from lillama.compression import compress
 from lillama.errors import ModelError
+from lillama.options import Machine
+from lillama.prepare import build_job
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -202,7 +204,7 @@ def test_room_for_the_result_is_looked_for_on_its_own_disk(tiny, call, monkeypat
 
 
 def test_out_of_memory_is_told_before_work_begins(tiny, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     assert "lower --micro-batch" in call(tiny)
     assert not (tmp_path / "out.run").exists()
 
@@ -211,9 +213,8 @@ def test_out_of_memory_is_told_before_work_begins(tiny, call, tmp_path, monkeypa
 def test_memory_is_saved_where_there_is_less_than_twice_what_is_needed(
     tiny, quick, tmp_path, monkeypatch, times, saved
 ):
-    called, jobs = [], []
-    monkeypatch.setattr(making, "check_resources", lambda job, *rest: jobs.append(job))
-    monkeypatch.setattr(lesson, "free_memory", lambda device: round(times * jobs[0].needs.memory_bytes))
+    called, needed = [], build_job(tiny, quick(), Machine()).needs.memory_bytes
+    monkeypatch.setattr(memory, "free_memory", lambda device: round(times * needed))
     monkeypatch.setattr(making, "save_memory", lambda: called.append(True))
     compress(tiny, tmp_path / "out", recipe=quick())
     assert bool(called) == saved

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lillama.distill.fisher import PROBED_TOKENS
-from lillama.distill.prediction import LOGIT_BYTES
 from lillama.estimate import EFFICIENCY, LOGITS, estimate, matmul_rate
 from lillama.lowrank.initialize import Svd, TwoSided, Whitened
+from lillama.memory import LOGIT_BYTES_IN_TRAINING, MemoryBudget
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
+from lillama.moments.gradients import PROBED_TOKENS
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.allocate import Uniform
 from lillama.ranks.plan import RankPlan
@@ -90,7 +90,7 @@ def test_spectra_and_the_comparison_of_rank_plans_are_counted(plan: Plan, free: 
     base = recipe("teacher", epochs=1, gram=True)
     base = replace(base, init=TwoSided(), distill=replace(base.distill, held_out=0.1))
     adaptive = replace(base, ranks=Adaptive(mix=(0.5,)))
-    even, chosen = (estimate(plan(blocks=3), one, 4, 2, free=free) for one in (base, adaptive))
+    even, chosen = (estimate(plan(blocks=3), one, 4, 2, memory=MemoryBudget(free, free)) for one in (base, adaptive))
     spectra = 1000 * 3 * 4 * SQUARES + 3 * FACTORS
     passed = 1000 * 3 * 2 * DENSE + 100 * 3 * 2 * (DENSE + 2 * KEPT) + 100 * 3 * 2 * 2 * HEAD + 3 * FACTORS
     moments = 1000 * 3 * (4 * DENSE + 4 * SQUARES)  # once more for the plans, or once for all
@@ -127,7 +127,7 @@ def test_logits_take_no_more_memory_than_they_are_cut_to(plan: Plan) -> None:
     base = replace(base, recover=replace(base.recover, epochs=1), calibration=replace(base.calibration, seq_len=10**7))
     small = plan()
     large = replace(small, spec=replace(small.spec, params=small.spec.params + 10**6))
-    assert 4 * 10**7 * (HEAD // 64) > LOGIT_BYTES
+    assert 4 * 10**7 * (HEAD // 64) > LOGIT_BYTES_IN_TRAINING
     assert estimate(large, base, 4, 2).memory_bytes - estimate(small, base, 4, 2).memory_bytes == 4 * 10**6
 
 

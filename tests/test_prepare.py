@@ -8,6 +8,7 @@ import torch
 
 from lillama import options, prepare
 from lillama.errors import RecipeError, ResourceError
+from lillama.memory import MemoryBudget
 from lillama.options import Machine
 from lillama.prepare import build_job, check_resources, plan, resize_job
 
@@ -99,8 +100,8 @@ def test_room_counts_what_a_run_has_written_already(job, tmp_path, monkeypatch):
     check_resources(job, out, run, 500)
 
 
-def test_the_joint_schedule_may_park_in_files(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "free_memory", lambda device: 1)
+def test_the_joint_schedule_may_park_in_files(job, tmp_path):
+    job = replace(job, memory=MemoryBudget(1, 1))
     with pytest.raises(ResourceError, match="memory"):
         check_resources(job, tmp_path / "out", tmp_path / "run", 0)
     joint = replace(job, recipe=replace(job.recipe, distill=replace(job.recipe.distill, schedule="joint")))

@@ -18,6 +18,7 @@ from lillama.calibration.gather import gather
 from lillama.distill.split import Batches
 from lillama.lesson import RunContext
 from lillama.lowrank.install import install
+from lillama.memory import MemoryBudget
 from lillama.options import Machine
 from lillama.prepare import build_job
 from lillama.progress import silent
@@ -160,7 +161,7 @@ def test_padding_does_not_matter(taught):
 def test_little_memory_changes_nothing(taught, monkeypatch):
     plenty, little = taught(), taught()
     recover(plenty, CONFIG)
-    monkeypatch.setattr(stage, "free_memory", lambda device: 0)
+    little = replace(little, job=replace(little.job, memory=MemoryBudget(0, 0)))
     kept = []
     monkeypatch.setattr(stage, "KeptGraphs", lambda: kept.append(1))
     recover(little, CONFIG)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lillama.artefacts import save_json
-from lillama.distill.fisher import PROBED_TOKENS, Fisher, measured
-from lillama.distill.prediction import Head
 from lillama.estimate import moments_fit
 from lillama.lesson import RunContext
 from lillama.lowrank.compressed import compressed_copy, restored_copy
@@ -18,12 +16,14 @@ from lillama.lowrank.factors import spectrum
 from lillama.lowrank.gram import Moments, exact_device
 from lillama.lowrank.stacks import stacks
 from lillama.model.spec import BlockSpec
+from lillama.moments.gradients import PROBED_TOKENS, GradientCache, collect_gradient_moments
 from lillama.progress import Progress
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
-from lillama.resources import free_memory, trim_memory
+from lillama.resources import trim_memory
 from lillama.stream.calls import BlockInputs
+from lillama.stream.head import Head
 from lillama.stream.running import advance, begin
 from lillama.stream.store import ActivationStore, Stores
 
@@ -96,11 +96,11 @@ def _with_plan(ctx: RunContext, plan: RankPlan) -> RunContext:
     return replace(ctx, job=replace(ctx.job, plan=plan))
 
 
-def _measure_gradients(ctx: RunContext) -> Fisher:
+def _measure_gradients(ctx: RunContext) -> GradientCache:
     """Measure gradients, and the spectra if they are not there yet; moments are kept where memory allows."""
     wanted, found = not ctx.run_dir.spectra.is_file(), dict[str, Tensor]()
     blocks, kept = ctx.job.plan.spec.blocks, dict[int, dict[str, Moments]]()
-    fits = moments_fit(blocks, free_memory(exact_device(ctx.job.device)))
+    fits = moments_fit(blocks, ctx.job.memory.moments)
 
     def names(index: int) -> list[str]:
         block = blocks[index]
@@ -121,7 +121,7 @@ def _measure_gradients(ctx: RunContext) -> Fisher:
 
     rows = ctx.rows.train[: max(1, PROBED_TOKENS // ctx.job.recipe.calibration.seq_len)]
     generator = torch.Generator().manual_seed(ctx.job.recipe.seed)
-    fisher = measured(
+    fisher = collect_gradient_moments(
         ctx.teacher, ctx.batch, rows, ctx.shelf(), ctx.job.micro_batch, generator, names, visit, ctx.report
     )
     if wanted:
@@ -148,7 +148,7 @@ def _scale(found: Moments) -> float:
     return math.sqrt(found.share) / math.sqrt(max(1, found.inputs.count) * max(1, found.gradients.count))
 
 
-def _pick_plan(ctx: RunContext, fisher: Fisher) -> RankPlan:
+def _pick_plan(ctx: RunContext, fisher: GradientCache) -> RankPlan:
     """Return the candidate that is best on the held-out sequences with its initial factors."""
     recipe, spec, spectra = ctx.job.recipe, ctx.job.plan.spec, Spectra.load(ctx.run_dir.spectra)
     assert isinstance(recipe.ranks, Adaptive)  # no other allocator leaves ranks open
@@ -167,7 +167,7 @@ def _pick_plan(ctx: RunContext, fisher: Fisher) -> RankPlan:
 
 
 @torch.no_grad()
-def _evaluate_plans(ctx: RunContext, fisher: Fisher, plans: list[RankPlan]) -> list[tuple[float, float]]:
+def _evaluate_plans(ctx: RunContext, fisher: GradientCache, plans: list[RankPlan]) -> list[tuple[float, float]]:
     """Return divergence and rise of the loss, in nats a held-out token, of each plan with its initial factors."""
     model, spec, rate = ctx.teacher, ctx.job.plan.spec, ctx.job.micro_batch
     held_out, shelf = ctx.batch[ctx.rows.held_out], ctx.shelf()
@@ -198,7 +198,7 @@ def _evaluate_plans(ctx: RunContext, fisher: Fisher, plans: list[RankPlan]) -> l
 
 def _advance(
     ctx: RunContext,
-    fisher: Fisher,
+    fisher: GradientCache,
     block: BlockSpec,
     plans: list[RankPlan],
     calls: Mapping[str, BlockInputs],
@@ -221,7 +221,7 @@ def _within(block: BlockSpec, plan: RankPlan) -> dict[str, int]:
 
 
 def _widest(
-    ctx: RunContext, fisher: Fisher, block: BlockSpec, teacher: nn.Module, ranks: list[dict[str, int]]
+    ctx: RunContext, fisher: GradientCache, block: BlockSpec, teacher: nn.Module, ranks: list[dict[str, int]]
 ) -> dict[str, Tensor]:
     """Return a block's student state at the largest rank that any plan gives to each linear."""
     widest = {name: max(plan.get(name, 0) for plan in ranks) for name in {name for plan in ranks for name in plan}}

@@ -7,10 +7,10 @@ from functools import cached_property
 
 import torch
 
-from lillama.distill.fisher import PROBED_TOKENS
-from lillama.distill.prediction import LOGIT_BYTES
 from lillama.lowrank.gram import TILE, WIDEST, held
+from lillama.memory import LOGIT_BYTES_IN_TRAINING, MemoryBudget
 from lillama.model.spec import BlockSpec, LinearSpec
+from lillama.moments.gradients import PROBED_TOKENS
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe
@@ -23,9 +23,9 @@ FINISHED_BYTES = 4  # a parameter in the file of a finished block
 JOINT_BYTES, TAIL_BYTES = 36, 48
 BLOCK_BYTES = 32  # a parameter of the block that is taught in a sequential schedule, in two snapshots
 MASTER_BYTES = 20  # a parameter under training in fp32: itself, gradient, two moments, best state
-KEPT_SHARE = 8  # of the free memory, moments of all blocks may take one part in so many; else they are computed again
 DECOMPOSED = 4  # fp64 matrices of a linear's smaller side: one to decompose, its eigenvectors, working space for two
 LOGITS = 5  # (tokens x vocabulary) matrices in memory together
+NO_MEMORY = MemoryBudget(0, 0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class _Work:
     itemsize: int
     micro_batch: int
     open_ranks: bool
-    free: int
+    memory: MemoryBudget
 
     @cached_property
     def trained(self) -> list[BlockSpec]:
@@ -120,7 +120,7 @@ class _Work:
     @cached_property
     def moments_again(self) -> bool:
         """Whether the moments are computed each time that they are asked for, or kept from when the spectra were."""
-        return not (self.open_ranks and moments_fit(self.plan.spec, self.free))
+        return not (self.open_ranks and moments_fit(self.plan.spec, self.memory.moments))
 
     def stored(self, tokens: int) -> int:
         """Return the bytes of activations of some tokens."""
@@ -129,7 +129,7 @@ class _Work:
     def head_memory(self) -> int:
         """Return the bytes of the head and its logits."""
         logits = 4 * self.recipe.calibration.seq_len * (self.head // self.plan.spec.hidden_size)
-        return self.head * self.itemsize + LOGITS * min(LOGIT_BYTES, logits)
+        return self.head * self.itemsize + LOGITS * min(LOGIT_BYTES_IN_TRAINING, logits)
 
 
 def estimate(
@@ -140,7 +140,7 @@ def estimate(
     rate: float | None = None,
     *,
     open_ranks: bool = True,
-    free: int = 0,
+    memory: MemoryBudget = NO_MEMORY,
 ) -> Estimate:
     """Estimate what a compression by this plan will need.
 
@@ -151,9 +151,9 @@ def estimate(
         micro_batch: sequences that are computed at once.
         rate: floating-point operations a second, from `matmul_rate`.
         open_ranks: whether a recipe that takes ranks from the weights may do so; false where a file gives them.
-        free: bytes of memory that are free on the device; moments that find no room in them are computed again.
+        memory: that there is; moments that find no room in it are computed again.
     """
-    work = _Work(plan, recipe, itemsize, micro_batch, open_ranks and recipe.ranks.needs_spectra, free)
+    work = _Work(plan, recipe, itemsize, micro_batch, open_ranks and recipe.ranks.needs_spectra, memory)
     stages = [_teaching(work)] if work.trained else []
     if work.trained and work.gradients:
         stages.append(_gradients(work))
@@ -174,10 +174,10 @@ def estimate(
     )
 
 
-def moments_fit(blocks: Iterable[BlockSpec], free: int) -> bool:
-    """Tell whether the moments at all linears may stay in memory; they may take an eighth of what is free."""
+def moments_fit(blocks: Iterable[BlockSpec], room: int) -> bool:
+    """Tell whether the moments at all linears fit in so many bytes."""
     linears = (linear for block in blocks for linear in block.linears)
-    return sum(8 * (held(linear.in_features) + _at_outputs(linear)) for linear in linears) <= free // KEPT_SHARE
+    return sum(8 * (held(linear.in_features) + _at_outputs(linear)) for linear in linears) <= room
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -5,26 +5,23 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import nn
 
 from lillama.calibration.pack import TokenBlocks
-from lillama.distill.fisher import Fisher
 from lillama.distill.log import DistillLog
 from lillama.distill.split import Split
 from lillama.lowrank.compressed import restored_copy
 from lillama.model.spec import BlockSpec
+from lillama.moments.gradients import GradientCache
 from lillama.prepare import Job
 from lillama.progress import Progress, Report
-from lillama.resources import free_memory, trim_memory
+from lillama.resources import trim_memory
 from lillama.run import RunDir
 from lillama.stream.batch import Batch, batch_of
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import StreamedModel
 
 logger = logging.getLogger(__name__)
-
-AMPLE = 2  # times what is needed
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class RunContext:
     tokens: TokenBlocks
     run_dir: RunDir
     report: Report
-    fisher: Fisher | None = None
+    fisher: GradientCache | None = None
 
     @property
     def teacher(self) -> StreamedModel:
@@ -70,8 +67,7 @@ class RunContext:
     @property
     def ample(self) -> bool:
         """Whether at least twice the memory that is needed is free; where it is not, memory is saved at the cost of time."""
-        free = min(free_memory(device) for device in {self.job.device, torch.device("cpu")})
-        return free >= AMPLE * self.job.needs.memory_bytes
+        return self.job.memory.is_ample_for(self.job.needs.memory_bytes)
 
     def let_go(self) -> None:
         """Give freed memory back to the system, that of compiled blocks too, which are held in circles."""
@@ -137,4 +133,4 @@ class RunContext:
 
     def shelf(self) -> Shelf:
         """Return where activations go."""
-        return Shelf.on(self.teacher.device, self.run_dir.scratch, self.job.machine.activation_memory)
+        return Shelf.on(self.teacher.device, self.run_dir.scratch, self.job.machine.activation_memory, self.job.memory)

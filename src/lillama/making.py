@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -17,7 +17,6 @@ from lillama.calibration.gather import gather
 from lillama.calibration.pack import TokenBlocks
 from lillama.calibration.tokenizer import embeddings_of
 from lillama.card import card
-from lillama.distill.prediction import Change, change
 from lillama.errors import DamagedError
 from lillama.evaluation.perplexity import Windows, cut, default_length, named, score_texts
 from lillama.evaluation.tally import refuse_other_models
@@ -38,6 +37,7 @@ from lillama.resources import peak_memory, save_memory
 from lillama.result import FILE, Result, Stored, TextPair, file_digests, refuse_foreign
 from lillama.run import RunDir, opened
 from lillama.schedules import distill_jointly, distill_sequentially
+from lillama.stream.head import Change, change
 from lillama.stream.store import Shelf, Stores
 from lillama.stream.streamed import open_streamed
 from lillama.stream.through import through
@@ -107,6 +107,7 @@ def read_texts(texts: Texts) -> dict[str, str]:
 def open_context(job: Job, run_dir: RunDir, report: Report, lent: RunDir | None = None) -> RunContext:
     """Return the context of a run; calibration tokens are sampled now if the run folder has none."""
     run_dir.save_spec(job.plan.spec)
+    run_dir.note("free memory", asdict(job.memory))
     tokens = _load_tokens(run_dir) or _sample_tokens(job, run_dir, report, lent)
     if tokens.manifest.wanted and len(tokens.ids) == 1:
         logger.warning("there is one calibration sequence only: states are chosen on what they were trained on")

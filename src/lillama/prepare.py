@@ -13,17 +13,18 @@ from lillama.errors import BudgetError, CalibrationError, ResourceError
 from lillama.estimate import Estimate, estimate, matmul_rate
 from lillama.files import digest
 from lillama.lowrank.quantized import refuse_without_torchao
+from lillama.memory import MemoryBudget
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import describe, describe_model, refuse_quantized
 from lillama.model.kind import refuse_too_long
 from lillama.model.remote import remote_code
 from lillama.model.sizes import as_stored
-from lillama.model.source import load_config, locate, stored_dtype
+from lillama.model.source import computed_dtype, load_config, locate
 from lillama.model.spec import ModelSpec
 from lillama.options import Machine, Overrides, OverridesDict, refuse_two_sizes
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe, override
-from lillama.resources import free_disk, free_memory, pick_device
+from lillama.resources import free_disk, pick_device
 from lillama.stream.store import Shelf
 from lillama.stream.streamed import StreamedModel, open_streamed
 
@@ -115,11 +116,11 @@ def plan(
         else:
             spec = describe(config, wanted.targets, wanted.ignore, wanted.split_gate_up)
     ranks, wanted = resolve_budget(spec, wanted, rank_plan)
-    dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
+    dtype = computed_dtype(config, device)
     rows = machine.rows(wanted.calibration.seq_len, device)
     outline = rank_plan is None and wanted.ranks.needs_spectra
-    rate, free = matmul_rate(device, dtype), free_memory(device)
-    needs = estimate(ranks, wanted, dtype.itemsize, rows, rate, open_ranks=outline, free=free)
+    rate, memory = matmul_rate(device, dtype), MemoryBudget.of(device)
+    needs = estimate(ranks, wanted, dtype.itemsize, rows, rate, open_ranks=outline, memory=memory)
     return Planned(ranks, wanted, needs, outline)
 
 
@@ -137,6 +138,7 @@ class Job:
         open_ranks: whether ranks are still to be decided from the weights.
         machine: how it is computed.
         needs: memory, disk and time.
+        memory: that was free when the job was prepared, shared out.
     """
 
     model: str
@@ -148,6 +150,7 @@ class Job:
     open_ranks: bool
     machine: Machine
     needs: Estimate
+    memory: MemoryBudget
 
     @property
     def device(self) -> torch.device:
@@ -208,21 +211,24 @@ def build_job(
         refuse_without_torchao()
     for key in teacher.weights.keys:
         teacher.reader.read(key)
-    needs = _needs(ranks, recipe, teacher, machine, open_ranks)
-    return Job(str(model), recipe, recipe_name, teacher, tokenizer, ranks, open_ranks, machine, needs)
+    memory = MemoryBudget.of(device)
+    needs = _needs(ranks, recipe, teacher, machine, open_ranks, memory)
+    return Job(str(model), recipe, recipe_name, teacher, tokenizer, ranks, open_ranks, machine, needs, memory)
 
 
 def resize_job(job: Job, recipe: Recipe) -> Job:
     """Return a job of another size, its ranks by the recipe: another `keep` or `bytes` than that of the job's own recipe."""
     ranks, recipe = resolve_budget(job.plan.spec, recipe, None)
     open_ranks = recipe.ranks.needs_spectra and bool(ranks.factorised)
-    needs = _needs(ranks, recipe, job.teacher, job.machine, open_ranks)
+    needs = _needs(ranks, recipe, job.teacher, job.machine, open_ranks, job.memory)
     return replace(job, recipe=recipe, plan=ranks, open_ranks=open_ranks, needs=needs)
 
 
-def _needs(ranks: RankPlan, recipe: Recipe, teacher: StreamedModel, machine: Machine, open_ranks: bool) -> Estimate:
-    rows, free = machine.rows(recipe.calibration.seq_len, teacher.device), free_memory(teacher.device)
-    return estimate(ranks, recipe, teacher.dtype.itemsize, rows, open_ranks=open_ranks, free=free)
+def _needs(
+    ranks: RankPlan, recipe: Recipe, teacher: StreamedModel, machine: Machine, open_ranks: bool, memory: MemoryBudget
+) -> Estimate:
+    rows = machine.rows(recipe.calibration.seq_len, teacher.device)
+    return estimate(ranks, recipe, teacher.dtype.itemsize, rows, open_ranks=open_ranks, memory=memory)
 
 
 def _describe(teacher: StreamedModel, recipe: Recipe) -> ModelSpec:
@@ -244,7 +250,8 @@ def check_resources(job: Job, out: Path, run: Path, present: int) -> None:
         ResourceError: disk or memory does not suffice.
     """
     result, rest = job.plan.kept_bytes, job.needs.disk_bytes - job.plan.kept_bytes - present
-    if Shelf.on(job.device, run, job.machine.activation_memory).place(job.needs.activation_bytes) == "disk":
+    shelf = Shelf.on(job.device, run, job.machine.activation_memory, job.memory)
+    if shelf.place(job.needs.activation_bytes) == "disk":
         rest += job.needs.activation_bytes
     needed = {out: result, run: rest} if _disk(out) != _disk(run) else {run: result + rest}
     for folder, nbytes in needed.items():
@@ -254,9 +261,9 @@ def check_resources(job: Job, out: Path, run: Path, present: int) -> None:
                 f"{free_disk(folder) / 1e6:,.0f} MB are free; free some, or put OUT or the run folder (--run) on another disk"
             )
     memory = job.needs.memory_bytes
-    if job.recipe.distill.schedule == "sequential" and memory > free_memory(job.device):
+    if job.recipe.distill.schedule == "sequential" and memory > job.memory.device:
         raise ResourceError(
-            f"about {memory / 1e6:,.0f} MB of memory are needed on {job.device}, {free_memory(job.device) / 1e6:,.0f} MB are "
+            f"about {memory / 1e6:,.0f} MB of memory are needed on {job.device}, {job.memory.device / 1e6:,.0f} MB are "
             "free; lower --micro-batch or --seq-len, or choose another --device"
         )
 

@@ -14,7 +14,6 @@ from lillama.distill.history import State
 from lillama.distill.learner import Learner
 from lillama.distill.log import GROWTH
 from lillama.distill.pool import LearnerPool
-from lillama.distill.prediction import Head
 from lillama.distill.spectrum import largest_singular_value
 from lillama.distill.split import Batches
 from lillama.distill.trainer import SNAPSHOT_SECONDS, Trainer
@@ -27,9 +26,10 @@ from lillama.recovery.backprop import Chain, KeptGraphs, Recomputed, graph_bytes
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.log import RecoveryLog
 from lillama.recovery.training import ALL, RecoveryData, RecoveryTraining, warn_of_end
-from lillama.resources import free_memory, trim_memory
+from lillama.resources import trim_memory
 from lillama.schedules import TRAINING_BYTES
 from lillama.stream.calls import BlockInputs
+from lillama.stream.head import Head
 from lillama.stream.running import advance, begin
 from lillama.stream.store import ActivationStore, Stores
 from lillama.stream.through import through
@@ -155,7 +155,7 @@ def _chain(
 ) -> Chain:
     """Return the blocks under training; `boundaries` is filled where graphs do not fit into memory."""
     blocks = range(min(trained), len(ctx.teacher.names))
-    resident = free_memory(ctx.teacher.device) // 2 // (STATE_BYTES * max(b.params for b in trained.values()))
+    resident = ctx.job.memory.learners(STATE_BYTES * max(block.params for block in trained.values()))
     compiled = ctx.compiled(config.batch_size, "recovery", resident >= len(trained))
     pool = LearnerPool(_learners(ctx, config, compiled), scratch, resident)
     if resident < len(trained) or not _graphs_fit(ctx, pool, blocks, config, calls, inputs):
@@ -176,11 +176,11 @@ def _graphs_fit(
     calls: BlockInputs,
     inputs: ActivationStore,
 ) -> bool:
-    """Tell whether the graphs of all blocks for one batch take at most a quarter of the free memory."""
+    """Tell whether the graphs of all blocks for one batch may be kept in memory."""
     rows = torch.arange(min(config.batch_size, ctx.job.micro_batch, inputs.shape[0]))
     run = partial(pool[blocks[0]].uncompiled, calls.select(blocks[0], rows, inputs.device))
     needed = graph_bytes(run, inputs.read(rows)) * len(blocks) * math.ceil(config.batch_size / len(rows))
-    return needed <= free_memory(inputs.device) // 4
+    return needed <= ctx.job.memory.graphs
 
 
 def _learners(ctx: RunContext, config: RecoveryConfig, compiled: int) -> Callable[[int], Learner]:
@@ -198,10 +198,10 @@ def _learners(ctx: RunContext, config: RecoveryConfig, compiled: int) -> Callabl
 
 
 def _dense_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
-    """Return a cached loader of the blocks that are not trained; an eighth of the free memory holds what it keeps."""
+    """Return a loader of the blocks that are not trained; as many as memory may keep are not read again."""
     model, spec = ctx.teacher, ctx.job.plan.spec
     largest = max(block.params for block in spec) * model.dtype.itemsize
-    return lru_cache(free_memory(model.device) // 8 // largest)(ctx.current)
+    return lru_cache(ctx.job.memory.kept_blocks(largest))(ctx.current)
 
 
 def _batches(ctx: RunContext, config: RecoveryConfig) -> Batches:

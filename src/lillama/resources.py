@@ -48,8 +48,11 @@ def pick_device(wanted: str | None) -> torch.device:
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be taken on a device; for the CPU, of the host's memory, or of the container's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    own = getattr(
+        torch.get_device_module(device), "mem_get_info", None
+    )  # an accelerator's that shares none with the host
+    if own is not None:
+        return own(device)[0]
     return min(psutil.virtual_memory().available, _room_in_group())
 
 

@@ -8,13 +8,13 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from lillama.distill.prediction import Change
 from lillama.errors import OutputError
 from lillama.evaluation.perplexity import TextScore
 from lillama.files import file_digest, read_small, resolved
 from lillama.lowrank.pivot import Pivoting
 from lillama.ranks.plan import RankPlan
 from lillama.recipe import Recipe
+from lillama.stream.head import Change
 from lillama.version import __version__
 
 FILE = "lillama.json"  # in the folder of a result

@@ -4,7 +4,7 @@ run.json                  what the run is: recipe, model, data (its identity), v
 spec.json  plan.json      the model's blocks and linears; the rank of each linear
 spectra.safetensors       whitened singular values of each linear
 allocation.json           rank plans that were compared, and which was chosen
-machine.json              what was decided by the memory that was free, where rounding hangs on it
+machine.json              the memory that was free, and what it decided at first where rounding hangs on it
 calibration/              tokens and their manifest
 blocks/0003.safetensors   a finished block, in fp32
 blocks/0003.json          how it was taught
@@ -103,6 +103,11 @@ class RunDir:
         if name not in known:
             save_json(place, known | {name: now})
         return known.get(name, now)
+
+    def note(self, name: str, value: Any) -> None:
+        """Write what this machine has beside the decisions; it binds nobody."""
+        place = self.path / "machine.json"
+        save_json(place, (load_json(place) if place.is_file() else {}) | {name: value})
 
     def save_spec(self, spec: ModelSpec) -> None:
         """Write the description of the model."""

@@ -23,7 +23,7 @@ from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.gram import Gram, Moments
 from lillama.model.spec import BlockSpec
 from lillama.progress import Progress
-from lillama.resources import free_memory, trim_memory
+from lillama.resources import trim_memory
 from lillama.stream.store import ActivationStore, Stores
 from lillama.stream.streamed import StreamedModel
 from lillama.stream.through import through
@@ -276,10 +276,10 @@ def _initial_students(
 
 
 def _teacher_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
-    """Return a cached loader of the teacher's blocks; as many as a quarter of the free memory holds are kept."""
+    """Return a loader of the teacher's blocks; the first ones, as many as memory may keep, are read once."""
     teacher, kept = ctx.teacher, dict[int, nn.Module]()
     largest = max(block.params for block in ctx.blocks) * teacher.dtype.itemsize
-    room = free_memory(teacher.device) // 4 // largest
+    room = ctx.job.memory.kept_blocks(largest)
 
     def block(index: int) -> nn.Module:
         if index in kept:
@@ -293,6 +293,6 @@ def _teacher_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
 
 
 def _resident(ctx: RunContext, trained: Mapping[int, BlockSpec]) -> int:
-    """Return how many blocks under training fit into half of the free memory."""
+    """Return how many blocks under training may stay in memory."""
     largest = max(block.params for block in trained.values())
-    return free_memory(ctx.teacher.device) // 2 // (TRAINING_BYTES * largest)
+    return ctx.job.memory.learners(TRAINING_BYTES * largest)

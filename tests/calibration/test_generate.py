@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MambaConfig
 
+from lillama import memory
 from lillama.calibration import generate as module
 from lillama.calibration.generate import generate
 from lillama.errors import ModelError
@@ -90,7 +91,7 @@ def test_other_architectures_write_as_they_read(tmp_path, tokenizer, config):
 
 def test_weights_that_do_not_fit_are_spread_and_write_the_same(model_path, tokenizer, monkeypatch):
     whole = generate(model_path, tokenizer, 64, 16, seed=0)
-    monkeypatch.setattr(module, "get_max_memory", lambda: {"cpu": 100})
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100)
     assert torch.equal(whole, generate(model_path, tokenizer, 64, 16, seed=0))
 
 

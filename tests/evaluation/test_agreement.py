@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lillama import memory
 from lillama.errors import CalibrationError, ModelError
-from lillama.evaluation import whole
 from lillama.evaluation.agreement import Protocol, agreement
 from lillama.evaluation.perplexity import perplexity
 
@@ -76,7 +76,7 @@ def test_intervals_depend_on_the_seed_alone(apart, other, tiny, text):
 
 
 def test_models_that_do_not_fit_whole_are_compared_without_continuations(other, tiny, text, monkeypatch, caplog):
-    monkeypatch.setattr(whole, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     (found,) = agreement(other, tiny, text, SHORT, device="cpu")
     assert found.continuation is None and found.kl.value > 0
     (line,) = caplog.messages

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lillama import memory
 from lillama.errors import ModelError, ResourceError
-from lillama.evaluation import whole
 from lillama.evaluation.continuation import continuations, continued, cut_prompts, repetition
-from lillama.evaluation.whole import load_whole
 from lillama.evaluation.windows import Windows
+from lillama.model.loading import load, refuse_too_large
 from lillama.progress import silent
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_models_that_do_not_fit_or_do_not_load_are_refused(tiny, make_model, mon
     broken = make_model()
     (broken / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="model folder with weights is needed"):
-        load_whole(broken, CPU)
-    monkeypatch.setattr(whole, "free_memory", lambda device: 1000)
+        load(broken, CPU)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     with pytest.raises(ResourceError, match=r"take \d+ kB on cpu, where 1 kB are free"):
-        load_whole(tiny, CPU)
+        refuse_too_large(tiny, CPU)

@@ -96,7 +96,7 @@ def test_memory_and_batches_change_nothing(tiny, text, monkeypatch, tmp_path):
     plain = perplexity(tiny, [text], seq_len=32)
     disk = perplexity(tiny, [text], seq_len=32, activation_memory=0)
     monkeypatch.setattr(module, "TOKENS_AT_ONCE", 64)
-    monkeypatch.setattr(module, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(module, "tokens_of_logits", lambda vocabulary: 1)
     slow = perplexity(tiny, [text], seq_len=32)
     assert plain == disk
     assert slow[0].nll == pytest.approx(plain[0].nll, rel=1e-6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lillama.errors import ResourceError
+from lillama.memory import MemoryBudget
 from lillama.stream.store import ActivationStore, RowTable, Shelf
 
 MakeShelf = Callable[[str], Shelf]
@@ -100,6 +101,7 @@ def test_stores_go_where_they_fit(device: str, nbytes: int, place: str, tmp_path
 def test_a_shelf_takes_what_it_is_given_or_a_quarter_of_what_is_free(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     assert Shelf.on(cpu, tmp_path, 77) == Shelf(cpu, tmp_path, 77, 77)
+    assert Shelf.on(cpu, tmp_path, None, MemoryBudget(40, 80)) == Shelf(cpu, tmp_path, 10, 20)
     assert Shelf.on(cpu, tmp_path, None).host_bytes > 10**6
 
 

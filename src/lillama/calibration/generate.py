@@ -10,28 +10,19 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from accelerate.utils import get_max_memory
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import StaticCache
 
 from lillama.calibration.tokenizer import embeddings_of, encoded, refuse_unknown
 from lillama.errors import ModelError
 from lillama.model.kind import kind_of, refuse_too_long
-from lillama.model.loading import load, weight_bytes
-from lillama.model.source import load_config, stored_dtype
+from lillama.model.loading import fits, load
 from lillama.progress import Progress, Report, silent
 
 BATCH = 128  # sequences written side by side, if their key-value cache stays below CACHE bytes
 CACHE = 4 << 30
-MARGIN = 0.8  # share of the free memory that weights may take
 
 
 def generate(
@@ -60,7 +51,9 @@ def generate(
         report: told after each step.
     """
     with TemporaryDirectory(prefix="lillama-offload-") as folder:
-        model = _load(Path(model_path), torch.device(device), folder)
+        place, chosen = Path(model_path), torch.device(device)
+        offload = None if fits(place, chosen) else Path(folder)
+        model = load(place, chosen, offload=offload, generation=GenerationConfig())  # how to sample is the recipe's
         refuse_too_long(seq_len, kind_of(model))
         return _write(model, tokenizer, tokens // seq_len, seq_len, seed, temperature, report)
 
@@ -138,20 +131,3 @@ def _batch_size(model: PreTrainedModel, seq_len: int) -> int:
     text = model.config.get_text_config()
     per_sequence = 2 * text.num_hidden_layers * text.hidden_size * seq_len * model.dtype.itemsize
     return max(1, min(BATCH, CACHE // per_sequence))
-
-
-def _load(folder: Path, device: torch.device, offload: str) -> PreTrainedModel:
-    """Load a model for inference: plainly if its weights fit in free memory, else spread over all there is."""
-    how = GenerationConfig()  # its own is not read: how to sample stands in the recipe
-    if _fits(folder, load_config(folder), device):
-        dtype = torch.float32 if device.type == "cpu" else "auto"
-        return load(AutoModelForCausalLM, folder, device, dtype=dtype, generation_config=how)
-    options = {"dtype": "auto", "device_map": "auto", "offload_folder": offload, "generation_config": how}
-    return load(AutoModelForCausalLM, folder, **options)
-
-
-def _fits(model_path: Path, config: PreTrainedConfig, device: torch.device) -> bool:
-    """Tell whether the weights, widened to fp32 on the CPU, fit in the free memory of the device."""
-    size = weight_bytes(model_path, torch.float32 if device.type == "cpu" else stored_dtype(config))
-    place = (device.index or 0) if device.type in ("cuda", "xpu") else device.type
-    return size <= MARGIN * get_max_memory()[place]

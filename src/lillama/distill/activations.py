@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from lillama.distill.grams import shrunk, watched, with_siblings
 from lillama.distill.objective import recorded
 from lillama.errors import RecipeError
 from lillama.lowrank.gram import Gram
+from lillama.moments.inputs import shrink_experts, watch_inputs, with_siblings
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
 from lillama.stream.running import advance, begin, row_slices
@@ -127,7 +127,7 @@ class BlockActivations:
             RecipeError: a child's outputs cannot be compared.
         """
         linears = list(linears)
-        with watched(block, with_siblings(block, linears)) as watch, recorded(block, parts) as outputs:
+        with watch_inputs(block, with_siblings(block, linears)) as watch, recorded(block, parts) as outputs:
             for rows in row_slices(self.teacher.shape[0], self.micro_batch):
                 hidden = self.teacher.read(rows)
                 call = self.calls.select(index, rows, self.teacher.device)
@@ -136,7 +136,7 @@ class BlockActivations:
                 self.parts = {name: self._part(name, outputs.get(name), len(hidden)) for name in parts}
                 for name, store in self.parts.items():
                     store.write(rows, outputs[name].reshape(*hidden.shape[:2], -1))
-        return shrunk(block, watch.grams, linears)
+        return shrink_experts(block, watch.grams, linears)
 
     @torch.no_grad()
     def blend_target(self, index: int, block: nn.Module, share: float) -> None:

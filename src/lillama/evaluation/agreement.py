@@ -17,9 +17,9 @@ from lillama.evaluation.agreement_summary import Agreement, Measured, summary
 from lillama.evaluation.continuation import GRAM, PROMPT, Continued, continuations, continued, cut_prompts
 from lillama.evaluation.continuation_samples import Sample, samples
 from lillama.evaluation.tally import log_probs, pair_tallies
-from lillama.evaluation.whole import refuse_too_large
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
 from lillama.model.kind import refuse_too_long
+from lillama.model.loading import refuse_too_large
 from lillama.model.remote import remote_code
 from lillama.model.source import locate
 from lillama.progress import Report, silent

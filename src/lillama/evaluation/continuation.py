@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lillama.errors import CalibrationError
-from lillama.evaluation.whole import load_whole
 from lillama.evaluation.windows import Windows, spread
+from lillama.model.loading import load, refuse_too_large
 from lillama.progress import Progress, Report
 
 PROMPT = 32  # tokens of a prompt
@@ -78,7 +78,8 @@ def continuations(
         how = GenerationConfig(
             do_sample=False, max_new_tokens=new, pad_token_id=0
         )  # nothing ends, so nothing is padded
-        model = load_whole(folder, device, how)
+        refuse_too_large(folder, device)
+        model = load(folder, device, generation=how)
         written[name] = {}
         for text, parts in batches.items():
             outputs = []

@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from lillama.calibration.tokenizer import load_tokenizer, unknown_refused
 from lillama.errors import RecipeError
-from lillama.evaluation.whole import load_whole
+from lillama.model.loading import load, refuse_too_large
 from lillama.progress import Progress, Report
 from lillama.resources import shortage_explained
 from lillama.yaml_text import refuse_unbounded
@@ -124,7 +124,8 @@ def ask(
     """
     model_class, evaluate = _module("lm_eval.models.huggingface").HFLM, _module("lm_eval").evaluate
     answers: dict[tuple[str, str], Answers] = {}
-    model, tokenizer = load_whole(folder, device), load_tokenizer(folder)
+    refuse_too_large(folder, device)
+    model, tokenizer = load(folder, device), load_tokenizer(folder)
     with _quiet(), unknown_refused(model, tokenizer, str(folder)):
         asked = model_class(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
         for done, task in enumerate(tasks):

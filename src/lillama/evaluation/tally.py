@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lillama.errors import ModelError
 from lillama.evaluation.windows import Windows
+from lillama.memory import tokens_of_logits
 from lillama.model.describe import hidden_size
 from lillama.progress import Progress, Report
 from lillama.stream.batch import Batch
@@ -17,7 +18,6 @@ from lillama.stream.running import advance, begin, finish, row_slices
 from lillama.stream.store import ActivationStore, Shelf
 from lillama.stream.streamed import StreamedModel
 
-LOGIT_BYTES = 256 << 20
 TOKENS_AT_ONCE = 4096
 BINS = 15
 
@@ -163,7 +163,7 @@ def joined(parts: list[Tally]) -> Tally:
 
 
 def _slices(windows: Windows, vocabulary: int) -> Iterator[slice]:
-    at_once = max(1, LOGIT_BYTES // (4 * vocabulary * windows.ids.shape[1]))
+    at_once = max(1, tokens_of_logits(vocabulary) // windows.ids.shape[1])
     return row_slices(len(windows.ids), at_once)
 
 

@@ -148,7 +148,7 @@ def loaded(folder: str, setting: Setting) -> Loaded:
     with remote_code(setting.remote_code):
         kind = model_class(load_config(Path(folder)))
         how = GenerationConfig()  # the model's own may sample, search beams or stop early
-        model = load(kind, Path(folder), setting.device, dtype=setting.dtype or "auto", generation_config=how)
+        model = load(Path(folder), torch.device(setting.device), kind, dtype=setting.dtype or "auto", generation=how)
     return Loaded(model, idle)
 
 

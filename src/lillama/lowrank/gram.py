@@ -133,7 +133,12 @@ def _stack(grams: Sequence[Gram | None]) -> Gram | None:
 
 
 def held(features: int, widest: int | None = None) -> int:
-    """Return how many numbers a Gram of vectors of a length holds."""
+    """Return the numbers that a Gram stores: the tiled upper triangle of features x features, or the diagonal alone.
+
+    Args:
+        features: length of the vectors.
+        widest: length up to which more than the diagonal is kept; None sets no bound.
+    """
     if widest is not None and features > widest:
         return features
     whole, rest = divmod(features, TILE)

@@ -89,6 +89,11 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     return cast(torch.dtype, config.dtype) or torch.float32  # transformers has turned a name into the type already
 
 
+def computed_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """Return the type that a model computes in on a device: fp32 on the CPU, its stored one elsewhere."""
+    return torch.float32 if device.type == "cpu" else stored_dtype(config)
+
+
 def quantization(config: PretrainedConfig) -> dict[str, Any] | None:
     """Return the configuration's `quantization_config` as a dict, or None."""
     found = getattr(config, "quantization_config", None)

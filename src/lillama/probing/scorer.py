@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import (
@@ -24,13 +24,13 @@ from transformers.models.auto.modeling_auto import (
 
 from lillama.calibration.tokenizer import load_tokenizer
 from lillama.errors import ModelError, ProbeError
+from lillama.memory import tokens_of_logits
 from lillama.model.kind import kind_of
 from lillama.model.loading import load
 from lillama.model.skeleton import skeleton
-from lillama.model.source import load_config, locate, stored_dtype
+from lillama.model.source import load_config, locate
 from lillama.model.spec import Kind
 
-LOGIT_BYTES = 256 << 20
 TOKENS_AT_ONCE = 4096
 
 
@@ -78,8 +78,9 @@ def load_scorer(model: str | Path, device: torch.device, batch_tokens: int | Non
         raise ModelError(f"{model}: the tokenizer has no mask token, which pseudo-log-likelihood needs")
     bounds = [kind.max_positions, tokenizer.model_max_length]
     longest = min((bound for bound in bounds if bound and 0 < bound < 10**9), default=None)
-    at_once = batch_tokens or min(TOKENS_AT_ONCE, max(1, LOGIT_BYTES // (4 * config.get_text_config().vocab_size)))
-    return Scorer(str(model), _load(path, config, masked, device), tokenizer, masked, at_once, longest)
+    at_once = batch_tokens or min(TOKENS_AT_ONCE, tokens_of_logits(config.get_text_config().vocab_size))
+    loaded = load(path, device, AutoModelForMaskedLM if masked else AutoModelForCausalLM, generation=GenerationConfig())
+    return Scorer(str(model), loaded, tokenizer, masked, at_once, longest)
 
 
 def scored_kind(config: PretrainedConfig) -> Kind:
@@ -103,9 +104,3 @@ def scored_kind(config: PretrainedConfig) -> Kind:
     if kind.predicts == "nothing":
         raise ModelError(f"{name} has no language-modelling head; give a causal or a masked language model")
     return kind
-
-
-def _load(path: Path, config: PretrainedConfig, masked: bool, device: torch.device) -> PreTrainedModel:
-    kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    dtype = torch.float32 if device.type == "cpu" else stored_dtype(config)
-    return load(kind, path, device, dtype=dtype, generation_config=GenerationConfig())

@@ -17,13 +17,13 @@ from torch import Tensor
 from lillama.distill.history import History, Measurement
 from lillama.distill.learner import Learner
 from lillama.distill.pool import LearnerPool
-from lillama.distill.prediction import Compared, Head
 from lillama.distill.split import Split
 from lillama.distill.trainer import TrainingState
 from lillama.recovery.backprop import Chain, Part
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.log import HeldOut
 from lillama.stream.batch import Batch
+from lillama.stream.head import Compared, Head
 from lillama.stream.store import ActivationStore
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lillama.errors import ResourceError
-from lillama.resources import FULL, free_disk, free_memory
+from lillama.memory import MemoryBudget
+from lillama.resources import FULL, free_disk
 
 Place = Literal["device", "host", "disk"]
 
@@ -32,11 +33,21 @@ class Shelf:
     host_bytes: int
 
     @classmethod
-    def on(cls, device: torch.device, folder: Path, activation_memory: int | None) -> "Shelf":
-        """Return a shelf with budgets of `activation_memory` bytes, or of a quarter of what is free."""
+    def on(
+        cls, device: torch.device, folder: Path, activation_memory: int | None, memory: MemoryBudget | None = None
+    ) -> "Shelf":
+        """Return a shelf with budgets of `activation_memory` bytes, or of the share that activations have of `memory`.
+
+        Args:
+            device: that computes.
+            folder: for stores on disk.
+            activation_memory: bytes on the device, and in the host's memory.
+            memory: that all which is computed has in common; None asks for it now.
+        """
         if activation_memory is not None:
             return cls(device, folder, activation_memory, activation_memory)
-        return cls(device, folder, free_memory(device) // 4, free_memory(torch.device("cpu")) // 4)
+        memory = memory or MemoryBudget.of(device)
+        return cls(device, folder, memory.activations, memory.host_activations)
 
     def place(self, nbytes: int) -> Place:
         """Return where stores of `nbytes` together go."""

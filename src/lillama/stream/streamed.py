@@ -16,7 +16,7 @@ from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import find_stacks, refuse_quantized
 from lillama.model.kind import kind_of
 from lillama.model.skeleton import skeleton
-from lillama.model.source import load_config, quantization, stored_dtype
+from lillama.model.source import computed_dtype, load_config, quantization
 from lillama.model.spec import Kind
 from lillama.model.tied import untie
 from lillama.model.unfused import unfuse
@@ -142,5 +142,4 @@ def open_streamed(
     stacks = find_stacks(model)  # before linears are swapped: quantised ones would not be recognised
     if found is not None:
         install_stored(model, found)
-    computed = dtype or (torch.float32 if device.type == "cpu" else stored_dtype(config))
-    return StreamedModel(model, stacks, reader, device, computed, split_gate_up)
+    return StreamedModel(model, stacks, reader, device, dtype or computed_dtype(config, device), split_gate_up)

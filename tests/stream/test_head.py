@@ -18,8 +18,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from lillama.distill.prediction import NO_LABEL, Head, next_tokens
 from lillama.stream.batch import Batch
+from lillama.stream.head import NO_LABEL, Head, next_tokens
 from lillama.stream.running import begin
 from lillama.stream.store import Shelf, Stores
 from lillama.stream.streamed import open_streamed

@@ -22,7 +22,7 @@ Run = tuple[BlockArgs, Float[Tensor, "_ _ width"], Bool[Tensor, "_ _"] | None]  
 
 
 @dataclass
-class GramWatch:
+class InputMomentHooks:
     """Accumulates the Grams of a block's linears while somebody else runs the block.
 
     Attributes:
@@ -64,7 +64,9 @@ class GramWatch:
         """Let the inputs of the run that has just ended go."""
         self._seen.clear()
 
-    def real(self, name: str, x: Tensor, *masks: Tensor | None) -> Float[Tensor, "tokens width"]:
+    def real(
+        self, name: str, x: Float[Tensor, "*_ width"], *masks: Bool[Tensor, "sequences _"] | None
+    ) -> Float[Tensor, "tokens width"]:
         """Return the vectors at the real tokens among the inputs or outputs of a linear, one in a row."""
         experts, _, index = name.rpartition(".")[0].rpartition(".")
         if len(masks) > 1 and name in self._seen and _place(self._seen[name]) in self.crossing:
@@ -100,9 +102,9 @@ class GramWatch:
 
 
 @contextmanager
-def watched(block: nn.Module, names: Iterable[str]) -> Iterator[GramWatch]:
+def watch_inputs(block: nn.Module, names: Iterable[str]) -> Iterator[InputMomentHooks]:
     """Watch the inputs of the named linears of a block; call `add` after each run."""
-    watch, modules = GramWatch(), block.named_modules()
+    watch, modules = InputMomentHooks(), block.named_modules()
     with ExitStack() as hooks:
         for name, experts in [(name, module) for name, module in modules if isinstance(module, Experts)]:
             hooks.enter_context(experts.register_forward_pre_hook(watch.route(name)))
@@ -111,11 +113,15 @@ def watched(block: nn.Module, names: Iterable[str]) -> Iterator[GramWatch]:
         yield watch
 
 
-def shrunk(block: nn.Module, grams: Mapping[str, Gram], names: Iterable[str]) -> dict[str, Gram]:
-    """Return the Grams of the named linears; those of experts are drawn towards the mean of their layer.
+def shrink_experts(block: nn.Module, grams: Mapping[str, Gram], names: Iterable[str]) -> dict[str, Gram]:
+    """Return the Grams of the named linears; those of experts are shrunk towards the mean of their layer.
 
-    An expert sees few tokens, some see none. To its Gram as many tokens of the layer's mean Gram are added as the Gram is
-    wide (shrinkage to a common target), which an expert that saw many tokens hardly feels.
+    An expert sees few tokens, some see none. For an expert e of inputs of width n
+
+        G_e <- G_e + n * sum_i(G_i) / sum_i(count_i)        (i over the experts of the layer that saw a token)
+
+    that is, n tokens like the layer's average one are added, which an expert that saw many tokens hardly feels: linear
+    shrinkage to a common target, as of Ledoit and Wolf (2004), with a weight that is fixed rather than estimated.
 
     Args:
         block: that the names belong to.
@@ -178,7 +184,7 @@ def _drawn(own: Gram | None, mean: Gram) -> Gram:
 
 
 @torch.no_grad()
-def collect_grams(block: nn.Module, names: Iterable[str], runs: Iterable[Run]) -> dict[str, Gram]:
+def collect_input_moments(block: nn.Module, names: Iterable[str], runs: Iterable[Run]) -> dict[str, Gram]:
     """Run a block and accumulate the Grams of the real tokens that enter the named linears.
 
     Args:
@@ -187,18 +193,18 @@ def collect_grams(block: nn.Module, names: Iterable[str], runs: Iterable[Run]) -
         runs: micro-batches: how the block is called, its inputs, and true at real tokens.
     """
     names = list(names)
-    with watched(block, with_siblings(block, names)) as watch:
+    with watch_inputs(block, with_siblings(block, names)) as watch:
         for call, hidden, mask in runs:
             watch.call(call, block, hidden)
             watch.add(mask)
-    return shrunk(block, watch.grams, names)
+    return shrink_experts(block, watch.grams, names)
 
 
 def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def real(x: Tensor, *masks: Tensor | None) -> Float[Tensor, "tokens width"]:
+def real(x: Float[Tensor, "*_ width"], *masks: Bool[Tensor, "sequences _"] | None) -> Float[Tensor, "tokens width"]:
     """Return the vectors at the real tokens, one in a row; by the first mask that is for so many tokens."""
     x = x.flatten(0, -2)
     mask = next((mask for mask in masks if mask is not None and mask.numel() == len(x)), None)

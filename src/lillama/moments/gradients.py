@@ -1,7 +1,9 @@
-"""How the model's own log-likelihood depends on every linear: one pass forth and one back through the original.
+"""Second moments of the gradients at the outputs of every linear: an empirical Fisher, factored layer by layer.
 
-The pass back goes block by block, as the pass forth does: the inputs of every block lie in stores, and so do the gradients
-at its outputs, from which a block's part can be computed again at any time.
+One forward and one backward pass through the original, for the log-likelihood of labels that are sampled from the model's own
+predictions, as in K-FAC (Martens and Grosse, arXiv 1503.05671). The backward pass goes block by block, as the forward pass
+does: the inputs of every block lie in stores, and so do the gradients at its outputs, from which the moments of a block's
+linears can be computed again at any time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,13 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lillama.distill.grams import GramWatch, shrunk, watched, with_siblings
-from lillama.distill.prediction import Head
-from lillama.distill.probes import Probes
 from lillama.lowrank.gram import WIDEST, Gram, Moments
+from lillama.moments.inputs import InputMomentHooks, shrink_experts, watch_inputs, with_siblings
+from lillama.moments.probes import Probes
 from lillama.progress import Progress, Report
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockArgs, BlockInputs, Rowwise, tree_leaves
+from lillama.stream.head import Head
 from lillama.stream.running import advance, begin, entered, overflow, row_leaves, row_slices
 from lillama.stream.store import ActivationStore, Shelf, Stores
 from lillama.stream.streamed import StreamedModel
@@ -32,7 +34,7 @@ PROBED_TOKENS = 16_384  # on which gradients are measured
 
 @dataclass(frozen=True)
 class BackwardRun:
-    """A few sequences at one block, on the way back.
+    """A few sequences at one block, in the backward pass.
 
     Attributes:
         call: what the block is given besides its hidden state.
@@ -48,8 +50,8 @@ class BackwardRun:
 
 
 @dataclass(frozen=True)
-class Fisher:
-    """Gradients at the outputs of all blocks for some calibration sequences.
+class GradientCache:
+    """Gradients at the outputs of all blocks for some calibration sequences, and second moments that are computed from them.
 
     Attributes:
         rows: the sequences, as indices into the calibration set.
@@ -85,7 +87,8 @@ class Fisher:
         names = list(names)
         if index in self.kept:
             return {name: self.kept[index][name] for name in names}
-        found = moments(block, names, self.runs(index, self.probes.before(index).read), self.tokens, inputs=inputs)
+        runs = self.runs(index, self.probes.before(index).read)
+        found = collect_block_moments(block, names, runs, self.tokens, inputs=inputs)
         self.probes.advance(block)  # while it is at hand
         return found
 
@@ -105,7 +108,7 @@ class Fisher:
 Visit = Callable[[int, nn.Module, dict[str, Moments]], None]
 
 
-def measured(
+def collect_gradient_moments(
     model: StreamedModel,
     batch: Batch,
     rows: Int[Tensor, " n"],
@@ -115,8 +118,8 @@ def measured(
     names: Callable[[int], Iterable[str]],
     visit: Visit,
     report: Report,
-) -> Fisher:
-    """Run some sequences forth and back through a model.
+) -> GradientCache:
+    """Run some sequences forward and backward through a model, and collect the second moments at its linears block by block.
 
     Args:
         model: the original.
@@ -141,7 +144,7 @@ def measured(
         table, first = begin(model, batch, new, micro_batch, stack, before)
         stores.append([first])
         for index in model.indices(stack):
-            report(Progress("fisher", index, 2 * total, "forth"))
+            report(Progress("fisher", index, 2 * total, "forward"))
             source, sink = stores[stack][-1], new(first.shape)
             if not advance(model.block(index), index, table, source, sink, micro_batch):
                 raise overflow(f"the output of {model.names[index]}", model.dtype)
@@ -155,14 +158,18 @@ def measured(
     owner = [stack for stack in stacks for _ in model.indices(stack)]
     gradients = [store for outputs in stores for store in outputs[1:]]
     probes = Probes(model, batch, shelf, micro_batch)
-    fisher = Fisher(rows, batch, gradients, [tables[stack] for stack in owner], owner, tokens, micro_batch, probes)
+    fisher = GradientCache(
+        rows, batch, gradients, [tables[stack] for stack in owner], owner, tokens, micro_batch, probes
+    )
     for stack in reversed(stacks):
         crossing = _Crossing(tables[stack], replace(new, name=f"fisher-crossing-{stack}", made=[]))
         for index in reversed(model.indices(stack)):
-            report(Progress("fisher", 2 * total - 1 - index, 2 * total, "back"))
+            report(Progress("fisher", 2 * total - 1 - index, 2 * total, "backward"))
             block, source = model.block(index), stores[stack][index - model.indices(stack).start]
             back = crossing.sink(index, source) if stack else _into(source)
-            visit(index, block, moments(block, names(index), fisher.runs(index, source.read), tokens, back))
+            visit(
+                index, block, collect_block_moments(block, names(index), fisher.runs(index, source.read), tokens, back)
+            )
         if stack:
             _cross(model, batch, stack, stores, crossing, micro_batch)
             crossing.new.remove()
@@ -174,7 +181,7 @@ def measured(
 Sink = Callable[[slice, Tensor, list[tuple[Tensor, Tensor | None]]], None]
 
 
-def moments(
+def collect_block_moments(
     block: nn.Module,
     names: Iterable[str],
     runs: Iterable[BackwardRun],
@@ -182,7 +189,7 @@ def moments(
     sink: Sink | None = None,
     inputs: bool = True,
 ) -> dict[str, Moments]:
-    """Run a block forth and back, and accumulate the second moments at the named linears.
+    """Run a block forward and backward, and accumulate the second moments at the named linears.
 
     Args:
         block: dense, with its weights.
@@ -195,7 +202,7 @@ def moments(
     """
     names, start = list(names), 0
     together = with_siblings(block, names)
-    with ExitStack() as hooks, watched(block, together) as watch, torch.enable_grad():
+    with ExitStack() as hooks, watch_inputs(block, together) as watch, torch.enable_grad():
         reached = _Gradients(watch)
         for name in together:
             hooks.enter_context(block.get_submodule(name).register_forward_hook(reached.remember(name)))
@@ -214,15 +221,15 @@ def moments(
                 entered = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
                 sink(slice(start, start + len(hidden)), entered, [(leaf, leaf.grad) for leaf in given])
             start += len(hidden)
-    entering = shrunk(block, watch.grams, names) if inputs else {}
-    gradients = shrunk(block, reached.grams, names)
+    entering = shrink_experts(block, watch.grams, names) if inputs else {}
+    gradients = shrink_experts(block, reached.grams, names)
     share = {name: gram.count / tokens for name, gram in reached.grams.items()}
     return {name: Moments(entering.get(name), gradients[name], share.get(name, 0)) for name in names}
 
 
 @dataclass
 class _Gradients:
-    """Accumulates the Grams of the gradients at linears' outputs, each as soon as the pass back comes there.
+    """Accumulates the Grams of the gradients at linears' outputs, each as soon as the backward pass comes there.
 
     Attributes:
         watch: knows which tokens come to a linear.
@@ -230,7 +237,7 @@ class _Gradients:
         masks: true at the real tokens of the present run, as `BackwardRun` has them.
     """
 
-    watch: GramWatch
+    watch: InputMomentHooks
     grams: dict[str, Gram] = field(default_factory=dict)
     masks: Masks = ()
     _awaited: dict[str, tuple[RemovableHandle, Tensor]] = field(default_factory=dict)
@@ -247,7 +254,7 @@ class _Gradients:
         return hook
 
     def end(self) -> None:
-        """Count zeros where the pass back has not come; call it after each run."""
+        """Count zeros where the backward pass has not come; call it after each run."""
         for name in list(self._awaited):
             self._add(name, self._awaited[name][1])
 

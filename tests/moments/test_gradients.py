@@ -1,4 +1,4 @@
-"""The pass forth and back, block by block, gives what plain autograd through the whole model gives."""
+"""The forward and backward pass, block by block, gives what plain autograd through the whole model gives."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, T5Config, T5ForCon
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 
-from lillama.distill.fisher import BackwardRun, measured, moments
+from lillama.moments.gradients import BackwardRun, collect_block_moments, collect_gradient_moments
 from lillama.progress import silent
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockArgs
@@ -61,7 +61,7 @@ def test_moments_are_those_of_autograd(tiny, tmp_path, padded, disk):
 
     rows = torch.tensor([3, 1, 0, 4])
     shelf = Shelf(CPU, tmp_path, 0, 0 if disk else 1 << 30)
-    fisher = measured(
+    fisher = collect_gradient_moments(
         model, Batch.of_tokens(ids, mask), rows, shelf, 4, torch.Generator().manual_seed(1), lambda index: LINEARS, visit,
         silent,
     )  # fmt: skip
@@ -82,7 +82,7 @@ def test_moments_computed_again_are_the_same_bits(tiny, tmp_path, disk):
     ids, first = torch.randint(3, 200, (7, 12)), {}
     batch, shelf = Batch.of_tokens(ids, None), Shelf(CPU, tmp_path, 0, 0 if disk else 1 << 30)
     model, rows = open_streamed(tiny, CPU), torch.tensor([3, 1, 6, 0, 4])
-    fisher = measured(
+    fisher = collect_gradient_moments(
         model, batch, rows, shelf, 2, torch.Generator().manual_seed(1), lambda index: LINEARS,
         lambda index, block, moments: first.update({index: moments}), silent,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def test_of_two_calls_the_last_one_counts_and_what_nothing_hangs_on_has_no_gradi
     torch.manual_seed(0)
     block, hidden, gradient = Odd().requires_grad_(False), torch.randn(2, 5, 6), torch.randn(2, 5, 6)
     runs = [BackwardRun(BlockArgs(), hidden[i : i + 1], (None,), gradient[i : i + 1]) for i in range(2)]
-    found = moments(block, ["twice", "idle"], runs, tokens=10)
+    found = collect_block_moments(block, ["twice", "idle"], runs, tokens=10)
     flat, entered = 3 * gradient.flatten(0, 1).double(), block.twice(hidden).flatten(0, 1).double()
     torch.testing.assert_close(found["twice"].gradients.sum, flat.T @ flat, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found["twice"].inputs.sum, entered.T @ entered, rtol=1e-5, atol=1e-5)
@@ -134,7 +134,7 @@ def test_gradients_cross_from_the_decoder_to_the_encoder(tmp_path):
         found.update({f"{model.names[index]}.{name}": value for name, value in moments.items()})
 
     shelf = Shelf(CPU, tmp_path, 0, 1 << 30)
-    measured(
+    collect_gradient_moments(
         model, batch, torch.arange(5), shelf, 2, torch.Generator().manual_seed(1), lambda index: names, visit, silent
     ).remove()
 
@@ -171,7 +171,7 @@ def test_padding_of_either_stack_is_told_apart_where_both_are_equally_long(tmp_p
     def visit(index, block, moments):
         found.update({f"{model.names[index]}.{name}": value for name, value in moments.items()})
 
-    measured(
+    collect_gradient_moments(
         model, batch, torch.arange(4), Shelf(CPU, tmp_path, 0, 1 << 30), 3, torch.Generator().manual_seed(1),
         lambda index: names if index else names[2:], visit, silent,
     ).remove()  # fmt: skip
@@ -195,7 +195,7 @@ def test_an_expert_counts_by_the_tokens_that_come_to_it(tmp_path):
     model, found = open_streamed(tmp_path / "model", CPU), {}
     batch, shelf = Batch.of_tokens(torch.randint(2, 60, (4, 10))), Shelf(CPU, tmp_path, 0, 1 << 30)
     names = ["self_attn.q_proj", *(f"mlp.experts.{index}.down" for index in range(4))]
-    measured(
+    collect_gradient_moments(
         model, batch, torch.arange(4), shelf, 4, torch.Generator(), lambda index: names, lambda i, b, m: found.update(m),
         silent,
     ).remove()  # fmt: skip
@@ -214,7 +214,7 @@ def test_experts_that_are_given_all_tokens_count_those_that_were_meant_for_them(
     Llama4ForCausalLM(config).save_pretrained(tmp_path / "model")
     model, found = open_streamed(tmp_path / "model", CPU), {}
     names = [f"feed_forward.experts.{index}.{leaf}" for index in range(4) for leaf in ("gate_up", "down")]
-    measured(
+    collect_gradient_moments(
         model, Batch.of_tokens(torch.randint(2, 60, (4, 10))), torch.arange(4), Shelf(CPU, tmp_path, 0, 1 << 30), 4,
         torch.Generator(), lambda index: names, lambda i, b, m: found.update(m), silent,
     ).remove()  # fmt: skip

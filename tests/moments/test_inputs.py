@@ -4,9 +4,9 @@ from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from lillama.distill.grams import collect_grams
 from lillama.errors import ModelError
 from lillama.model.unfused import Experts
+from lillama.moments.inputs import collect_input_moments
 from lillama.stream.calls import BlockArgs
 
 
@@ -26,7 +26,7 @@ def test_grams_sum_the_real_tokens_of_all_batches():
     block, x = Split(), torch.randn(6, 5, 4)
     mask = torch.rand(6, 5) > 0.3
     runs = [(BlockArgs(), x[:4], mask[:4]), (BlockArgs(), torch.where(mask[4:, :, None], x[4:], 1e6), mask[4:])]
-    grams = collect_grams(block, ["q", "k", "o"], runs)
+    grams = collect_input_moments(block, ["q", "k", "o"], runs)
     real = x[mask].double()
     torch.testing.assert_close(grams["q"].sum, real.T @ real, rtol=1e-5, atol=1e-5)
     assert grams["q"].count == int(mask.sum())
@@ -39,8 +39,8 @@ def test_grams_sum_the_real_tokens_of_all_batches():
 def test_without_a_mask_every_token_counts():
     torch.manual_seed(0)
     block, x = Split(), torch.randn(6, 5, 4)
-    whole = collect_grams(block, ["o"], [(BlockArgs(), x, None)])
-    parts = collect_grams(block, ["o"], [(BlockArgs(), part, None) for part in x.split(2)])
+    whole = collect_input_moments(block, ["o"], [(BlockArgs(), x, None)])
+    parts = collect_input_moments(block, ["o"], [(BlockArgs(), part, None) for part in x.split(2)])
     torch.testing.assert_close(whole["o"].sum, parts["o"].sum, rtol=1e-5, atol=1e-6)
     assert whole["o"].count == parts["o"].count == 30
 
@@ -50,7 +50,7 @@ def test_values_whose_squares_are_no_numbers_are_refused_by_name(value):
     x = torch.randn(6, 5, 4)
     x[3, 2, 1] = value
     with pytest.raises(ModelError, match=r"q: what enters it .* too large on the calibration text"):
-        collect_grams(Split(), ["q"], [(BlockArgs(), x, None)])
+        collect_input_moments(Split(), ["q"], [(BlockArgs(), x, None)])
 
 
 def routed_block() -> tuple[nn.Module, Experts]:
@@ -83,7 +83,7 @@ def test_an_expert_is_measured_on_the_real_tokens_sent_to_it_and_drawn_to_its_la
     x[..., 0] = torch.randint(0, 2, (5, 7))  # nothing comes to expert 2
     mask = torch.rand(5, 7) > 0.3
     names = [f"experts.{index}.{leaf}" for index in range(4) for leaf in ("gate_up", "down")]
-    found = collect_grams(block, names, [(BlockArgs(), x[:3], mask[:3]), (BlockArgs(), x[3:], mask[3:])])
+    found = collect_input_moments(block, names, [(BlockArgs(), x[:3], mask[:3]), (BlockArgs(), x[3:], mask[3:])])
     real = x[mask].double()
     sent = {0: real[real[:, 0] == 0], 1: real[real[:, 0] == 1], 2: real[:0], 3: real}
     layer = sum(rows.T @ rows for rows in sent.values()) / sum(len(rows) for rows in sent.values())
@@ -98,4 +98,4 @@ def test_a_linear_that_is_never_called_is_named():
     block = Split()
     block.unused = nn.Linear(4, 4)
     with pytest.raises(ModelError, match=r"unused is not called as a module .* --ignore '\*unused'"):
-        collect_grams(block, ["q", "unused"], [(BlockArgs(), torch.randn(2, 3, 4), None)])
+        collect_input_moments(block, ["q", "unused"], [(BlockArgs(), torch.randn(2, 3, 4), None)])

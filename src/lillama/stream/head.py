@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lillama.memory import LOGIT_BYTES_IN_TRAINING, tokens_of_logits
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
 from lillama.stream.running import finish, overflow, row_slices
@@ -19,7 +20,6 @@ from lillama.stream.store import ActivationStore, Shelf, Stores
 from lillama.stream.streamed import StreamedModel
 from lillama.stream.through import through
 
-LOGIT_BYTES = 64 << 20  # of one (tokens x vocabulary) matrix in fp32; some five of them are in memory together
 NO_LABEL = -100
 LEAST_LENGTH = 1e-6  # of an output that is next to nothing
 
@@ -55,7 +55,7 @@ class Head:
     model: StreamedModel
     outside: PreTrainedModel
     calls: BlockInputs
-    logit_bytes: int = LOGIT_BYTES
+    logit_bytes: int = LOGIT_BYTES_IN_TRAINING
 
     def compare(
         self,
@@ -165,7 +165,7 @@ class Head:
         """Return how many tokens are taken at once."""
         if not self.predicts:
             return length
-        return max(1, min(length, self.logit_bytes // (4 * self.outside.config.get_text_config().vocab_size)))
+        return min(length, tokens_of_logits(self.outside.config.get_text_config().vocab_size, self.logit_bytes))
 
     def _compare(
         self, ids: Tensor, labels: Tensor, own: Tensor, teacher: Tensor, weights: tuple[float, float] | None
