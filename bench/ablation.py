@@ -57,7 +57,7 @@ def measure(row: str, seed: int) -> dict[str, Any]:
     import torch
 
     import lillama
-    from lillama.recipe import load_recipe
+    from lillama.recipes.recipe import load_recipe
 
     torch.set_num_threads(1)
     sources = [{"path": str(path)} for path in CASE.texts("calib")]

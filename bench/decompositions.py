@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lillama.lowrank.leading import FAR_BELOW, eigh, krylov
-from lillama.resources import pick_device
+from lillama.lowrank.eigen import FAR_BELOW, eigh, krylov
+from lillama.system.resources import pick_device
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIDES, PARTS, REPEATS = (512, 1024, 2048), (64, 32, 16), 3

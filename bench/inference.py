@@ -19,11 +19,11 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lillama.evaluation.speed import Benchmark, Dtype, Spread, benchmark
-from lillama.hub.quantizer import LowRankConfig, declare
 from lillama.lowrank.install import install_stored, low_rank_linears
 from lillama.lowrank.storage import Storage
 from lillama.model.describe import describe
-from lillama.ranks.allocate import Uniform
+from lillama.modeling.quantizer import LowRankConfig, declare
+from lillama.ranks.allocators import Uniform
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCKS, WHOLE_BLOCKS, WHOLE_VOCABULARY, HEAD_WIDTH, NEW, REPEATS, SEED = 2, 22, 32_000, 64, 16, 3, 0

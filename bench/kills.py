@@ -119,7 +119,7 @@ def jobs(folder: Path) -> dict[str, dict]:
     """Make a tiny model and a text; return name -> job."""
     sys.path.append(str(TESTS))
     from conftest import save_model
-    from lillama.recipe import load_recipe
+    from lillama.recipes.recipe import load_recipe
 
     model, text, chance = save_model(folder / "model", num_hidden_layers=3), folder / "words.txt", random.Random(0)
     words = ["".join(chance.choices("abcdefghij", k=chance.randint(1, 6))) for _ in range(40)]

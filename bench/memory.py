@@ -57,10 +57,10 @@ def compress(folder: Path, room: int) -> dict[str, int]:
     import torch
 
     import lillama
-    import lillama.compression
-    from lillama.options import Machine
-    from lillama.recipe import load_recipe
-    from lillama.resources import trim_memory
+    import lillama.pipeline.api
+    from lillama.recipes.options import Machine
+    from lillama.recipes.recipe import load_recipe
+    from lillama.system.resources import trim_memory
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     recipe = load_recipe("default", {"distill": {"epochs": 1, "batch_size": MICRO_BATCH}})
@@ -75,8 +75,10 @@ def compress(folder: Path, room: int) -> dict[str, int]:
     run("tiny")  # all code is loaded then
     trim_memory()
     before, peak = anonymous(), Peak()
-    free = patch("lillama.memory.free_memory", lambda device: room)
-    unchecked = patch("lillama.making.check_resources")  # it counts what autograd keeps by the most that there may be
+    free = patch("lillama.system.memory.free_memory", lambda device: room)
+    unchecked = patch(
+        "lillama.pipeline.compress.check_resources"
+    )  # it counts what autograd keeps by the most that there may be
     with free, unchecked, peak:
         run("model")
     return {"peak_bytes": peak.bytes - before, "before_bytes": before}
@@ -115,10 +117,10 @@ def yardstick(folder: Path) -> dict[str, int]:
 
     import lillama
     from lillama.lowrank.install import install
+    from lillama.stream.activations import Shelf, Stores
     from lillama.stream.batch import Batch
-    from lillama.stream.running import begin
-    from lillama.stream.store import Shelf, Stores
-    from lillama.stream.streamed import open_streamed
+    from lillama.stream.capture import begin
+    from lillama.stream.model import open_streamed
 
     model = open_streamed(folder / "model", torch.device("cpu"))
     plan = lillama.plan(folder / "model", keep=KEEP).plan

@@ -106,8 +106,8 @@ def measure(case: Case, row: str, keep: float, seed: int) -> dict[str, Any]:
 
     import lillama
     from lillama.evaluation.agreement import Protocol, agreement
-    from lillama.recipe import load_recipe
-    from lillama.resources import peak_memory
+    from lillama.recipes.recipe import load_recipe
+    from lillama.system.resources import peak_memory
 
     torch.set_num_threads(1)
     _, base, changes = RECIPES[row]

@@ -80,31 +80,34 @@ class Stages:
 @contextmanager
 def staged() -> Iterator[Stages]:
     """Time the stages of `compress` by the functions that do them."""
-    import lillama.allocation
     import lillama.moments.gradients
-    import lillama.schedules
+    import lillama.pipeline.rank_selection
+    import lillama.pipeline.schedules
     from lillama.distill.activations import BlockActivations
     from lillama.distill.learner import Learner
-    from lillama.lesson import RunContext
     from lillama.moments.inputs import InputMomentHooks
+    from lillama.pipeline.context import RunContext
     from lillama.recovery.training import RecoveryTraining
-    from lillama.stream.streamed import StreamedModel
+    from lillama.stream.model import StreamedModel
 
     stages = Stages()
     places = {
         "grams": [(InputMomentHooks, "add")],
         "gradients": [
-            (lillama.allocation, "collect_gradient_moments"),
+            (lillama.pipeline.rank_selection, "collect_gradient_moments"),
             (lillama.moments.gradients, "collect_block_moments"),
         ],
-        "spectra": [(lillama.allocation, "_spectra")],
-        "trials": [(lillama.allocation, "advance")],
-        "factors": [(lillama.schedules, "compressed_copy"), (lillama.allocation, "compressed_copy")],
+        "spectra": [(lillama.pipeline.rank_selection, "_spectra")],
+        "trials": [(lillama.pipeline.rank_selection, "advance")],
+        "factors": [
+            (lillama.pipeline.schedules, "compressed_copy"),
+            (lillama.pipeline.rank_selection, "compressed_copy"),
+        ],
         "teacher's stream": [(BlockActivations, "compute_target")],
         "student's stream": [(BlockActivations, "advance")],
         "steps": [(Learner, "step")],
         "checks": [(Learner, "validate"), (Learner, "state")],
-        "bookkeeping": [(lillama.schedules, "distill_block")],
+        "bookkeeping": [(lillama.pipeline.schedules, "distill_block")],
         "recovery": [(RecoveryTraining, "step")],
         "files": [(StreamedModel, "block"), (RunContext, "save"), (RunContext, "finished")],
     }
@@ -118,10 +121,10 @@ def staged() -> Iterator[Stages]:
 @contextmanager
 def captured() -> Iterator[list[dict[str, Any]]]:
     """Keep what each block's training started from, and what came of it."""
-    import lillama.schedules
+    import lillama.pipeline.schedules
 
     taught: list[dict[str, Any]] = []
-    train = lillama.schedules.distill_block
+    train = lillama.pipeline.schedules.distill_block
 
     def keep(learner: Any, name: str, data: Any, held_out: Any, trainer: Any, report: Any) -> Any:
         start = copy.deepcopy(learner.student)
@@ -131,7 +134,7 @@ def captured() -> Iterator[list[dict[str, Any]]]:
         )
         return log
 
-    with patch.object(lillama.schedules, "distill_block", keep):
+    with patch.object(lillama.pipeline.schedules, "distill_block", keep):
         yield taught
 
 
@@ -199,10 +202,10 @@ def measure(hidden: int) -> dict[str, Any]:
     import torch
 
     import lillama
-    import lillama.compression
-    from lillama.calibration.pack import TokenBlocks
-    from lillama.options import Machine
-    from lillama.recipe import load_recipe
+    import lillama.pipeline.api
+    from lillama.calibration.pack import CalibrationSet
+    from lillama.recipes.options import Machine
+    from lillama.recipes.recipe import load_recipe
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -220,7 +223,7 @@ def measure(hidden: int) -> dict[str, Any]:
                 tokens=rows * SEQ_LEN, seq_len=SEQ_LEN, machine=Machine("cpu"),
             )  # fmt: skip
         rates.append(matmul_rate(hidden))
-        ids = TokenBlocks.load(result.run / "calibration").ids.long()
+        ids = CalibrationSet.load(result.run / "calibration").ids.long()
         plain = plain_loop(folder / "model", ids, taught)
         rates.append(matmul_rate(hidden))
     seconds = {stage: spent for stage, spent in stages.seconds.items() if stage != "rest"}

@@ -93,7 +93,7 @@ def measure(job: Job) -> dict[str, Any]:
     import torch
 
     import lillama
-    from lillama.recipe import load_recipe
+    from lillama.recipes.recipe import load_recipe
     from tiny import score
 
     torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from lillama.cli_process import quieten  # before what it is to keep quiet
+from lillama.cli.process import quieten  # before what it is to keep quiet
 
 quieten()
 

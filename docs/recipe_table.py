@@ -16,12 +16,12 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from lillama.cli_process import quieten  # before what it is to keep quiet
+from lillama.cli.process import quieten  # before what it is to keep quiet
 
 quieten()
 
-from lillama.calibration.sources import Source
-from lillama.recipe import Recipe, load_recipe, recipe_names
+from lillama.corpus.sources import Source
+from lillama.recipes.recipe import Recipe, load_recipe, recipe_names
 
 PAGE = Path(__file__).with_name("recipes.md")
 BEGIN, END = "<!-- begin: written by docs/recipe_table.py -->", "<!-- end -->"

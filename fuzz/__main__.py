@@ -18,7 +18,7 @@ import torch
 from fuzz import material
 from fuzz.isolated import Outcome, outcomes, status_of
 from fuzz.targets import TARGETS, Case, copied
-from lillama import prepare
+from lillama.pipeline import job as prepare
 
 TOGETHER = 50  # cases one after the other in one process, unless one breaks it
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lillama import cli
+from lillama.cli import app as cli
 
 CPU_SECONDS, SECONDS = 10, 60  # of the processor; on the clock, for what waits without computing
 SPIKE, MOST = 2 << 30, 8 << 30  # bytes more than before: a fault; refused

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lillama.cli_process import quieten  # before what it is to keep quiet
+from lillama.cli.process import quieten  # before what it is to keep quiet
 
 quieten()
 
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lillama.recipe import Recipe, load_recipe
+from lillama.recipes.recipe import Recipe, load_recipe
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
@@ -34,6 +34,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 1,
 }
 
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 PACKAGE = "transformers_modules"  # as which transformers imports the code of models
 
 MakeModel = Callable[..., Path]
@@ -99,6 +100,33 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 def tiny(make_model: MakeModel) -> Path:
     """A model folder that tests only read."""
     return make_model()
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model folder that tests only read; its embeddings are more than its tokens, as in many real models."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 6,  # as in many real models, the embedding is longer than the vocabulary
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,11 @@ from functools import partial
 
 import torch
 
-from lillama import compression, making, recover, schedules
-from lillama.recipe import Recipe, load_recipe
+from lillama.pipeline import api as compression
+from lillama.pipeline import compress as making
+from lillama.pipeline import recovery as recover
+from lillama.pipeline import schedules
+from lillama.recipes.recipe import Recipe, load_recipe
 
 
 def work(job: dict) -> None:

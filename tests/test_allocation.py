@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lillama import allocation
-from lillama.compression import compress, preview
 from lillama.errors import BudgetError, OutputError, RecipeError
 from lillama.hub.export import export
 from lillama.model.describe import describe
+from lillama.pipeline import rank_selection as allocation
+from lillama.pipeline.api import compress, preview
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from lillama import making, schedules
-from lillama.artefacts import checked, load_json, load_tensors, load_whole, save_json, save_tensors, seal_of
-from lillama.compression import compress
 from lillama.distill import trainer
 from lillama.errors import DamagedError
-from lillama.recipe import Recipe, load_recipe
+from lillama.files.artefacts import checked, load_json, load_tensors, load_whole, save_json, save_tensors, seal_of
+from lillama.pipeline import compress as making
+from lillama.pipeline import schedules
+from lillama.pipeline.api import compress
+from lillama.recipes.recipe import Recipe, load_recipe
 
 
 def flip(file: Path) -> None:

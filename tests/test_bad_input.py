@@ -14,12 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lillama import cli, making, memory, prepare
-from lillama.cli import main
-from lillama.compression import compress
+from lillama.cli import app as cli
+from lillama.cli.app import main
 from lillama.errors import ModelError
-from lillama.options import Machine
-from lillama.prepare import build_job
+from lillama.pipeline import compress as making
+from lillama.pipeline import job as prepare
+from lillama.pipeline.api import compress
+from lillama.pipeline.job import build_job
+from lillama.recipes.options import Machine
+from lillama.system import memory
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -286,7 +289,7 @@ def test_other_commands(tiny, text, tmp_path, capsys, words, match):
 
 @pytest.mark.slow
 def test_a_real_process_says_one_line(tmp_path):
-    command = [sys.executable, "-m", "lillama.cli", "compress", str(tmp_path / "none"), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "lillama.cli.app", "compress", str(tmp_path / "none"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     own = [line for line in done.stderr.splitlines() if "torch" not in line]  # torchao, where installed, chatters

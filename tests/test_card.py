@@ -9,15 +9,15 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from lillama import card as module
 from lillama.calibration.pack import Manifest, SourceRecord
-from lillama.card import card
 from lillama.evaluation.perplexity import TextScore
+from lillama.hub import card as module
+from lillama.hub.card import card
 from lillama.hub.rights import Rights
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 from lillama.ranks.plan import RankPlan
-from lillama.recipe import Recipe
-from lillama.result import Result, Stored, TextPair
+from lillama.recipes.recipe import Recipe
+from lillama.runs.result import Result, Stored, TextPair
 from lillama.stream.head import Change
 
 LINEARS = tuple(LinearSpec(f"layers.{index}.up", 60, 60) for index in range(16))

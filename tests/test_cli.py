@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 
 from lillama import __all__ as names
-from lillama import cli_output, compression
-from lillama.cli import main
-from lillama.cli_output import Drawing
-from lillama.compression import compress
+from lillama.cli import output as cli_output
+from lillama.cli.app import main
+from lillama.cli.output import Drawing
 from lillama.errors import RecipeError
-from lillama.options import Machine, Overrides, OverridesDict, parse_size
-from lillama.progress import Progress
+from lillama.pipeline import api as compression
+from lillama.pipeline.api import compress
+from lillama.recipes.options import Machine, Overrides, OverridesDict, parse_size
+from lillama.system.progress import Progress
 
 
 def run(*words: object) -> None:
@@ -242,7 +243,7 @@ def test_bars_on_a_terminal(tiny, recipe, text, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "lillama.cli",
+        "lillama.cli.app",
         "compress",
         tiny,
         tmp_path / "out",

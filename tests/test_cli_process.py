@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lillama import making
-from lillama.cli import main, run
-from lillama.cli_process import Output, Stopped, stoppable
-from lillama.compression import compress
+from lillama.cli.app import main, run
+from lillama.cli.process import Output, Stopped, stoppable
+from lillama.pipeline import compress as making
+from lillama.pipeline.api import compress
 
 
 class Full:
@@ -101,7 +101,7 @@ def test_closed_streams_keep_their_numbers(tmp_path):
     """A file that is opened while a stream is closed does not become that stream."""
     script = f"""
 import sys
-from lillama.cli_process import streams
+from lillama.cli.process import streams
 with streams() as out:
     file = open({str(tmp_path / "mine")!r}, "w")
     assert file.fileno() > 2, file.fileno()
@@ -161,7 +161,8 @@ def test_an_ignored_signal_stays_ignored():
 
 DEAF = """
 import os, signal, sys, time
-from lillama import cli, cli_process
+from lillama.cli import app as cli
+from lillama.cli import process as cli_process
 cli_process.GRACE = float(sys.argv[1])
 
 def work():

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lillama
 import lillama.calibration.pack
-import lillama.lesson
-import lillama.schedules
-from lillama.compression import compress
+import lillama.pipeline.context
+import lillama.pipeline.schedules
 from lillama.errors import OutputError, RecipeError
-from lillama.options import Machine
-from lillama.run import opened
+from lillama.pipeline.api import compress
+from lillama.recipes.options import Machine
+from lillama.runs.run_dir import opened
 
 CASES = {
     "plain": {},
@@ -202,16 +202,16 @@ def test_the_seed_reaches_random_factors(two_blocks, quick, tmp_path):
 
 def test_the_students_stream_runs_through_the_students(tiny, quick, tmp_path, monkeypatch):
     """What enters each student is what enters its block in the finished model."""
-    entered, advance = [], lillama.schedules.BlockActivations.advance
+    entered, advance = [], lillama.pipeline.schedules.BlockActivations.advance
 
     def noted(self, index, student):
         advance(self, index, student)
         entered.append((self.teacher.read(slice(0, 40)), self.student.read(slice(0, 40))))
 
-    monkeypatch.setattr(lillama.schedules.BlockActivations, "advance", noted)
+    monkeypatch.setattr(lillama.pipeline.schedules.BlockActivations, "advance", noted)
     recipe = quick(targets=["*.0.*", "*.2.*"], keep=0.8)  # the block between stays dense
     result = compress(tiny, tmp_path / "out", recipe=recipe)
-    ids = lillama.calibration.pack.TokenBlocks.load(result.run / "calibration").ids
+    ids = lillama.calibration.pack.CalibrationSet.load(result.run / "calibration").ids
     for which, folder in enumerate((tiny, result.path)):
         model = AutoModelForCausalLM.from_pretrained(folder)
         with torch.no_grad():
@@ -225,8 +225,10 @@ def test_activations_on_disk_give_the_same_bits(tiny, quick, text, tmp_path, sch
     recipe = quick(distill={"schedule": schedule})
     host = compress(tiny, tmp_path / "host", recipe=recipe, texts=[text])
     seen = []
-    place = lillama.lesson.Shelf.place
-    monkeypatch.setattr(lillama.lesson.Shelf, "place", lambda self, n: seen.append(place(self, n)) or seen[-1])
+    place = lillama.pipeline.context.Shelf.place
+    monkeypatch.setattr(
+        lillama.pipeline.context.Shelf, "place", lambda self, n: seen.append(place(self, n)) or seen[-1]
+    )
     disk = compress(tiny, tmp_path / "disk", recipe=recipe, texts=[text], machine=Machine(activation_memory=0))
     assert set(seen) == {"disk"}
     assert weights(host.path) == weights(disk.path) and host.texts == disk.texts
@@ -342,7 +344,7 @@ def test_one_sequence_serves_for_both_with_a_warning(tiny, quick, tmp_path, capl
 
 def test_nothing_is_taught_twice(tiny, quick, text, tmp_path, monkeypatch):
     first = compress(tiny, tmp_path / "out", recipe=quick())
-    monkeypatch.setitem(lillama.making.SCHEDULES, "sequential", None)
+    monkeypatch.setitem(lillama.pipeline.compress.SCHEDULES, "sequential", None)
     again = compress(tiny, tmp_path / "out", recipe=quick(), texts=[text])
     assert weights(first.path) == weights(again.path) and len(again.texts) == 1
 

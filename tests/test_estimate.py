@@ -4,15 +4,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lillama.estimate import EFFICIENCY, LOGITS, estimate, matmul_rate
-from lillama.lowrank.initialize import Svd, TwoSided, Whitened
-from lillama.memory import LOGIT_BYTES_IN_TRAINING, MemoryBudget
+from lillama.lowrank.initialisers import Svd, TwoSided, Whitened
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 from lillama.moments.gradients import PROBED_TOKENS
+from lillama.pipeline.estimate import EFFICIENCY, LOGITS, estimate, matmul_rate
 from lillama.ranks.adaptive import Adaptive
-from lillama.ranks.allocate import Uniform
+from lillama.ranks.allocators import Uniform
 from lillama.ranks.plan import RankPlan
-from lillama.recipe import Recipe
+from lillama.recipes.recipe import Recipe
+from lillama.system.memory import LOGIT_BYTES_IN_TRAINING, MemoryBudget
 
 Plan = Callable[..., RankPlan]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lillama import files
 from lillama.errors import ModelError
-from lillama.files import atomic_file, atomic_folder, digest, file_digest, read_json, write_json
+from lillama.files import atomic as files
+from lillama.files.atomic import atomic_file, atomic_folder, digest, file_digest, read_json, write_json
 
 
 class Killed(BaseException):

@@ -14,7 +14,7 @@ WRONG = r"""
 import json, os, sys, tempfile
 from pathlib import Path
 from fuzz import isolated
-from lillama import cli
+from lillama.cli import app as cli
 
 def endless():
     while True: pass

@@ -3,7 +3,7 @@
 import pytest
 
 from lillama.errors import BudgetError
-from lillama.goals import ATTEMPTS, CLOSE, smallest_within
+from lillama.pipeline.bisection import ATTEMPTS, CLOSE, smallest_within
 
 
 def predicted(keep: float) -> float:

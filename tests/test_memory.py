@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lillama import memory
-from lillama.memory import MemoryBudget, tokens_of_logits
+from lillama.system import memory
+from lillama.system.memory import MemoryBudget, tokens_of_logits
 
 CPU = torch.device("cpu")
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lillama import making, result
-from lillama.compression import compress
-from lillama.errors import CalibrationError, LillamaError, OutputError
-from lillama.files import atomic_folder, claimed
-from lillama.run import opened
+from lillama.errors import DataError, LillamaError, OutputError
+from lillama.files.atomic import atomic_folder, claimed
+from lillama.pipeline import compress as making
+from lillama.pipeline.api import compress
+from lillama.runs import result
+from lillama.runs.run_dir import opened
 
 IDENTITY = {"recipe": {"keep": 0.8}}
 
@@ -222,8 +223,8 @@ def test_a_refusal_leaves_the_place_of_the_run_as_it_was(tmp_path, kind):
     if kind == "link":
         real.mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(CalibrationError, match="too short"), opened(run, IDENTITY):
-        raise CalibrationError("too short")
+    with pytest.raises(DataError, match="too short"), opened(run, IDENTITY):
+        raise DataError("too short")
     assert sorted(tmp_path.rglob("*")) == before and run.is_symlink() == (kind != "folder")
     with opened(run, IDENTITY) as begun:
         begun.calibration.mkdir()
@@ -234,8 +235,8 @@ def test_blocks_outlive_a_refusal(tmp_path):
     """Tokens that are gone and cannot be gathered again are no reason to remove what was taught."""
     with opened(tmp_path / "run", IDENTITY) as run:
         (run.path / "blocks").mkdir()
-    with pytest.raises(CalibrationError), opened(tmp_path / "run", IDENTITY):
-        raise CalibrationError("no text")
+    with pytest.raises(DataError), opened(tmp_path / "run", IDENTITY):
+        raise DataError("no text")
     assert (tmp_path / "run" / "blocks").is_dir()
 
 

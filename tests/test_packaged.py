@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 import lillama
-from lillama import result
-from lillama.cli import main
-from lillama.packaged import packaged
-from lillama.recipe import recipe_names
+from lillama.cli.app import main
+from lillama.files.packaged import packaged
+from lillama.recipes.recipe import recipe_names
+from lillama.runs import result
 
 ROOT = Path(__file__).parents[1]
 FROM_ARCHIVE = """
 import importlib.metadata, sys
 from pathlib import Path
 import lillama
-from lillama.packaged import packaged
+from lillama.files.packaged import packaged
 assert ".zip" in lillama.__file__
 assert lillama.__version__ == sys.argv[1]
 folder = packaged("recipes")

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lillama import options, prepare
 from lillama.errors import RecipeError, ResourceError
-from lillama.memory import MemoryBudget
-from lillama.options import Machine
-from lillama.prepare import build_job, check_resources, plan, resize_job
+from lillama.pipeline import job as prepare
+from lillama.pipeline.job import build_job, check_resources, plan, resize_job
+from lillama.recipes import options
+from lillama.recipes.options import Machine
+from lillama.system.memory import MemoryBudget
 
 
 @pytest.fixture

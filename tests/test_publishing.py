@@ -7,7 +7,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from lillama.publishing import escaped, fenced, markdown_templates, plain, public_name, public_recipe, unescaped
+from lillama.files.publishing import escaped, fenced, markdown_templates, plain, public_name, public_recipe, unescaped
 
 HOSTILE = [
     "apache-2.0\n\n# Owned\n\n[free](https://evil.example)",

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from lillama.calibration.sources import Source
+from lillama.corpus.sources import Source
 from lillama.distill.losses import L1Cosine, Mse, TokenMse
 from lillama.errors import RecipeError
-from lillama.lowrank.initialize import Random, Svd, Whitened
-from lillama.options import Overrides
-from lillama.ranks.allocate import Bottom, Top, Uniform
-from lillama.recipe import Recipe, load_recipe, override, recipe_file, recipe_name, recipe_names
+from lillama.lowrank.initialisers import Random, Svd, Whitened
+from lillama.ranks.allocators import Bottom, Top, Uniform
+from lillama.recipes.options import Overrides
+from lillama.recipes.recipe import Recipe, load_recipe, override, recipe_file, recipe_name, recipe_names
 
 OTHER = replace(
     Recipe(),

@@ -13,22 +13,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from lillama import recover as stage
-from lillama.calibration.gather import gather
+from lillama.calibration.sample import sample_calibration
 from lillama.distill.split import Batches
-from lillama.lesson import RunContext
 from lillama.lowrank.install import install
-from lillama.memory import MemoryBudget
-from lillama.options import Machine
-from lillama.prepare import build_job
-from lillama.progress import silent
+from lillama.pipeline import recovery as stage
+from lillama.pipeline.context import RunContext
+from lillama.pipeline.job import build_job
+from lillama.pipeline.recovery import recover
+from lillama.pipeline.schedules import distill_sequentially
 from lillama.ranks.plan import RankPlan
-from lillama.recover import recover
+from lillama.recipes.options import Machine
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.training import RecoveryTraining
-from lillama.run import RunDir
-from lillama.schedules import distill_sequentially
-from lillama.stream.streamed import open_streamed
+from lillama.runs.run_dir import RunDir
+from lillama.stream.model import open_streamed
+from lillama.system.memory import MemoryBudget
+from lillama.system.progress import silent
 
 CONFIG = RecoveryConfig(epochs=2, batch_size=8, lr=1e-3, lr_scale="width", lr_width=None, checks=4)
 STEPS = 8
@@ -48,7 +48,7 @@ def taught(tiny, quick, tmp_path) -> Callable[..., RunContext]:
         if only is not None:
             ranks = {name: rank if f".{only}." in name else None for name, rank in job.plan.ranks.items()}
             job = replace(job, plan=RankPlan(job.plan.spec, ranks))
-        tokens = gather(recipe.calibration, model, job.tokenizer, recipe.seed, job.device, silent)
+        tokens = sample_calibration(recipe.calibration, model, job.tokenizer, recipe.seed, job.device, silent)
         if mask:
             real = torch.ones_like(tokens.ids, dtype=torch.bool)
             real[1::3, 20:] = False

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lillama import resources
 from lillama.errors import ResourceError
-from lillama.resources import free_disk, free_memory, peak_memory, pick_device, shortage_explained
+from lillama.system import resources
+from lillama.system.resources import free_disk, free_memory, peak_memory, pick_device, shortage_explained
 
 MEMORY = ["--micro-batch", "--activation-memory", "--device"]
 DISK = ["--run"]
@@ -145,7 +145,7 @@ def test_free_memory_is_what_the_container_may_take(tmp_path, monkeypatch, versi
 
 HOLES = """
 import sys, torch
-from lillama.resources import save_memory
+from lillama.system.resources import save_memory
 held = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 if sys.argv[1] == "saved":
     save_memory()

@@ -16,11 +16,15 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from lillama import artefacts, files, making, recover, schedules
-from lillama.cli import main
-from lillama.compression import compress
+from lillama.cli.app import main
+from lillama.files import artefacts
+from lillama.files import atomic as files
 from lillama.model import checkpoint
-from lillama.recipe import Recipe, load_recipe
+from lillama.pipeline import compress as making
+from lillama.pipeline import recovery as recover
+from lillama.pipeline import schedules
+from lillama.pipeline.api import compress
+from lillama.recipes.recipe import Recipe, load_recipe
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 

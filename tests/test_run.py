@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lillama.distill.log import DistillLog
-from lillama.errors import CalibrationError, OutputError, TrainingError
-from lillama.run import RunDir, opened
+from lillama.errors import DataError, OutputError, TrainingError
+from lillama.runs.run_dir import RunDir, opened
 
 IDENTITY = {"recipe": {"keep": 0.8, "distill": {"lr": 1e-3}}, "model": {"files": "ab" * 32}, "plan": "cd" * 32}
 LOG = DistillLog("b", 4, 100, 1e-3, 2.0, 1.0, True, 4, False, ((1, 2.0, None),), ((0, 2.0, None), (4, 1.0, None)))
@@ -124,8 +124,8 @@ def test_what_a_kill_left_is_swept(tmp_path):
 
 
 def test_a_refusal_before_the_tokens_leaves_nothing(tmp_path):
-    with pytest.raises(CalibrationError), opened(tmp_path / "run", IDENTITY):
-        raise CalibrationError("no text")
+    with pytest.raises(DataError), opened(tmp_path / "run", IDENTITY):
+        raise DataError("no text")
     assert not (tmp_path / "run").exists()
 
 

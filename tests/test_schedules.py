@@ -11,15 +11,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lillama import lesson, schedules
-from lillama.artefacts import load_tensors
-from lillama.compression import compress
-from lillama.distill.compiled import Compiled
+from lillama.distill.compile import Compiled
 from lillama.errors import ModelError
-from lillama.memory import MemoryBudget
-from lillama.options import Machine
+from lillama.files.artefacts import load_tensors
+from lillama.pipeline import context as lesson
+from lillama.pipeline import schedules
+from lillama.pipeline.api import compress
+from lillama.recipes.options import Machine
 from lillama.recovery.config import RecoveryConfig
-from lillama.stream.streamed import StreamedModel
+from lillama.stream.model import StreamedModel
+from lillama.system.memory import MemoryBudget
 
 EVERYTHING = {"look_ahead": 0.5, "sub_blocks": 0.3, "adaptive": 0.5, "norm": 0.1}
 SWITCHES = [{"look_ahead": 0.5}, EVERYTHING]

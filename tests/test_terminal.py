@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from lillama import cli
-from lillama.cli_output import Drawing, OneLine, print_tables, say, show
+from lillama.cli import app as cli
+from lillama.cli.output import Drawing, OneLine, print_tables, say, show
 from lillama.errors import LillamaError, RecipeError, plain
-from lillama.progress import Progress
+from lillama.system.progress import Progress
 
 HOSTILE = "a\x1b[2J\x1b]0;title\x07b\r\u202ec\x9b1m\udcff"
 ESCAPED = r"a\x1b[2J\x1b]0;title\x07b\r\u202ec\x9b1m\udcff"

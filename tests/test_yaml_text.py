@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lillama.errors import ModelError, RecipeError
-from lillama.yaml_text import LONGEST, load_yaml, read_yaml, refuse_unbounded
+from lillama.files.yaml_text import LONGEST, load_yaml, read_yaml, refuse_unbounded
 
 SOUND: dict[str, Any] = {
     "": None,

@@ -11,41 +11,41 @@ from lillama.hub.register import register
 from lillama.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lillama.compression import compress, preview
     from lillama.errors import LillamaError
     from lillama.evaluation.evaluate import evaluate
     from lillama.evaluation.perplexity import TextScore, perplexity
     from lillama.hub.export import export
     from lillama.lowrank.install import install, merge
-    from lillama.lowrank.linear import LowRankLinear
     from lillama.model.describe import describe
     from lillama.model.spec import ModelSpec
-    from lillama.options import Machine
-    from lillama.prepare import plan
+    from lillama.modeling.linear import LowRankLinear
+    from lillama.pipeline.api import compress, preview
+    from lillama.pipeline.job import plan
     from lillama.probing.measure import probe
     from lillama.ranks.plan import RankPlan
-    from lillama.recipe import Recipe, load_recipe
-    from lillama.result import Result
+    from lillama.recipes.options import Machine
+    from lillama.recipes.recipe import Recipe, load_recipe
+    from lillama.runs.result import Result
 
 _HOME = {
     "LillamaError": "lillama.errors",
-    "LowRankLinear": "lillama.lowrank.linear",
-    "Machine": "lillama.options",
+    "LowRankLinear": "lillama.modeling.linear",
+    "Machine": "lillama.recipes.options",
     "ModelSpec": "lillama.model.spec",
     "RankPlan": "lillama.ranks.plan",
-    "Recipe": "lillama.recipe",
-    "Result": "lillama.result",
+    "Recipe": "lillama.recipes.recipe",
+    "Result": "lillama.runs.result",
     "TextScore": "lillama.evaluation.perplexity",
-    "compress": "lillama.compression",
+    "compress": "lillama.pipeline.api",
     "describe": "lillama.model.describe",
     "evaluate": "lillama.evaluation.evaluate",
     "export": "lillama.hub.export",
     "install": "lillama.lowrank.install",
-    "load_recipe": "lillama.recipe",
+    "load_recipe": "lillama.recipes.recipe",
     "merge": "lillama.lowrank.install",
     "perplexity": "lillama.evaluation.perplexity",
-    "plan": "lillama.prepare",
-    "preview": "lillama.compression",
+    "plan": "lillama.pipeline.job",
+    "preview": "lillama.pipeline.api",
     "probe": "lillama.probing.measure",
 }
 

@@ -32,8 +32,8 @@ class ModelError(LillamaError):
     """The model folder, its configuration, its weights or its tokenizer cannot be used."""
 
 
-class CalibrationError(LillamaError):
-    """A calibration or evaluation text cannot be used."""
+class DataError(LillamaError):
+    """Text, speech or images, of calibration or of evaluation, cannot be used."""
 
 
 class BudgetError(LillamaError):
@@ -93,6 +93,11 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """
     near = get_close_matches(word, list(known), n=1) if len(word) <= 4 * SHOWN else []  # its time grows with the length
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def one_line(text: str) -> str:

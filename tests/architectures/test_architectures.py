@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from architectures.rows import ROWS, Row, write_images, write_speech
-from lillama import compress, export, load_recipe, memory
+from lillama import compress, export, load_recipe
 from lillama.hub.portable import make_portable
-from lillama.progress import Progress
+from lillama.system import memory
+from lillama.system.progress import Progress
 
 SHORT = {"distill": {"epochs": 1}, "recover": {"epochs": 1}, "ranks": {"multiple_of": 1}}
 JOINT = {"ranks": {"name": "uniform", "multiple_of": 1}, "distill": {"lr": 1e-3}}

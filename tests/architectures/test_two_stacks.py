@@ -7,8 +7,10 @@ import pytest
 from safetensors.torch import load_file
 
 from architectures.rows import ROWS
-from lillama import compress, load_recipe, making, schedules
-from lillama.progress import Progress
+from lillama import compress, load_recipe
+from lillama.pipeline import compress as making
+from lillama.pipeline import schedules
+from lillama.system.progress import Progress
 
 SHORT = {"distill": {"epochs": 1}, "recover": {"epochs": 0}, "ranks": {"name": "uniform", "multiple_of": 1}}
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lillama.cli import main
-from lillama.compression import compress
-from lillama.prepare import plan
+from lillama.cli.app import main
+from lillama.pipeline.api import compress
+from lillama.pipeline.job import plan
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from lillama.calibration.pack import TokenBlocks
-from lillama.calibration.tokenizer import load_tokenizer
-from lillama.cli import main
-from lillama.compression import compress
+from lillama.calibration.pack import CalibrationSet
+from lillama.cli.app import main
+from lillama.model.tokenizer import load_tokenizer
+from lillama.pipeline.api import compress
 
 
 def refused(capsys, *words: object) -> str:
@@ -74,7 +74,7 @@ def test_a_run_goes_on_with_a_tokenizer_that_would_cut_texts(tiny, quick, text, 
     again = compress(
         folder, tmp_path / "out", texts=[text], **options
     )  # a call that tokenises before the run is opened
-    ids = [TokenBlocks.load(result.run / "calibration").ids for result in (wanted, first, again)]
+    ids = [CalibrationSet.load(result.run / "calibration").ids for result in (wanted, first, again)]
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[0], ids[2])
 
 

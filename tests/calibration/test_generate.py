@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MambaConfig
 
-from lillama import memory
 from lillama.calibration import generate as module
 from lillama.calibration.generate import generate
 from lillama.errors import ModelError
-from lillama.progress import Progress
+from lillama.system import memory
+from lillama.system.progress import Progress
 
 
 def test_shape_and_vocabulary(model_path, tokenizer):

@@ -13,9 +13,9 @@ from transformers import CLIPImageProcessor, Wav2Vec2FeatureExtractor, WhisperCo
 
 from lillama.calibration import media
 from lillama.calibration.media import SECONDS, clips, pack_media, wave
-from lillama.calibration.pack import TokenBlocks
-from lillama.calibration.sources import SPEECH, Source, fingerprint
-from lillama.errors import CalibrationError, ModelError
+from lillama.calibration.pack import CalibrationSet
+from lillama.corpus.sources import SPEECH, Source, fingerprint
+from lillama.errors import DataError, ModelError
 from lillama.model.kind import kind_of
 from lillama.model.spec import Kind
 from lillama.stream.batch import batch_of
@@ -43,7 +43,7 @@ def whisper(tmp_path: Path) -> Path:
     return tmp_path / "whisper"
 
 
-def packed(speech: Path, whisper: Path, tokenizer, seed: int = 0, rows: int = 4) -> TokenBlocks:
+def packed(speech: Path, whisper: Path, tokenizer, seed: int = 0, rows: int = 4) -> CalibrationSet:
     return pack_media((Source(str(speech)),), WHISPER, whisper, tokenizer, rows, seed)
 
 
@@ -70,7 +70,7 @@ def test_the_seed_decides_and_a_saved_set_is_the_same(speech, whisper, tokenizer
     assert torch.equal(found.ids, packed(speech, whisper, tokenizer).ids)
     assert not torch.equal(found.ids, packed(speech, whisper, tokenizer, seed=1).ids)
     found.save(tmp_path / "saved")
-    again = TokenBlocks.load(tmp_path / "saved")
+    again = CalibrationSet.load(tmp_path / "saved")
     assert again.manifest == found.manifest and again.manifest.kind == "speech"
     assert all(torch.equal(tensor, found.inputs[name]) for name, tensor in again.inputs.items())
 
@@ -134,18 +134,18 @@ def test_a_change_of_a_file_is_another_source(speech: Path) -> None:
 )
 def test_a_wrong_listing_is_named(speech: Path, listing: str, message: str) -> None:
     (speech / "metadata.jsonl").write_text(listing, encoding="utf-8")
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(DataError, match=message):
         list(clips(Source(str(speech)), SPEECH))
 
 
 def test_what_cannot_be_used_is_told(speech: Path, whisper: Path, tokenizer, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"no file of type \.wav"):
+    with pytest.raises(DataError, match=r"no file of type \.wav"):
         pack_media((Source(str(text.parent)),), WHISPER, whisper, tokenizer, 2, 0)
     (speech / "metadata.jsonl").unlink()
-    with pytest.raises(CalibrationError, match=r"what is said is not known; put metadata\.jsonl"):
+    with pytest.raises(DataError, match=r"what is said is not known; put metadata\.jsonl"):
         packed(speech, whisper, tokenizer)
     (speech / "0.wav").write_bytes(b"RIFF, but not really")
-    with pytest.raises(CalibrationError, match=r"0\.wav: no readable sound file"):
+    with pytest.raises(DataError, match=r"0\.wav: no readable sound file"):
         packed(speech, whisper, tokenizer, rows=6)
     with pytest.raises(ModelError, match="no usable processor"):
         pack_media((Source(str(speech)),), WHISPER, tmp_path, tokenizer, 2, 0)
@@ -174,7 +174,7 @@ def test_an_empty_listing_and_odd_separators(speech: Path) -> None:
     (speech / "metadata.jsonl").write_text('{"file_name": "0.wav", "text": "a\u2028b"}\n\n', encoding="utf-8")
     assert [clip.text for clip in clips(Source(str(speech)), SPEECH)] == ["a\u2028b"]
     (speech / "metadata.jsonl").write_text("\n", encoding="utf-8")
-    with pytest.raises(CalibrationError, match="names no file"):
+    with pytest.raises(DataError, match="names no file"):
         pack_media((Source(str(speech)),), WHISPER, speech, None, 2, 0)
 
 
@@ -197,10 +197,10 @@ def test_features_that_were_computed_before_are_taken_as_they_are(speech: Path, 
     assert torch.equal(features[:, :40], torch.from_numpy(whole[:, :40]))
     assert bool((features[:, 40:] == whole[:, :40].min()).all()) and int(found.inputs["encoder_mask"].sum()) == 20
     np.save(speech / "mel.npy", whole[:5])
-    with pytest.raises(CalibrationError, match=r"shape \(5, 100\); 16 mels x at most 100 frames"):
+    with pytest.raises(DataError, match=r"shape \(5, 100\); 16 mels x at most 100 frames"):
         packed(speech, whisper, tokenizer, rows=1)
     (speech / "mel.npy").write_bytes(b"not an array")
-    with pytest.raises(CalibrationError, match="no readable array"):
+    with pytest.raises(DataError, match="no readable array"):
         packed(speech, whisper, tokenizer, rows=1)
 
 
@@ -216,13 +216,13 @@ def test_arrays_that_are_none(damage: str, speech: Path, whisper: Path, tokenize
         assert huge != content
         place.write_bytes({"empty": b"", "zip": b"PK\x03\x04" + content}.get(damage, huge))
     (speech / "metadata.jsonl").write_text('{"file_name": "mel.npy", "text": "a b"}\n', encoding="utf-8")
-    with pytest.raises(CalibrationError, match=r"mel\.npy: no readable array"):
+    with pytest.raises(DataError, match=r"mel\.npy: no readable array"):
         packed(speech, whisper, tokenizer, rows=1)
 
 
 def test_sound_that_would_fill_the_memory(speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media, "LONGEST", 1000)
-    with pytest.raises(CalibrationError, match=r"0\.wav: no readable sound file \(8,000 samples of 1 channels"):
+    with pytest.raises(DataError, match=r"0\.wav: no readable sound file \(8,000 samples of 1 channels"):
         wave(speech / "0.wav", RATE)
 
 
@@ -238,5 +238,5 @@ def test_images_that_are_none(damage: str, tmp_path: Path, monkeypatch: pytest.M
     else:
         damaged = {"cut": content[:80], "no image": b"x", "odd header": content[:20] + b"\xff" * 10 + content[30:]}
         place.write_bytes(damaged[damage])
-    with pytest.raises(CalibrationError, match=r"0\.png: no readable image"):
+    with pytest.raises(DataError, match=r"0\.png: no readable image"):
         pack_media((Source(str(tmp_path / "images")),), Kind("pixel_values"), tmp_path / "m", None, 1, 0)

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lillama.artefacts import save_tensors
-from lillama.calibration.pack import Manifest, TokenBlocks, pack, share
-from lillama.calibration.sources import Source
-from lillama.calibration.tokenizer import tokenizer_hash
-from lillama.errors import CalibrationError, DamagedError
-from lillama.progress import Progress
+from lillama.calibration.pack import CalibrationSet, Manifest, pack, share
+from lillama.corpus.sources import Source
+from lillama.errors import DamagedError, DataError
+from lillama.files.artefacts import save_tensors
+from lillama.model.tokenizer import tokenizer_hash
+from lillama.system.progress import Progress
 
 EOS = 1
 
@@ -35,7 +35,7 @@ def test_shares_sum_to_the_budget_and_follow_the_weights(weights, sequences):
     sources = tuple(Source(str(i), weight=weight) for i, weight in enumerate(weights))
     try:
         counts = share(sources, sequences)
-    except CalibrationError as error:
+    except DataError as error:
         assert "none of the" in str(error)
         return
     assert sum(counts) == sequences
@@ -118,13 +118,13 @@ def test_a_short_source_gives_all_it_has_and_a_warning(tmp_path, tokenizer, capl
 
 
 def test_less_than_one_sequence_is_an_error(tmp_path, tokenizer):
-    with pytest.raises(CalibrationError, match=r"a\.txt: holds less than one sequence of 10 tokens"):
+    with pytest.raises(DataError, match=r"a\.txt: holds less than one sequence of 10 tokens"):
         pack((write(tmp_path, "a.txt", "abc"),), tokenizer, 100, 10, seed=0)
 
 
 def test_a_weight_without_a_sequence_is_an_error(tmp_path, tokenizer):
     a, b = (write(tmp_path, f"{letter}.txt", letter * 500) for letter in "ab")
-    with pytest.raises(CalibrationError, match=r"b\.txt: its weight 0\.001 of 1\.001 gives it none of the 10"):
+    with pytest.raises(DataError, match=r"b\.txt: its weight 0\.001 of 1\.001 gives it none of the 10"):
         pack((a, replace(b, weight=0.001)), tokenizer, 100, 10, seed=0)
 
 
@@ -153,7 +153,7 @@ def test_save_and_load_round_trip(tmp_path, tokenizer, masked):
         blocks = replace(blocks, mask=mask)
         assert blocks.tokens == 97
     blocks.save(tmp_path / "run" / "calibration")
-    loaded = TokenBlocks.load(tmp_path / "run" / "calibration")
+    loaded = CalibrationSet.load(tmp_path / "run" / "calibration")
     assert torch.equal(loaded.ids, blocks.ids) and loaded.manifest == blocks.manifest
     assert (loaded.mask is None) == (blocks.mask is None) and loaded.tokens == blocks.tokens
     assert Manifest.from_json(json.loads(json.dumps(blocks.manifest.to_json()))) == blocks.manifest
@@ -175,7 +175,7 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path, tokenizer, damage):
     if damage == "half":
         (folder / "tokens.safetensors").write_bytes((folder / "tokens.safetensors").read_bytes()[:50])
     with pytest.raises(DamagedError) as caught:
-        TokenBlocks.load(folder)
+        CalibrationSet.load(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -18,8 +18,8 @@ from lillama.distill.split import Batches, Split
 from lillama.distill.trainer import Trainer
 from lillama.lowrank.factors import truncated_svd
 from lillama.lowrank.install import install
+from lillama.stream.activations import ActivationStore, Shelf
 from lillama.stream.calls import BlockArgs, BlockInputs
-from lillama.stream.store import ActivationStore, Shelf
 
 WIDTH, INNER, LENGTH = 12, 20, 6
 

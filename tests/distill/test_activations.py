@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lillama.distill.activations import BlockActivations
 from lillama.distill.block import BlockData
 from lillama.errors import RecipeError
+from lillama.stream.activations import ActivationStore, Shelf
 from lillama.stream.calls import BlockArgs, BlockInputs
-from lillama.stream.store import ActivationStore, Shelf
 
 SHAPE = (7, 6, 12)
 

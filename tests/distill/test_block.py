@@ -14,7 +14,7 @@ from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine, Mse, TokenMse
 from lillama.distill.split import Split
 from lillama.errors import TrainingError
-from lillama.progress import silent
+from lillama.system.progress import silent
 
 SPLIT = Split.of(24, 0.2, seed=0)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import Unsupported
 
-from lillama.distill import compiled
+from lillama.distill import compile as compiled
 from lillama.distill.learner import Learner
 from lillama.distill.objective import LossScale, Objective
 from lillama.stream.calls import BlockArgs

@@ -5,7 +5,7 @@ import pytest
 
 from lillama.distill.config import DistillConfig
 from lillama.errors import RecipeError
-from lillama.recipe import load_recipe
+from lillama.recipes.recipe import load_recipe
 
 PLAIN = DistillConfig(lr_scale="width", lr_schedule="constant", warmup=0.0)
 

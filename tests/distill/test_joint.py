@@ -16,8 +16,8 @@ from lillama.distill.objective import LossScale, Objective
 from lillama.distill.pool import LearnerPool
 from lillama.distill.split import Batches, Split
 from lillama.errors import TrainingError
-from lillama.progress import silent
 from lillama.stream.calls import BlockArgs, BlockInputs
+from lillama.system.progress import silent
 
 SPLIT, TRAINED, BLOCKS = Split.of(24, 0.2, seed=0), (0, 2), 3
 

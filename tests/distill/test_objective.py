@@ -11,8 +11,8 @@ from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine, Mse, TokenMse, length_error
 from lillama.distill.objective import LossScale, Objective, recorded, sub_blocks
 from lillama.distill.split import Split
-from lillama.progress import silent
 from lillama.stream.calls import BlockArgs, BlockInputs
+from lillama.system.progress import silent
 
 ROWS = torch.arange(8)
 LOSSES = [L1Cosine(), Mse(), TokenMse()]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lillama import memory
-from lillama.errors import CalibrationError, ModelError
+from lillama.errors import DataError, ModelError
 from lillama.evaluation.agreement import Protocol, agreement
 from lillama.evaluation.perplexity import perplexity
+from lillama.system import memory
 
 SHORT = Protocol(seq_len=32, windows=20, prompts=8)
 
@@ -111,7 +111,7 @@ def _larger(folder):
     ],
 )
 def test_senseless_protocols_are_refused(tiny, text, changes, match):
-    with pytest.raises(CalibrationError, match=match):
+    with pytest.raises(DataError, match=match):
         agreement(tiny, tiny, text, replace(SHORT, **changes), device="cpu")
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lillama import memory
 from lillama.errors import ModelError, ResourceError
 from lillama.evaluation.continuation import continuations, continued, cut_prompts, repetition
 from lillama.evaluation.windows import Windows
-from lillama.model.loading import load, refuse_too_large
-from lillama.progress import silent
+from lillama.model.load import load, refuse_too_large
+from lillama.system import memory
+from lillama.system.progress import silent
 
 CPU = torch.device("cpu")
 

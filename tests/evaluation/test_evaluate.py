@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lillama.cli import main
-from lillama.errors import CalibrationError, RecipeError
+from lillama.cli.app import main
+from lillama.errors import DataError, RecipeError
 from lillama.evaluation.agreement import Protocol
 from lillama.evaluation.evaluate import evaluate
 from lillama.evaluation.perplexity import perplexity
@@ -126,7 +126,7 @@ def test_mistakes_are_one_line(tiny, texts, capsys, tmp_path):
 
 def test_an_empty_text_is_refused_beside_the_dense_model_too(tiny, tmp_path):
     (tmp_path / "one.txt").write_text("a")
-    with pytest.raises(CalibrationError, match="one: 1 tokens"):
+    with pytest.raises(DataError, match="one: 1 tokens"):
         evaluate(tiny, tmp_path / "one.txt", against=tiny, device="cpu")
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lillama.calibration.tokenizer import load_tokenizer
-from lillama.errors import CalibrationError, ModelError
+from lillama.errors import DataError, ModelError
 from lillama.evaluation import tally as module
 from lillama.evaluation.perplexity import TextScore, perplexity, pooled
 from lillama.evaluation.windows import cut, named
+from lillama.model.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "attention_bias": True}])
@@ -122,7 +122,7 @@ def test_progress_tells_of_every_block(tiny, text):
 
 @pytest.mark.parametrize("seq_len", [-3, 0, 1])
 def test_windows_without_a_prediction_are_refused(tiny, text, seq_len):
-    with pytest.raises(CalibrationError, match=f"seq_len is {seq_len}"):
+    with pytest.raises(DataError, match=f"seq_len is {seq_len}"):
         perplexity(tiny, [text], seq_len=seq_len)
 
 

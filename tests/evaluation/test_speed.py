@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
 
-from lillama.cli import main
-from lillama.commands.bench import _tables
+from lillama.cli.app import main
+from lillama.cli.bench import _tables
 from lillama.errors import ModelError, RecipeError, ResourceError
-from lillama.evaluation import timed
+from lillama.evaluation import speed_worker as timed
 from lillama.evaluation.speed import Benchmark, Cell, Spread, Subject, benchmark, in_turn, process, subject
-from lillama.evaluation.timed import Footprint, Moment, Run, Setting
-from lillama.hub.quantizer import LowRankConfig, declare
+from lillama.evaluation.speed_worker import Footprint, Moment, Run, Setting
 from lillama.lowrank.install import install
+from lillama.modeling.quantizer import LowRankConfig, declare
 
 SETTING = Setting("cpu", None, 1, 0)
 

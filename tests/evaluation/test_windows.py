@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lillama.calibration.tokenizer import load_tokenizer
-from lillama.errors import CalibrationError
+from lillama.errors import DataError
 from lillama.evaluation.windows import cut, labelled, languages, named, spread
+from lillama.model.tokenizer import load_tokenizer
 
 TEXT = "abcdefghij" * 5 + "xyz"  # 53 tokens of a byte each
 
@@ -53,7 +53,7 @@ def test_a_short_text_is_one_window(tiny):
     ],
 )
 def test_senseless_numbers_are_refused(tiny, length, stride, most, match):
-    with pytest.raises(CalibrationError, match=match):
+    with pytest.raises(DataError, match=match):
         cut("a", TEXT, load_tokenizer(tiny), length, stride, most)
 
 

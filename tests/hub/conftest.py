@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lillama.hub.quantizer import LowRankConfig, declare
+from lillama.lowrank.encode import stored_factors
 from lillama.lowrank.install import install, low_rank_linears
-from lillama.lowrank.linear import LowRankLinear, shaped_like
 from lillama.lowrank.pivot import pivot_rows
 from lillama.lowrank.storage import Storage
-from lillama.lowrank.stored import stored_factors
+from lillama.modeling.linear import LowRankLinear, shaped_like
+from lillama.modeling.quantizer import LowRankConfig, declare
 
 RANKS = {
     "model.layers.0.mlp.down_proj": 12,

@@ -17,13 +17,13 @@ from lillama.evaluation.perplexity import perplexity
 from lillama.hub.assemble import assemble
 from lillama.hub.export import export
 from lillama.lowrank.install import install, low_rank_linears
-from lillama.lowrank.linear import LowRankLinear, PivotLinear
 from lillama.lowrank.pivot import LARGEST, Pivoting
 from lillama.lowrank.storage import Storage
 from lillama.model.describe import describe
 from lillama.model.source import load_config
 from lillama.model.spec import BlockSpec
-from lillama.stream.streamed import open_streamed
+from lillama.modeling.linear import LowRankLinear, PivotLinear
+from lillama.stream.model import open_streamed
 
 IN_BLOCK = {"self_attn.q_proj": 9, "self_attn.o_proj": 16, "mlp.gate_proj": 11, "mlp.up_proj": 14, "mlp.down_proj": 32}
 RANKS = {f"model.layers.{index}.{name}": rank for index in (0, 2) for name, rank in IN_BLOCK.items()}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lillama.compression import compress
 from lillama.hub.companions import carry_along, code_files, without_code
 from lillama.hub.export import export
+from lillama.pipeline.api import compress
 
 BESIDE = {
     "tokenizer.json": "{}",

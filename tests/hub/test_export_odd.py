@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.hub.conftest import Saved
 
-from lillama.cli import main
+from lillama.cli.app import main
 from lillama.hub.export import LARGEST_README, export
 
 
@@ -158,7 +158,7 @@ def test_warnings_are_lines_of_ours(model: Path, tmp_path: Path) -> None:
         "-W",
         "ignore",
         "-m",
-        "lillama.cli",
+        "lillama.cli.app",
         "export",
         str(model),
         str(tmp_path / "out"),

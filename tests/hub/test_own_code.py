@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lillama.compression import compress
 from lillama.errors import ModelError
 from lillama.evaluation.perplexity import perplexity
 from lillama.hub.export import export
-from lillama.lowrank.linear import low_rank_linears
+from lillama.modeling.linear import low_rank_linears
+from lillama.pipeline.api import compress
 
 CONFIGURATION = "from transformers import LlamaConfig\n\n\nclass OddConfig(LlamaConfig):\n    model_type = 'odd'\n"
 MODELING = """from transformers import LlamaForCausalLM

@@ -18,9 +18,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from lillama.hub.quantizer import LowRankConfig
 from lillama.lowrank.install import low_rank_linears
-from lillama.lowrank.linear import LowRankLinear
+from lillama.modeling.linear import LowRankLinear
+from lillama.modeling.quantizer import LowRankConfig
 
 
 def load(folder: Path, **options: object) -> LlamaForCausalLM:

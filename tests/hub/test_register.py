@@ -21,7 +21,7 @@ import sys, torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert type(model) is LlamaForCausalLM
-assert type(model.model.layers[0].mlp.down_proj).__module__ == "lillama.lowrank.linear"
+assert type(model.model.layers[0].mlp.down_proj).__module__ == "lillama.modeling.linear"
 with torch.no_grad():
     torch.testing.assert_close(model(torch.arange(3, 23)[None]).logits, torch.load(sys.argv[2]))
 """
@@ -37,9 +37,9 @@ assert table.AUTO_QUANTIZER_MAPPING["lillama"] is first
 """
 
 DIRECT = """
-import lillama.hub.quantizer
+import lillama.modeling.quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-assert AUTO_QUANTIZER_MAPPING["lillama"] is lillama.hub.quantizer.LowRankQuantizer
+assert AUTO_QUANTIZER_MAPPING["lillama"] is lillama.modeling.quantizer.LowRankQuantizer
 """
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lillama.compression import compress
 from lillama.hub.rights import Rights, rights_of
+from lillama.pipeline.api import compress
 
 BOMB = "license: mit\na0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12)

@@ -16,9 +16,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from lillama.errors import ModelError
 from lillama.hub.export import export
 from lillama.hub.portable import portable_code
-from lillama.hub.quantizer import LowRankConfig
-from lillama.lowrank.soundness import refusal
-from lillama.stream.streamed import open_streamed
+from lillama.modeling.quantizer import LowRankConfig
+from lillama.modeling.soundness import refusal
+from lillama.stream.model import open_streamed
 
 Q = "model.layers.1.self_attn.q_proj"
 STORAGE: dict[str, Any] = {"form": "pivot", "bits": 4, "group_size": 64}

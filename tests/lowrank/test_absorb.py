@@ -7,10 +7,10 @@ from transformers import LlamaConfig, OPTConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from lillama.lowrank.absorb import absorb
-from lillama.lowrank.compressed import restored_copy
 from lillama.lowrank.install import install
+from lillama.lowrank.permute import absorb
 from lillama.lowrank.pivot import in_order, pivot_rows
+from lillama.lowrank.student import restored_copy
 
 
 class Mlp(nn.Module):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lillama.lowrank.compressed import compressed_copy, restored_copy
 from lillama.lowrank.gram import Gram, Moments
-from lillama.lowrank.initialize import Svd, Whitened
+from lillama.lowrank.initialisers import Svd, Whitened
 from lillama.lowrank.install import low_rank_linears
+from lillama.lowrank.student import compressed_copy, restored_copy
 
 FULL = {"up": 12, "part.down": 12}
 

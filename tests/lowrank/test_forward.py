@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.lowrank.linear import LowRankLinear, PivotLinear, biased
+from lillama.modeling.linear import LowRankLinear, PivotLinear, biased
 
 
 @pytest.fixture

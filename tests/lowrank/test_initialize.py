@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lillama.lowrank.factors import truncated_svd, two_sided_svd, whitened_svd
 from lillama.lowrank.gram import Gram, Moments
-from lillama.lowrank.initialize import Initialiser, Random, Scaled, Svd, TwoSided, Whitened
+from lillama.lowrank.initialisers import Initialiser, Random, Scaled, Svd, TwoSided, Whitened
 
 INITIALISERS: tuple[Initialiser, ...] = (Svd(), Scaled(), Whitened(), TwoSided(), Random())
 

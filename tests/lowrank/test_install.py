@@ -4,7 +4,7 @@ from torch import nn
 
 from lillama.errors import ModelError
 from lillama.lowrank.install import install, low_rank_linears, merge
-from lillama.lowrank.linear import LowRankLinear, multiply
+from lillama.modeling.linear import LowRankLinear, multiply
 
 
 class Part(nn.Module):

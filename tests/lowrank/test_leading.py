@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lillama.lowrank import leading as module
+from lillama.lowrank import eigen as module
+from lillama.lowrank.eigen import krylov, leading
 from lillama.lowrank.factors import two_sided_svd
-from lillama.lowrank.leading import krylov, leading
 
 SIDE, RANK = 160, 8
 FALLING = {

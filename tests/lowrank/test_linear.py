@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.lowrank.linear import LowRankLinear, PivotLinear, QuantizedLinear, shaped_like
+from lillama.modeling.linear import LowRankLinear, PivotLinear, QuantizedLinear, shaped_like
 
 
 @pytest.mark.parametrize("bias", [False, True])

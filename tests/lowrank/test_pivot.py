@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lillama.lowrank.linear import shaped_like
+from lillama.lowrank.encode import stored_factors
 from lillama.lowrank.pivot import LARGEST, in_order, pivot_rows, pivoted, refitted
 from lillama.lowrank.storage import Storage
-from lillama.lowrank.stored import stored_factors
+from lillama.modeling.linear import shaped_like
 
 SHAPES = [(7, 5, 1), (7, 5, 5), (5, 7, 5), (5, 7, 1), (40, 30, 13), (30, 40, 29), (96, 64, 48), (64, 64, 64)]
 KINDS = ["gaussian", "six decades", "dependent", "twice", "alike", "zero"]

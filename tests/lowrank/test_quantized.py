@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from lillama.errors import ModelError, RecipeError
-from lillama.lowrank import quantized as module
-from lillama.lowrank.linear import QuantizedLinear
-from lillama.lowrank.quantized import dequantized, quantized
+from lillama.lowrank import quantize as module
+from lillama.lowrank.encode import stored_factors
+from lillama.lowrank.quantize import dequantized, quantized
 from lillama.lowrank.storage import Storage
-from lillama.lowrank.stored import stored_factors
+from lillama.modeling.linear import QuantizedLinear
 
 WEIGHTS = {
     "gaussian": lambda: torch.randn(24, 130),

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lillama.lowrank import compressed
+from lillama.lowrank import student as compressed
+from lillama.lowrank.batching import STACK_BYTES, stacks
 from lillama.lowrank.factors import Factors, spectrum, truncated_svd, two_sided_svd, whitened_svd
 from lillama.lowrank.gram import TILE, Gram, Moments
-from lillama.lowrank.initialize import Random, Scaled, Svd, TwoSided, Whitened
-from lillama.lowrank.stacks import STACK_BYTES, stacks
+from lillama.lowrank.initialisers import Random, Scaled, Svd, TwoSided, Whitened
 
 SHAPES = [(7, 12), (12, 7), (9, 9), (TILE + 3, 20)]
 

@@ -5,9 +5,9 @@ from itertools import product
 import pytest
 import torch
 
+from lillama.lowrank.encode import stored_factors
 from lillama.lowrank.pivot import pivot_rows
 from lillama.lowrank.storage import Storage
-from lillama.lowrank.stored import stored_factors
 
 STORAGES = [Storage(form, bits, 16) for form, bits in product(("plain", "pivot"), (None, 8, 4))]
 SHAPES = [(24, 40, 7), (40, 24, 7), (24, 40, 24), (40, 24, 24), (33, 18, 1), (16, 16, 16)]

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from lillama.calibration.generate import generate
-from lillama.calibration.tokenizer import load_tokenizer
 from lillama.errors import ModelError
-from lillama.model.loading import load
+from lillama.model.load import load
 from lillama.model.source import computed_dtype, load_config
+from lillama.model.tokenizer import load_tokenizer
 from lillama.probing.scorer import load_scorer
 
 CPU = torch.device("cpu")

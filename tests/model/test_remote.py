@@ -12,7 +12,7 @@ from lillama.model.checkpoint import CheckpointReader
 from lillama.model.remote import remote_code, runs_code
 from lillama.model.skeleton import skeleton
 from lillama.model.source import load_config
-from lillama.stream.streamed import open_streamed
+from lillama.stream.model import open_streamed
 
 Save = Callable[..., tuple[PreTrainedModel, Path]]
 MARK = "from pathlib import Path\n(Path(__file__).parent / 'ran').touch()\nPath({mark!r}).touch()\n"

@@ -12,10 +12,10 @@ from lillama.model.checkpoint import SINGLE
 from lillama.model.describe import describe, describe_model
 from lillama.model.sizes import as_stored
 from lillama.model.spec import ModelSpec
-from lillama.ranks.allocate import Uniform
+from lillama.ranks.allocators import Uniform
 from lillama.ranks.budget import Budget
 from lillama.ranks.plan import RankPlan
-from lillama.stream.streamed import open_streamed
+from lillama.stream.model import open_streamed
 
 Save = Callable[..., tuple[PreTrainedModel, Path]]
 

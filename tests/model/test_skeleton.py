@@ -6,7 +6,7 @@ from transformers import BertConfig, LlamaConfig, PretrainedConfig
 
 from lillama.errors import ModelError
 from lillama.model.skeleton import skeleton
-from lillama.resources import peak_memory
+from lillama.system.resources import peak_memory
 
 
 def test_a_skeleton_keeps_real_buffers_and_leaves_the_configuration_alone(

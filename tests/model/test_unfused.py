@@ -12,7 +12,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lillama.lowrank.install import install, merge
-from lillama.model.unfused import Experts, fuse, is_fused, native_names, unfuse
+from lillama.modeling.experts import Experts, fuse, is_fused, native_names, unfuse
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -8,11 +8,11 @@ from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 
 from lillama.moments.gradients import BackwardRun, collect_block_moments, collect_gradient_moments
-from lillama.progress import silent
+from lillama.stream.activations import Shelf
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockArgs
-from lillama.stream.store import Shelf
-from lillama.stream.streamed import open_streamed
+from lillama.stream.model import open_streamed
+from lillama.system.progress import silent
 
 CPU = torch.device("cpu")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")

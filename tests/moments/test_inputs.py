@@ -5,7 +5,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from lillama.errors import ModelError
-from lillama.model.unfused import Experts
+from lillama.modeling.experts import Experts
 from lillama.moments.inputs import collect_input_moments
 from lillama.stream.calls import BlockArgs
 

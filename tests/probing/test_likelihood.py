@@ -19,7 +19,7 @@ from transformers import (
 from lillama.errors import ModelError, ProbeError
 from lillama.probing.likelihood import Likelihood, Tokens, encoded, likelihoods, score
 from lillama.probing.scorer import Scorer, load_scorer, scored_kind
-from lillama.progress import silent
+from lillama.system.progress import silent
 
 CPU = torch.device("cpu")
 TEXTS = ["a cat", "a dog sleeps", "le chien", "é", "a cat", "the red hen eats", "x"]

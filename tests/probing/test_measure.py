@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama.cli import main
-from lillama.compression import compress
+from lillama.cli.app import main
 from lillama.errors import ModelError, ProbeError
 from lillama.evaluation.intervals import Interval
+from lillama.pipeline.api import compress
 from lillama.probing.benchmark import built_in_sets, load_benchmark
 from lillama.probing.judge import judge
 from lillama.probing.measure import probe

@@ -11,7 +11,7 @@ from lillama.errors import BudgetError, OutputError
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 from lillama.ranks.adaptive import Adaptive, Shift
-from lillama.ranks.allocate import TOLERANCE, Uniform
+from lillama.ranks.allocators import TOLERANCE, Uniform
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 

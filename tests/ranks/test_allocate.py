@@ -12,7 +12,7 @@ from lillama.errors import BudgetError
 from lillama.model.describe import describe
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 from lillama.ranks.adaptive import Allocator
-from lillama.ranks.allocate import TOLERANCE, Bottom, Top, Uniform
+from lillama.ranks.allocators import TOLERANCE, Bottom, Top, Uniform
 from lillama.ranks.plan import RankPlan, Scope
 
 ALLOCATORS: tuple[Allocator, ...] = (

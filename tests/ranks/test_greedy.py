@@ -14,7 +14,7 @@ from lillama.lowrank.storage import Storage
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 from lillama.ranks import greedy
 from lillama.ranks.adaptive import LEAST_PRICE, Adaptive
-from lillama.ranks.allocate import BISECTIONS, TOLERANCE, Uniform
+from lillama.ranks.allocators import BISECTIONS, TOLERANCE, Uniform
 from lillama.ranks.budget import Budget
 from lillama.ranks.greedy import cut, fitted, spent
 from lillama.ranks.plan import RankPlan

@@ -7,7 +7,7 @@ import pytest
 
 from lillama.errors import RecipeError
 from lillama.model.spec import ModelSpec
-from lillama.ranks.allocate import Bottom, Uniform
+from lillama.ranks.allocators import Bottom, Uniform
 from lillama.ranks.plan import RankPlan, budget
 
 

@@ -11,8 +11,8 @@ from lillama.distill.config import DistillConfig
 from lillama.distill.learner import Learner
 from lillama.distill.pool import LearnerPool
 from lillama.recovery.backprop import Chain, KeptGraphs, Part, Recomputed, graph_bytes
+from lillama.stream.activations import ActivationStore, Shelf
 from lillama.stream.calls import BlockArgs, BlockInputs
-from lillama.stream.store import ActivationStore, Shelf
 
 BATCH = torch.tensor([7, 2, 11, 5, 3])
 TRAINED, BLOCKS = (1, 3, 4), range(1, 5)

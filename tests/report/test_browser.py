@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from lillama.report.card_plot import kept_plot
 from lillama.report.page import report, write
-from lillama.report.still import kept_plot
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lillama.progress import Progress
 from lillama.report.live import logged
+from lillama.system.progress import Progress
 
 
 def test_losses_reach_tensorboard_and_all_is_passed_on(tmp_path):

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from lillama.cli import main
-from lillama.compression import compress
-from lillama.report.evidence import Extra
+from lillama.cli.app import main
+from lillama.pipeline.api import compress
+from lillama.report.artefacts import Extra
+from lillama.report.card_plot import PLOT
 from lillama.report.page import report, write
-from lillama.report.still import PLOT
 from lillama.report.watch import default_place, watched
 
 KEYS = ["sizes", "ranks", "spectra", "losses", "carried", "recovery", "evaluation", "samples", "probing",

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lillama.cli import main
+from lillama.cli.app import main
 from lillama.errors import OutputError
 from lillama.report.page import report, write
-from lillama.run import opened
+from lillama.runs.run_dir import opened
 
 
 def content(folder: Path) -> dict[Path, bytes]:

@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree
 
-from lillama.report.still import kept_plot
+from lillama.report.card_plot import kept_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -6,9 +6,9 @@ from threading import Thread
 
 import pytest
 
-from lillama.cli import main
-from lillama.compression import compress
-from lillama.progress import Progress
+from lillama.cli.app import main
+from lillama.pipeline.api import compress
+from lillama.system.progress import Progress
 
 PATIENCE = 300.0  # seconds; only a page that never comes takes so long, however busy the machine
 REFRESH = 'http-equiv="refresh" content="0.2"'

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lillama.stimuli.language import LANGUAGES, Language, load_language
-from lillama.stimuli.sets import StimuliSet, built_in_vocabulary, lexical_set, syntactic_set
+from lillama.probing.stimuli.language import LANGUAGES, Language, load_language
+from lillama.probing.stimuli.sets import StimuliSet, built_in_vocabulary, lexical_set, syntactic_set
 
 
 @pytest.fixture(scope="session", params=LANGUAGES)

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 
 from lillama.errors import ProbeError
-from lillama.stimuli.lexical import PER_WORD
-from lillama.stimuli.pseudowords import phonotactics
-from lillama.stimuli.sets import built_in_vocabulary, lexical_set, real_words
-from lillama.stimuli.vocabulary import Vocabulary, count_words
+from lillama.probing.stimuli.lexical import PER_WORD
+from lillama.probing.stimuli.pseudowords import phonotactics
+from lillama.probing.stimuli.sets import built_in_vocabulary, lexical_set, real_words
+from lillama.probing.stimuli.vocabulary import Vocabulary, count_words
 
 
 def test_no_pseudo_word_is_a_word(language, words):

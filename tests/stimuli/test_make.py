@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from lillama.cli import main
+from lillama.cli.app import main
 from lillama.errors import OutputError, ProbeError
 from lillama.probing.benchmark import load_benchmark, packaged_data
 from lillama.probing.pairs import read_pairs
-from lillama.stimuli import make
-from lillama.stimuli.make import make_stimuli, write_table
-from lillama.stimuli.sets import syntactic_set
-from lillama.stimuli.vocabulary import read_word_list
+from lillama.probing.stimuli import make
+from lillama.probing.stimuli.make import make_stimuli, write_table
+from lillama.probing.stimuli.sets import syntactic_set
+from lillama.probing.stimuli.vocabulary import read_word_list
 
 
 def run(*words: object) -> int:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lillama.stimuli.ngrams import EDGE, count_ngrams
+from lillama.probing.stimuli.ngrams import EDGE, count_ngrams
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

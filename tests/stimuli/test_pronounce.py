@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lillama.errors import ProbeError
-from lillama.stimuli.pronounce import Espeak, Gruut, pattern
+from lillama.probing.stimuli.pronounce import Espeak, Gruut, pattern
 
 
 def test_gruut_knows_words_and_guesses_the_rest():

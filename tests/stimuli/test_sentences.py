@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 
-from lillama.stimuli.language import load_language
-from lillama.stimuli.ngrams import count_ngrams
-from lillama.stimuli.sentences import FEWEST, tokens, usable_lists
-from lillama.stimuli.sets import syntactic_set
-from lillama.stimuli.vocabulary import Vocabulary
+from lillama.probing.stimuli.language import load_language
+from lillama.probing.stimuli.ngrams import count_ngrams
+from lillama.probing.stimuli.sentences import FEWEST, tokens, usable_lists
+from lillama.probing.stimuli.sets import syntactic_set
+from lillama.probing.stimuli.vocabulary import Vocabulary
 
 PHENOMENA = {
     "adj_noun_order", "noun_verb_order", "anaphor_gender_agreement", "anaphor_number_agreement",

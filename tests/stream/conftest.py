@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lillama.stream.store import Shelf
+from lillama.stream.activations import Shelf
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,11 +18,11 @@ from transformers import (
     PretrainedConfig,
 )
 
+from lillama.stream.activations import Shelf, Stores
 from lillama.stream.batch import Batch
+from lillama.stream.capture import begin
 from lillama.stream.head import NO_LABEL, Head, next_tokens
-from lillama.stream.running import begin
-from lillama.stream.store import Shelf, Stores
-from lillama.stream.streamed import open_streamed
+from lillama.stream.model import open_streamed
 
 CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}

@@ -23,11 +23,11 @@ from transformers import (
 
 from lillama.errors import ModelError
 from lillama.model.kind import kind_of
+from lillama.stream.activations import Shelf, Stores
 from lillama.stream.batch import Batch, batch_of
-from lillama.stream.running import finish
-from lillama.stream.store import Shelf, Stores
-from lillama.stream.streamed import open_streamed
-from lillama.stream.through import through
+from lillama.stream.capture import finish
+from lillama.stream.forward import through
+from lillama.stream.model import open_streamed
 
 CPU = torch.device("cpu")
 WIDE = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "vocab_size": 60,

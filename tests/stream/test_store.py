@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lillama.errors import ResourceError
-from lillama.memory import MemoryBudget
-from lillama.stream.store import ActivationStore, RowTable, Shelf
+from lillama.stream.activations import ActivationStore, RowTable, Shelf
+from lillama.system.memory import MemoryBudget
 
 MakeShelf = Callable[[str], Shelf]
 PLACES = ["host", "disk"]

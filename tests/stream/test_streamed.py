@@ -27,12 +27,12 @@ from transformers import (
 )
 
 from lillama.errors import ModelError
-from lillama.hub.quantizer import LowRankConfig, declare
 from lillama.lowrank.install import install, low_rank_linears
+from lillama.modeling.quantizer import LowRankConfig, declare
+from lillama.stream.activations import ActivationStore, Shelf
 from lillama.stream.batch import Batch
-from lillama.stream.running import advance, begin, finish, row_slices
-from lillama.stream.store import ActivationStore, Shelf
-from lillama.stream.streamed import StreamedModel, open_streamed
+from lillama.stream.capture import advance, begin, finish, row_slices
+from lillama.stream.model import StreamedModel, open_streamed
 
 CPU = torch.device("cpu")
 SHAPE = {

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import StaticCache
 
-from lillama.calibration.tokenizer import embeddings_of, encoded, refuse_unknown
 from lillama.errors import ModelError
 from lillama.model.kind import kind_of, refuse_too_long
-from lillama.model.loading import fits, load
-from lillama.progress import Progress, Report, silent
+from lillama.model.load import fits, load
+from lillama.model.tokenizer import embeddings_of, encoded, refuse_unknown
+from lillama.system.progress import Progress, Report, silent
 
 BATCH = 128  # sequences written side by side, if their key-value cache stays below CACHE bytes
 CACHE = 4 << 30

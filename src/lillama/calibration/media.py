@@ -13,23 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoImageProcessor, PreTrainedTokenizerBase
 
-from lillama.calibration.pack import SURPLUS, Manifest, SourceRecord, TokenBlocks, ids_hash, share
-from lillama.calibration.sources import (
+from lillama.calibration.pack import SURPLUS, CalibrationSet, Manifest, SourceRecord, ids_hash, share
+from lillama.corpus.sources import (
     FEATURES,
     IMAGES,
     SPEECH,
     Source,
     fingerprint,
-    first_line,
     json_lines,
     media_files,
 )
-from lillama.calibration.tokenizer import encoded, tokenizer_hash
-from lillama.errors import CalibrationError, ModelError
+from lillama.errors import DataError, ModelError, first_line
 from lillama.model.foreign import explained
 from lillama.model.remote import runs_code
 from lillama.model.spec import Kind
-from lillama.progress import Progress, Report, silent
+from lillama.model.tokenizer import encoded, tokenizer_hash
+from lillama.system.progress import Progress, Report, silent
 
 Takes = Literal["input_features", "input_values", "pixel_values"]
 
@@ -56,7 +55,7 @@ def pack_media(
     seed: int,
     report: Report = silent,
     embeddings: int | None = None,
-) -> TokenBlocks:
+) -> CalibrationSet:
     """Choose files by the seed and process them, each source giving its share of the rows.
 
     Args:
@@ -70,7 +69,7 @@ def pack_media(
         embeddings: tokens that the model has embeddings for; None knows no bound.
 
     Raises:
-        CalibrationError: a source holds no file of the kind, or what is said is not known and the model needs it.
+        DataError: a source holds no file of the kind, or what is said is not known and the model needs it.
         ModelError: the model's processor cannot be used.
     """
     takes = cast(Takes, kind.takes)
@@ -86,7 +85,7 @@ def pack_media(
         report(Progress("calibration", done, len(sources), source.path))
         found = list(islice(clips(source, suffixes), SURPLUS * wanted * (SECONDS if takes == "input_values" else 1)))
         if not found:
-            raise CalibrationError(f"{source.path}: names no file; give another source")
+            raise DataError(f"{source.path}: names no file; give another source")
         order = torch.randperm(len(found), generator=generator).tolist()
         taken = [found[index] for index in order[: None if takes == "input_values" else wanted]]
         parts.append(READERS[takes](taken, folder, kind, wanted))
@@ -121,7 +120,7 @@ def pack_media(
         temperature=None,
         sha256=ids_hash(ids),
     )
-    return TokenBlocks(ids, mask, manifest, inputs)
+    return CalibrationSet(ids, mask, manifest, inputs)
 
 
 def clips(source: Source, kinds: Sequence[str]) -> Iterator[Clip]:
@@ -133,14 +132,14 @@ def clips(source: Source, kinds: Sequence[str]) -> Iterator[Clip]:
         return
     for where, row in json_lines(listing, source):
         if not isinstance(row.get("file_name"), str):
-            raise CalibrationError(f'{where}: {{"file_name": ..., "text": ...}} is wanted; write it so')
+            raise DataError(f'{where}: {{"file_name": ..., "text": ...}} is wanted; write it so')
         file = folder / row["file_name"]
         if not file.is_file() or file.suffix.lower() not in kinds:
-            raise CalibrationError(f"{where}: {file} is not there, or no file of type {', '.join(kinds)}")
+            raise DataError(f"{where}: {file} is not there, or no file of type {', '.join(kinds)}")
         name = next((name for name in ([source.field] if source.field else TEXTS) if name in row), None)
         text = None if name is None else row[name]
         if not isinstance(text, str | None):
-            raise CalibrationError(f"{where}: field {name!r} is {type(text).__name__}; it must be text")
+            raise DataError(f"{where}: field {name!r} is {type(text).__name__}; it must be text")
         yield Clip(file, text)
 
 
@@ -149,9 +148,7 @@ def wave(path: Path, rate: int) -> NDArray[np.float32]:
     try:
         import soundfile
     except ImportError:
-        raise CalibrationError(
-            f"{path}: sound is read by soundfile; install it: pip install 'lillama[audio]'"
-        ) from None
+        raise DataError(f"{path}: sound is read by soundfile; install it: pip install 'lillama[audio]'") from None
     from scipy.signal import resample_poly
 
     try:
@@ -160,7 +157,7 @@ def wave(path: Path, rate: int) -> NDArray[np.float32]:
             raise ValueError(f"{known.frames:,} samples of {known.channels} channels, and it is read as a whole")
         samples, found = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, ValueError) as error:
-        raise CalibrationError(f"{path}: no readable sound file ({first_line(error)}); write it anew") from None
+        raise DataError(f"{path}: no readable sound file ({first_line(error)}); write it anew") from None
     mono = samples.mean(axis=1)
     return mono if found == rate else resample_poly(mono, rate, found).astype(np.float32)
 
@@ -193,12 +190,10 @@ def _computed(path: Path, extractor: Any) -> tuple[Float[Tensor, "mels frames"],
         stored = np.lib.format.open_memmap(path, "r")  # of a shape that the file has room for
         mels, frames = extractor.feature_size, extractor.nb_max_frames
         if stored.ndim != 2 or len(stored) != mels or not 0 < stored.shape[1] <= frames:
-            raise CalibrationError(
-                f"{path}: has the shape {stored.shape}; {mels} mels x at most {frames} frames are wanted"
-            )
+            raise DataError(f"{path}: has the shape {stored.shape}; {mels} mels x at most {frames} frames are wanted")
         found = torch.from_numpy(np.array(stored)).float()
     except (ValueError, OSError, TypeError, EOFError, OverflowError) as error:
-        raise CalibrationError(f"{path}: no readable array ({first_line(error)}); write it with numpy.save") from None
+        raise DataError(f"{path}: no readable array ({first_line(error)}); write it with numpy.save") from None
     features = found.new_full((mels, frames), float(found.min()))
     features[:, : found.shape[1]] = found
     return features, torch.arange(frames) < found.shape[1]
@@ -216,7 +211,7 @@ def _values(chosen: list[Clip], folder: Path, kind: Kind, rows: int) -> dict[str
     sound = np.concatenate(waves)
     windows = [sound[start : start + length] for start in range(0, len(sound) - length + 1, length)][:rows]
     if not windows:
-        raise CalibrationError(f"{chosen[0].path.parent}: less than {SECONDS} s of speech; give more")
+        raise DataError(f"{chosen[0].path.parent}: less than {SECONDS} s of speech; give more")
     made = extractor(windows, sampling_rate=extractor.sampling_rate, return_tensors="pt", return_attention_mask=False)
     return {"input_values": made["input_values"]}
 
@@ -226,7 +221,7 @@ def _pixels(chosen: list[Clip], folder: Path, kind: Kind, rows: int) -> dict[str
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise CalibrationError("images are read by pillow; install it: pip install 'lillama[vision]'") from None
+        raise DataError("images are read by pillow; install it: pip install 'lillama[vision]'") from None
     processor, parts = _processor(AutoImageProcessor, folder), list[Tensor]()
     for start in range(0, len(chosen), BATCH):
         images = []
@@ -235,7 +230,7 @@ def _pixels(chosen: list[Clip], folder: Path, kind: Kind, rows: int) -> dict[str
                 with Image.open(clip.path) as image:
                     images.append(image.convert("RGB"))
             except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-                raise CalibrationError(f"{clip.path}: no readable image ({first_line(error)})") from None
+                raise DataError(f"{clip.path}: no readable image ({first_line(error)})") from None
         parts.append(processor(images=images, return_tensors="pt")["pixel_values"])
     return {"pixel_values": torch.cat(parts)}
 
@@ -257,7 +252,7 @@ def _transcripts(
         raise ModelError("the model writes text but has no tokenizer; put tokenizer.json and its config beside it")
     silent_one = next((clip for clip in chosen if clip.text is None), None)
     if silent_one is not None:
-        raise CalibrationError(
+        raise DataError(
             f'{silent_one.path}: what is said is not known; put metadata.jsonl with {{"file_name": ..., "text": ...}} there'
         )
     end = tokenizer.eos_token_id

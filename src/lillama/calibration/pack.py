@@ -14,13 +14,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lillama.artefacts import TENSORS, load_tensors, load_whole, save_json, save_tensors, seal_of
-from lillama.calibration.documents import Document, documents
-from lillama.calibration.sources import Source, fingerprint
-from lillama.calibration.tokenizer import encoded, refuse_unknown, tokenizer_hash
-from lillama.errors import CalibrationError
-from lillama.files import atomic_folder, digest
-from lillama.progress import Progress, Report, silent
+from lillama.corpus.documents import Document, documents
+from lillama.corpus.sources import Source, fingerprint
+from lillama.errors import DataError
+from lillama.files.artefacts import TENSORS, load_tensors, load_whole, save_json, save_tensors, seal_of
+from lillama.files.atomic import atomic_folder, digest
+from lillama.model.tokenizer import encoded, refuse_unknown, tokenizer_hash
+from lillama.system.progress import Progress, Report, silent
 
 VERSION = 1
 SURPLUS = 4  # windows collected for each window wanted, so that the seed has something to choose from
@@ -100,7 +100,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class TokenBlocks:
+class CalibrationSet:
     """Token sequences of one length.
 
     Attributes:
@@ -132,18 +132,16 @@ class TokenBlocks:
             save_json(temporary / MANIFEST, self.manifest.to_json(), {FILE: seal})
 
     @classmethod
-    def load(cls, folder: Path) -> "TokenBlocks":
+    def load(cls, folder: Path) -> "CalibrationSet":
         """Read what `save` wrote.
 
         Raises:
             DamagedError: a file is missing, or is not what was written.
-            CalibrationError: another version of lillama wrote it.
+            DataError: another version of lillama wrote it.
         """
         value = load_whole(folder / MANIFEST)
         if value["version"] != VERSION:
-            raise CalibrationError(
-                f"{folder}: has version {value['version']}, this lillama reads {VERSION}; gather it anew"
-            )
+            raise DataError(f"{folder}: has version {value['version']}, this lillama reads {VERSION}; gather it anew")
         tensors = load_tensors(folder / FILE)
         inputs = {name.removeprefix(INPUT): tensor for name, tensor in tensors.items() if name.startswith(INPUT)}
         return cls(tensors["ids"], tensors.get("mask"), Manifest.from_json(value), inputs)
@@ -162,7 +160,7 @@ def pack(
     seed: int,
     report: Report = silent,
     embeddings: int | None = None,
-) -> TokenBlocks:
+) -> CalibrationSet:
     """Read the sources and choose sequences by the seed, each source giving its share of the token budget.
 
     Each sequence is `seq_len` successive tokens of one source's stream; documents are joined by the end-of-text token. A token
@@ -190,10 +188,10 @@ def pack(
     ids = torch.cat(parts)
     ids = ids[torch.randperm(len(ids), generator=generator)]
     report(Progress("calibration", len(sources), len(sources), tokens=ids.numel()))
-    return blocks("text", tuple(records), tokenizer, ids, tokens, seed)
+    return build_set("text", tuple(records), tokenizer, ids, tokens, seed)
 
 
-def blocks(
+def build_set(
     kind: Literal["text", "self"],
     records: tuple[SourceRecord, ...],
     tokenizer: PreTrainedTokenizerBase,
@@ -201,7 +199,7 @@ def blocks(
     wanted: int,
     seed: int,
     temperature: float | None = None,
-) -> TokenBlocks:
+) -> CalibrationSet:
     """Put unpadded sequences together with their manifest."""
     manifest = Manifest(
         kind=kind,
@@ -214,7 +212,7 @@ def blocks(
         temperature=temperature,
         sha256=ids_hash(ids),
     )
-    return TokenBlocks(ids, None, manifest)
+    return CalibrationSet(ids, None, manifest)
 
 
 def share(sources: tuple[Source, ...], sequences: int) -> list[int]:
@@ -227,7 +225,7 @@ def share(sources: tuple[Source, ...], sequences: int) -> list[int]:
         counts[i] += 1
     for source, count in zip(sources, counts, strict=True):
         if not count:
-            raise CalibrationError(
+            raise DataError(
                 f"{source.path}: its weight {source.weight} of {whole} gives it none of the {sequences} sequences; "
                 "raise the weight or the token budget, or leave the source out"
             )
@@ -284,5 +282,5 @@ def _windows(stream: _Stream, seq_len: int, limit: int) -> Int[Tensor, "sequence
 def _check_enough(source: Source, found: int, wanted: int, seq_len: int) -> None:
     """Warn of a source that is shorter than its share, refuse one that fills no sequence."""
     if not found:
-        raise CalibrationError(f"{source.path}: holds less than one sequence of {seq_len} tokens; give more text")
+        raise DataError(f"{source.path}: holds less than one sequence of {seq_len} tokens; give more text")
     log.warning("%s: holds %d tokens of the %d wanted; all are taken", source.path, found, wanted)

@@ -11,11 +11,11 @@ from lillama.distill.objective import recorded
 from lillama.errors import RecipeError
 from lillama.lowrank.gram import Gram
 from lillama.moments.inputs import shrink_experts, watch_inputs, with_siblings
+from lillama.stream.activations import ActivationStore, Shelf
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
-from lillama.stream.running import advance, begin, row_slices
-from lillama.stream.store import ActivationStore, Shelf
-from lillama.stream.streamed import StreamedModel
+from lillama.stream.capture import advance, begin, row_slices
+from lillama.stream.model import StreamedModel
 
 Earlier = Mapping[int, tuple[ActivationStore, ActivationStore]]
 

@@ -19,7 +19,7 @@ from lillama.distill.pool import LearnerPool
 from lillama.distill.spectrum import largest_singular_values
 from lillama.distill.trainer import Trainer, TrainingState
 from lillama.errors import TrainingError
-from lillama.progress import Report
+from lillama.system.progress import Report
 
 logger = logging.getLogger(__name__)
 

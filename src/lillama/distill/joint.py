@@ -20,9 +20,9 @@ from lillama.distill.objective import MicroBatch, real_tokens
 from lillama.distill.pool import LearnerPool
 from lillama.distill.spectrum import largest_singular_values
 from lillama.distill.trainer import Trainer, TrainingState
-from lillama.progress import Report
+from lillama.stream.activations import ActivationStore
 from lillama.stream.calls import BlockArgs, BlockInputs
-from lillama.stream.store import ActivationStore
+from lillama.system.progress import Report
 
 
 @dataclass(frozen=True)

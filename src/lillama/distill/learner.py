@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lillama.distill.compiled import Compiled
+from lillama.distill.compile import Compiled
 from lillama.distill.config import OptimConfig
 from lillama.distill.objective import MicroBatch, Objective, recorded
 from lillama.stream.calls import BlockArgs

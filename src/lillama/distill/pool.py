@@ -6,9 +6,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lillama.artefacts import load_tensors, save_tensors
 from lillama.distill.learner import Learner
-from lillama.resources import trim_memory
+from lillama.files.artefacts import load_tensors, save_tensors
+from lillama.system.resources import trim_memory
 
 
 class LearnerPool:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lillama.lowrank.linear import LowRankLinear
+from lillama.modeling.linear import LowRankLinear
 
 VECTORS, ROUNDS = 8, 12
 

@@ -18,12 +18,12 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lillama.artefacts import load_json, load_tensors, save_json, save_tensors
 from lillama.distill.history import History, Measurement, State
 from lillama.distill.pool import LearnerPool
 from lillama.distill.split import Batches
-from lillama.files import atomic_folder
-from lillama.progress import Progress, Report
+from lillama.files.artefacts import load_json, load_tensors, save_json, save_tensors
+from lillama.files.atomic import atomic_folder
+from lillama.system.progress import Progress, Report
 
 REPORT_SECONDS = 0.2
 SNAPSHOT_SECONDS = 300.0

@@ -10,22 +10,22 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lillama.calibration.documents import read_text
-from lillama.calibration.tokenizer import embeddings_of, load_tokenizer
-from lillama.errors import CalibrationError, ModelError, ResourceError
+from lillama.corpus.texts import read_text
+from lillama.errors import DataError, ModelError, ResourceError
 from lillama.evaluation.agreement_summary import Agreement, Measured, summary
 from lillama.evaluation.continuation import GRAM, PROMPT, Continued, continuations, continued, cut_prompts
 from lillama.evaluation.continuation_samples import Sample, samples
 from lillama.evaluation.tally import log_probs, pair_tallies
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
 from lillama.model.kind import refuse_too_long
-from lillama.model.loading import refuse_too_large
+from lillama.model.load import refuse_too_large
 from lillama.model.remote import remote_code
 from lillama.model.source import locate
-from lillama.progress import Report, silent
-from lillama.resources import pick_device, shortage_explained
-from lillama.stream.store import Shelf
-from lillama.stream.streamed import StreamedModel, open_streamed
+from lillama.model.tokenizer import embeddings_of, load_tokenizer
+from lillama.stream.activations import Shelf
+from lillama.stream.model import StreamedModel, open_streamed
+from lillama.system.progress import Report, silent
+from lillama.system.resources import pick_device, shortage_explained
 
 logger = logging.getLogger(__name__)
 
@@ -155,13 +155,13 @@ def _windows(
 def _prompt_length(dense: StreamedModel, protocol: Protocol) -> int:
     """Return the tokens of a prompt that leave room for what is written after it."""
     if protocol.prompts < 0 or protocol.new_tokens < GRAM:
-        raise CalibrationError(
+        raise DataError(
             f"prompts is {protocol.prompts} and new_tokens {protocol.new_tokens}; at least 0 and {GRAM} make sense"
         )
     positions = dense.kind.max_positions
     room = PROMPT if positions is None else min(PROMPT, positions - protocol.new_tokens)
     if protocol.prompts and room < 1:
-        raise CalibrationError(
+        raise DataError(
             f"new_tokens is {protocol.new_tokens}, but the model has {positions} positions; give --prompts 0"
         )
     return room

@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lillama.errors import CalibrationError
+from lillama.errors import DataError
 from lillama.evaluation.windows import Windows, spread
-from lillama.model.loading import load, refuse_too_large
-from lillama.progress import Progress, Report
+from lillama.model.load import load, refuse_too_large
+from lillama.system.progress import Progress, Report
 
 PROMPT = 32  # tokens of a prompt
 BATCH = 32
@@ -105,14 +105,14 @@ def repetition(ids: Int[Tensor, "texts length"]) -> Float[Tensor, " texts"]:
     """Return the share of each text's 4-grams that stood in it before.
 
     Raises:
-        CalibrationError: the texts are shorter than four tokens.
+        DataError: the texts are shorter than four tokens.
 
     Examples:
         >>> repetition(torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 1, 1, 1, 1, 1, 1]])).tolist()
         [0.0, 0.75]
     """
     if ids.shape[1] < GRAM:
-        raise CalibrationError(f"new_tokens is {ids.shape[1]}; at least {GRAM} are needed to tell repetition")
+        raise DataError(f"new_tokens is {ids.shape[1]}; at least {GRAM} are needed to tell repetition")
     grams = ids.unfold(1, GRAM, 1)
     distinct = [len({tuple(gram) for gram in text}) for text in grams.tolist()]
     return 1 - torch.tensor(distinct, dtype=torch.float64) / grams.shape[1]

@@ -13,7 +13,7 @@ from lillama.evaluation.perplexity import TextScore, perplexity, pooled
 from lillama.evaluation.tasks import TaskScore, score_tasks
 from lillama.evaluation.windows import Texts, languages
 from lillama.model.remote import remote_code
-from lillama.progress import Report, silent
+from lillama.system.progress import Report, silent
 
 
 @dataclass(frozen=True)

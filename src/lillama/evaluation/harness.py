@@ -19,12 +19,12 @@ from jinja2 import TemplateError
 from torch import Tensor
 from yaml import YAMLError
 
-from lillama.calibration.tokenizer import load_tokenizer, unknown_refused
-from lillama.errors import RecipeError
-from lillama.model.loading import load, refuse_too_large
-from lillama.progress import Progress, Report
-from lillama.resources import shortage_explained
-from lillama.yaml_text import refuse_unbounded
+from lillama.errors import RecipeError, first_line
+from lillama.files.yaml_text import refuse_unbounded
+from lillama.model.load import load, refuse_too_large
+from lillama.model.tokenizer import load_tokenizer, unknown_refused
+from lillama.system.progress import Progress, Report
+from lillama.system.resources import shortage_explained
 
 BATCH = 8
 FEWSHOT_SEED = 1234  # the harness's own
@@ -197,7 +197,7 @@ def _explained(name: str) -> Iterator[None]:
         with shortage_explained():
             yield
     except UNUSABLE as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise RecipeError(
             f"task {name}: cannot be used ({type(error).__name__}: {reason}); if its data is not on this machine, fetch it "
             "once with a network, or give a YAML task over local files"

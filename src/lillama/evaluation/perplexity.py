@@ -7,17 +7,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lillama.calibration.documents import read_text
-from lillama.calibration.tokenizer import embeddings_of, load_tokenizer
+from lillama.corpus.texts import read_text
 from lillama.evaluation.tally import log_probs, tallies
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
 from lillama.model.kind import refuse_too_long
 from lillama.model.remote import remote_code
 from lillama.model.source import locate
-from lillama.progress import Report, silent
-from lillama.resources import pick_device, shortage_explained
-from lillama.stream.store import Shelf
-from lillama.stream.streamed import StreamedModel, open_streamed
+from lillama.model.tokenizer import embeddings_of, load_tokenizer
+from lillama.stream.activations import Shelf
+from lillama.stream.model import StreamedModel, open_streamed
+from lillama.system.progress import Report, silent
+from lillama.system.resources import pick_device, shortage_explained
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ import torch
 import transformers
 
 from lillama.errors import ModelError, RecipeError, ResourceError
-from lillama.evaluation import timed
-from lillama.evaluation.timed import TOO_MUCH, Footprint, Run, Setting
+from lillama.evaluation import speed_worker as timed
+from lillama.evaluation.speed_worker import TOO_MUCH, Footprint, Run, Setting
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.kind import kind_of
 from lillama.model.remote import remote_code
 from lillama.model.skeleton import skeleton
 from lillama.model.source import load_config, locate
-from lillama.progress import Progress, Report, silent
-from lillama.resources import pick_device
+from lillama.system.progress import Progress, Report, silent
+from lillama.system.resources import pick_device
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Call = Callable[..., Any]

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lillama.errors import ModelError
 from lillama.evaluation.windows import Windows
-from lillama.memory import tokens_of_logits
 from lillama.model.describe import hidden_size
-from lillama.progress import Progress, Report
+from lillama.stream.activations import ActivationStore, Shelf
 from lillama.stream.batch import Batch
-from lillama.stream.running import advance, begin, finish, row_slices
-from lillama.stream.store import ActivationStore, Shelf
-from lillama.stream.streamed import StreamedModel
+from lillama.stream.capture import advance, begin, finish, row_slices
+from lillama.stream.model import StreamedModel
+from lillama.system.memory import tokens_of_logits
+from lillama.system.progress import Progress, Report
 
 TOKENS_AT_ONCE = 4096
 BINS = 15

@@ -15,8 +15,8 @@ from lillama.errors import RecipeError
 from lillama.evaluation.harness import KINDS, Answers, Task, ask
 from lillama.evaluation.intervals import Interval, bootstrap
 from lillama.model.source import locate
-from lillama.progress import Report, silent
-from lillama.resources import pick_device, shortage_explained
+from lillama.system.progress import Report, silent
+from lillama.system.resources import pick_device, shortage_explained
 
 AVERAGE = "average"
 

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lillama.calibration.tokenizer import encoded
-from lillama.errors import CalibrationError
-from lillama.stream.streamed import StreamedModel
+from lillama.errors import DataError
+from lillama.model.tokenizer import encoded
+from lillama.stream.model import StreamedModel
 
 LONGEST = 2048
 LABEL = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)
@@ -78,17 +78,17 @@ def cut(
         embeddings: tokens that the model has embeddings for; None knows no bound.
 
     Raises:
-        CalibrationError: windows or text have fewer than two tokens, or the stride leaves tokens out.
+        DataError: windows or text have fewer than two tokens, or the stride leaves tokens out.
     """
     if length < 2:
-        raise CalibrationError(f"seq_len is {length}; windows of at least two tokens are needed to measure perplexity")
+        raise DataError(f"seq_len is {length}; windows of at least two tokens are needed to measure perplexity")
     if stride is not None and not 1 <= stride <= length:
-        raise CalibrationError(f"stride is {stride}; it must lie between 1 and the window's {length} tokens")
+        raise DataError(f"stride is {stride}; it must lie between 1 and the window's {length} tokens")
     if most is not None and most < 1:
-        raise CalibrationError(f"windows is {most}; at least one is needed")
+        raise DataError(f"windows is {most}; at least one is needed")
     (ids,) = encoded(tokenizer, [text], embeddings, name, add_special_tokens=False)["input_ids"]
     if len(ids) < 2:
-        raise CalibrationError(f"{name}: {len(ids)} tokens; a text of at least two is needed to measure perplexity")
+        raise DataError(f"{name}: {len(ids)} tokens; a text of at least two is needed to measure perplexity")
     length = min(length, len(ids))
     step = min(stride or length, length)
     windows = torch.tensor(ids).unfold(0, length, step)

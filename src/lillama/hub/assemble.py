@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from lillama.errors import ModelError
-from lillama.files import read_json, write_json
+from lillama.files.atomic import read_json, write_json
 from lillama.hub.companions import carry_along, without_code
-from lillama.hub.quantizer import LowRankConfig
-from lillama.lowrank.absorb import absorb
+from lillama.lowrank.encode import stored_factors
 from lillama.lowrank.install import install
+from lillama.lowrank.permute import absorb
 from lillama.lowrank.pivot import Pivoting, in_order, pivot_rows
-from lillama.lowrank.quantized import refuse_without_torchao
+from lillama.lowrank.quantize import refuse_without_torchao
 from lillama.lowrank.storage import Storage
-from lillama.lowrank.stored import stored_factors
 from lillama.model.checkpoint import FETCH_AGAIN, NAMED, CheckpointWriter
 from lillama.model.spec import BlockSpec, ModelSpec
-from lillama.model.unfused import fuse, native_names
 from lillama.model.weights import Weights
+from lillama.modeling.experts import fuse, native_names
+from lillama.modeling.quantizer import LowRankConfig
 from lillama.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lillama.files import write_json
+from lillama.files.atomic import write_json
 
 logger = logging.getLogger(__name__)
 

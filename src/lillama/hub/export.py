@@ -11,16 +11,16 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from lillama.errors import ModelError, OutputError
-from lillama.files import atomic_folder, refuse_present, write_json
+from lillama.files.atomic import atomic_folder, refuse_present, write_json
 from lillama.hub.companions import carry_along, is_inside, without_code
 from lillama.hub.portable import CODE, compressed_config, make_portable
 from lillama.hub.usage import Loading, with_loading
-from lillama.lowrank.linear import low_rank_linears, merge
 from lillama.model.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter
 from lillama.model.remote import remote_code
 from lillama.model.source import refuse_adapter, stored_dtype
 from lillama.model.weights import Weights, stored
-from lillama.stream.streamed import StreamedModel, open_streamed
+from lillama.modeling.linear import low_rank_linears, merge
+from lillama.stream.model import StreamedModel, open_streamed
 
 logger = logging.getLogger(__name__)
 

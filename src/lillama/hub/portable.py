@@ -8,12 +8,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-import lillama.hub
-import lillama.lowrank
-import lillama.model
+import lillama.modeling
 from lillama.errors import ModelError
-from lillama.files import atomic_file, read_json, write_json
-from lillama.hub.quantizer import METHOD, LowRankConfig
+from lillama.files.atomic import atomic_file, read_json, write_json
+from lillama.modeling.quantizer import METHOD, LowRankConfig
 
 CODE = "modeling_lillama.py"
 IMPORT = re.compile(r"^from lillama\..*\n", re.MULTILINE)
@@ -76,10 +74,10 @@ def compressed_config(folder: Path) -> dict[str, Any]:
 def portable_code(config_class: str) -> str:
     """Return the text of a module that needs torch and transformers alone: layers, quantizer, configuration."""
     sources = (
-        (lillama.model, "unfused.py"),
-        (lillama.lowrank, "linear.py"),
-        (lillama.lowrank, "soundness.py"),
-        (lillama.hub, "quantizer.py"),
+        (lillama.modeling, "experts.py"),
+        (lillama.modeling, "linear.py"),
+        (lillama.modeling, "soundness.py"),
+        (lillama.modeling, "quantizer.py"),
     )
     texts = [IMPORT.sub("", files(package).joinpath(name).read_text(encoding="utf-8")) for package, name in sources]
     return "\n".join([HEADER, *texts, "import transformers", CONFIG.substitute(name=config_class)])

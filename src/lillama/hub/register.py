@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 TABLE = "transformers.quantizers.auto"
-QUANTIZER = "lillama.hub.quantizer"
+QUANTIZER = "lillama.modeling.quantizer"
 
 
 class TableFinder(MetaPathFinder):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lillama.errors import ModelError
+from lillama.files.publishing import plain
+from lillama.files.yaml_text import load_yaml
 from lillama.hub.companions import is_inside
-from lillama.publishing import plain
-from lillama.yaml_text import load_yaml
 
 logger = logging.getLogger(__name__)
 

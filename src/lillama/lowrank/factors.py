@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lillama.lowrank.eigen import eigh, leading
 from lillama.lowrank.gram import Gram, exact_device
-from lillama.lowrank.leading import eigh, leading
 
 LEAST_DAMPING = 1e-12  # keeps the square root of a rank-deficient Gram invertible
 

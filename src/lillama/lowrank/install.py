@@ -6,8 +6,8 @@ from typing import Any, cast
 from torch import nn
 
 from lillama.errors import ModelError, suggestion
-from lillama.lowrank.linear import low_rank_linears, mark, merge, prepare, shaped_like
-from lillama.lowrank.soundness import misfit, refusal
+from lillama.modeling.linear import low_rank_linears, mark, merge, prepare, shaped_like
+from lillama.modeling.soundness import misfit, refusal
 
 __all__ = ["install", "install_stored", "low_rank_linears", "merge"]
 

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lillama.artefacts import write_tensors
 from lillama.errors import ModelError, shown, suggestion
-from lillama.files import digest, file_digest, read_json, write_json
+from lillama.files.artefacts import write_tensors
+from lillama.files.atomic import digest, file_digest, read_json, write_json
 from lillama.model.remote import runs_code
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -14,7 +14,7 @@ from lillama.model.kind import kind_of
 from lillama.model.skeleton import skeleton
 from lillama.model.source import quantization, stored_dtype
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
-from lillama.model.unfused import Experts, unfuse
+from lillama.modeling.experts import Experts, unfuse
 
 # Linears that are left dense whatever the targets say: glob of the name within the block -> the reason.
 LEFT = {

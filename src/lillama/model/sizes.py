@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
-from lillama.model.unfused import native_names
 from lillama.model.weights import Weights
+from lillama.modeling.experts import native_names
 
 
 def as_stored(spec: ModelSpec, weights: Weights, template: Callable[[int], nn.Module]) -> ModelSpec:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lillama.errors import ModelError, shown
-from lillama.files import read_json
+from lillama.files.atomic import read_json
 from lillama.model.foreign import explained, reason
 from lillama.model.remote import announce, needs_code, runs_code
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from lillama.errors import ModelError
+from lillama.errors import ModelError, first_line
 from lillama.model.checkpoint import CheckpointReader
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Source:
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ModelError(
                 f"{self.target}: cannot be made of {self.keys[0][0]} and {len(self.keys) - 1} more tensors "
-                f"({next(iter(str(error).splitlines()), type(error).__name__)}); fetch the model again"
+                f"({first_line(error)}); fetch the model again"
             ) from None
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 

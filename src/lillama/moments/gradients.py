@@ -19,13 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from lillama.lowrank.gram import WIDEST, Gram, Moments
 from lillama.moments.inputs import InputMomentHooks, shrink_experts, watch_inputs, with_siblings
 from lillama.moments.probes import Probes
-from lillama.progress import Progress, Report
+from lillama.stream.activations import ActivationStore, Shelf, Stores
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockArgs, BlockInputs, Rowwise, tree_leaves
+from lillama.stream.capture import advance, begin, entered, overflow, row_leaves, row_slices
 from lillama.stream.head import Head
-from lillama.stream.running import advance, begin, entered, overflow, row_leaves, row_slices
-from lillama.stream.store import ActivationStore, Shelf, Stores
-from lillama.stream.streamed import StreamedModel
+from lillama.stream.model import StreamedModel
+from lillama.system.progress import Progress, Report
 
 Masks = tuple[Bool[Tensor, "sequences _"] | None, ...]
 

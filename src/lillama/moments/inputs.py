@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lillama.errors import ModelError
 from lillama.lowrank.gram import Gram
-from lillama.model.unfused import Experts
+from lillama.modeling.experts import Experts
 from lillama.stream.calls import BlockArgs, tree_leaves
 
 logger = logging.getLogger(__name__)

@@ -2,11 +2,11 @@
 
 from torch import nn
 
+from lillama.stream.activations import ActivationStore, Shelf, Stores
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
-from lillama.stream.running import advance, begin
-from lillama.stream.store import ActivationStore, Shelf, Stores
-from lillama.stream.streamed import StreamedModel
+from lillama.stream.capture import advance, begin
+from lillama.stream.model import StreamedModel
 
 
 class Probes:

@@ -12,8 +12,8 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, with_config
 
 from lillama.errors import ProbeError, suggestion
-from lillama.packaged import packaged
-from lillama.yaml_text import read_yaml
+from lillama.files.packaged import packaged
+from lillama.files.yaml_text import read_yaml
 
 Unit = Literal["token", "char", "word", "phoneme"]
 ScoreName = Literal["mean", "sum", "penalised"]

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lillama.calibration.tokenizer import embeddings_of, refuse_unknown
-from lillama.calibration.tokenizer import encoded as tokenised
 from lillama.errors import ModelError, ProbeError
+from lillama.model.tokenizer import embeddings_of, refuse_unknown
+from lillama.model.tokenizer import encoded as tokenised
 from lillama.probing.benchmark import ScoreName, Unit
 from lillama.probing.scorer import Scorer
-from lillama.progress import Progress, Report
+from lillama.system.progress import Progress, Report
 
 Ids = tuple[int, ...]
 SHOWN = 60

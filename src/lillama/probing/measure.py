@@ -22,8 +22,8 @@ from lillama.probing.pairs import Pair, read_pairs
 from lillama.probing.result import Asked, ProbeResult
 from lillama.probing.scorer import load_scorer
 from lillama.probing.trials import Trial
-from lillama.progress import Report, silent
-from lillama.resources import pick_device, shortage_explained
+from lillama.system.progress import Report, silent
+from lillama.system.resources import pick_device, shortage_explained
 
 
 def probe(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lillama.calibration.paths import whole_text
+from lillama.corpus.paths import whole_text
 from lillama.errors import ProbeError
 from lillama.probing.benchmark import Benchmark, Stimuli
 from lillama.probing.table import Row, Table, read_table

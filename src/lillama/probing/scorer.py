@@ -22,14 +22,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
 )
 
-from lillama.calibration.tokenizer import load_tokenizer
 from lillama.errors import ModelError, ProbeError
-from lillama.memory import tokens_of_logits
 from lillama.model.kind import kind_of
-from lillama.model.loading import load
+from lillama.model.load import load
 from lillama.model.skeleton import skeleton
 from lillama.model.source import load_config, locate
 from lillama.model.spec import Kind
+from lillama.model.tokenizer import load_tokenizer
+from lillama.system.memory import tokens_of_logits
 
 TOKENS_AT_ONCE = 4096
 

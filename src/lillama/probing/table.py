@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lillama.calibration.paths import whole_text
-from lillama.calibration.sources import refuse_halves
+from lillama.corpus.paths import whole_text
 from lillama.errors import ProbeError, suggestion
+from lillama.model.tokenizer import refuse_halves
 
 Row = dict[str, str]
 SEPARATORS = ",\t;"

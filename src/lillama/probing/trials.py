@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lillama.calibration.paths import whole_text
+from lillama.corpus.paths import whole_text
 from lillama.errors import ProbeError
-from lillama.files import atomic_file
+from lillama.files.atomic import atomic_file
 from lillama.probing.benchmark import Benchmark
 from lillama.probing.pairs import Pair, couple, matched, read_stimuli, without_optional
 from lillama.probing.table import Row, read_table

@@ -15,7 +15,7 @@ from pydantic import Field, with_config
 
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import LinearSpec, ModelSpec
-from lillama.ranks.allocate import Published, Ranks, Shape, Uniform, shape_of, worthwhile
+from lillama.ranks.allocators import Published, Ranks, Shape, Uniform, shape_of, worthwhile
 from lillama.ranks.budget import Budget
 from lillama.ranks.greedy import fitted, spent
 from lillama.ranks.plan import PLAIN, RankPlan, Scope

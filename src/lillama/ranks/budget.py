@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from lillama.errors import BudgetError
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import LinearSpec, ModelSpec
-from lillama.ranks.allocate import checked_budget, tolerance, unreachable
+from lillama.ranks.allocators import checked_budget, tolerance, unreachable
 from lillama.ranks.plan import RankPlan, Scope
 
 

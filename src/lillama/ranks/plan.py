@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from lillama.artefacts import save_json
 from lillama.errors import RecipeError, shown, suggestion
-from lillama.files import read_json
+from lillama.files.artefacts import save_json
+from lillama.files.atomic import read_json
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lillama.artefacts import load_tensors, save_tensors
+from lillama.files.artefacts import load_tensors, save_tensors
 from lillama.ranks.plan import RankPlan
 
 Values = NDArray[np.float64]

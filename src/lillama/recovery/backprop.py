@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lillama.distill.pool import LearnerPool
+from lillama.stream.activations import ActivationStore
 from lillama.stream.calls import BlockArgs, BlockInputs
-from lillama.stream.store import ActivationStore
 
 Run = Callable[[Tensor], Tensor]
 

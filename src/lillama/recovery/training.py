@@ -22,9 +22,9 @@ from lillama.distill.trainer import TrainingState
 from lillama.recovery.backprop import Chain, Part
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.log import HeldOut
+from lillama.stream.activations import ActivationStore
 from lillama.stream.batch import Batch
 from lillama.stream.head import Compared, Head
-from lillama.stream.store import ActivationStore
 
 logger = logging.getLogger(__name__)
 

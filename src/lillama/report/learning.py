@@ -1,6 +1,6 @@
 """Figures about the teaching: losses of each block, the error from block to block, recovery."""
 
-from lillama.report.evidence import Evidence, Json
+from lillama.report.artefacts import Evidence, Json
 from lillama.report.figure import Cell, Figure
 from lillama.report.svg import Axes, Line, Role, chart, titled
 

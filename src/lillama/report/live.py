@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Literal, Protocol
 
 from lillama.errors import OutputError
-from lillama.progress import Progress, Report
+from lillama.system.progress import Progress, Report
 
 Sink = Literal["tensorboard", "wandb"]
 

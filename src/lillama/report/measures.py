@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import astuple
 
-from lillama.report.evidence import Evidence, Json
+from lillama.report.artefacts import Evidence, Json
+from lillama.report.charts import Pair, bars, dumbbells
 from lillama.report.figure import Cell, Figure, Passage
-from lillama.report.rows import Pair, bars, dumbbells
 from lillama.report.svg import Axes, Line, chart, titled
 
 SPEEDS = (("prefill_tokens_per_second", "prefill"), ("decode_tokens_per_second", "decode"))

@@ -13,12 +13,12 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lillama.publishing import escaped, markdown_templates, public_recipe
+from lillama.files.publishing import escaped, markdown_templates, public_recipe
 from lillama.report import learning, measures, structure, summary
-from lillama.report.evidence import Evidence, Extra, collect
+from lillama.report.artefacts import Evidence, Extra, collect
 from lillama.report.figure import Cell, Figure, shown
 from lillama.report.place import places, write_all
-from lillama.report.trust import doubts
+from lillama.report.warnings import doubts
 
 VERSION = 1
 BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of a damaged artefact

@@ -5,10 +5,10 @@ import json
 import os
 from pathlib import Path
 
-from lillama.artefacts import SEAL
 from lillama.errors import OutputError
-from lillama.files import atomic_file, digest, read_small
-from lillama.run import is_run
+from lillama.files.artefacts import SEAL
+from lillama.files.atomic import atomic_file, digest, read_small
+from lillama.runs.run_dir import is_run
 
 SUFFIXES = (".html", ".md", ".json")
 MARK = "<!-- lillama report, sha256 {} -->\n"

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
-from lillama.files import read_small
+from lillama.files.atomic import read_small
 
 Json = dict[str, Any]
 Values = NDArray[np.floating[Any]]

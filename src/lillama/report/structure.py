@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import fmean
 
 from lillama.lowrank.storage import Storage
-from lillama.report.evidence import Evidence, Json, Values
+from lillama.report.artefacts import Evidence, Json, Values
+from lillama.report.charts import Pair, bars, heat
 from lillama.report.figure import Cell, Figure
-from lillama.report.rows import Pair, bars, heat
 from lillama.report.svg import Axes, Line, chart, titled
 
 SPECTRUM_POINTS = 64

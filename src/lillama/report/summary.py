@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from lillama.report.evidence import Evidence
+from lillama.report.artefacts import Evidence
 from lillama.report.figure import Cell
-from lillama.resources import readable
+from lillama.system.resources import readable
 
 Row = tuple[str, Cell, Cell, str]
 COLUMNS = ("", "original", "compressed", "change")

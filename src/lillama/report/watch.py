@@ -6,7 +6,7 @@ from math import isfinite
 from pathlib import Path
 
 from lillama.errors import RecipeError
-from lillama.report.evidence import RESULT, Extra
+from lillama.report.artefacts import RESULT, Extra
 from lillama.report.page import report, write
 
 

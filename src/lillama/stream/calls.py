@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lillama.errors import ModelError
-from lillama.stream.store import RowTable
+from lillama.stream.activations import RowTable
 
 HIDDEN = "hidden_states"
 

@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lillama.memory import LOGIT_BYTES_IN_TRAINING, tokens_of_logits
+from lillama.stream.activations import ActivationStore, Shelf, Stores
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
-from lillama.stream.running import finish, overflow, row_slices
-from lillama.stream.store import ActivationStore, Shelf, Stores
-from lillama.stream.streamed import StreamedModel
-from lillama.stream.through import through
+from lillama.stream.capture import finish, overflow, row_slices
+from lillama.stream.forward import through
+from lillama.stream.model import StreamedModel
+from lillama.system.memory import LOGIT_BYTES_IN_TRAINING, tokens_of_logits
 
 NO_LABEL = -100
 LEAST_LENGTH = 1e-6  # of an output that is next to nothing

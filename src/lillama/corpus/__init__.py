@@ -1,0 +1,1 @@
+"""Where text, sound and images lie, and how they are read."""

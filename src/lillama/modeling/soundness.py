@@ -1,0 +1,136 @@
+"""What the section of a compressed model and its stored factors must fulfil.
+
+Each function returns the reason of a refusal, or None: who calls knows the folder and the kind of error. Imports torch and
+`linear` alone, on one line: the same text ships inside portable models.
+"""
+
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lillama.modeling.linear import Factorised, low_rank_linears
+
+FORMAT_VERSION = 2  # of names and layout in the weight files; 1 knows the plain form alone, in floating point
+FORMS, BITS = ("plain", "pivot"), (None, 4, 8)
+AGAIN = "fetch the model again"
+INFINITE = 0x7F80  # the bits of a scale of infinity, and of all that is smaller and positive below them
+
+
+def refusal(section: Any) -> str | None:
+    """Return why the `quantization_config` of a compressed model cannot be read here, or None."""
+    if not isinstance(section, Mapping):
+        return f"quantization_config is {_shown(section)}: a mapping is expected; {AGAIN}"
+    section = cast(Mapping[str, Any], section)
+    version = section.get("format_version")
+    if version is not None and not _whole(version, 1):
+        return f"format_version is {_shown(version)}: a whole number of at least 1 is expected; {AGAIN}"
+    if version is not None and version > FORMAT_VERSION:
+        return (
+            f"format_version {_shown(version)} was written by a newer lillama: upgrade (this one reads up to "
+            f"{FORMAT_VERSION})"
+        )
+    ranks, storage = section.get("ranks"), section.get("storage")
+    return _ranks(ranks) or _storage(storage) or _absorbed(section.get("absorbed"), ranks, storage)
+
+
+def misfit(name: str, rank: int, linear: nn.Linear) -> str | None:
+    """Return why a rank is none of a linear, or None.
+
+    Args:
+        name: of the linear in the full model.
+        rank: a whole number of at least 1.
+        linear: the dense one; may be on the meta device.
+    """
+    most = linear.out_features
+    if rank <= most:
+        return None
+    return f"{name}: rank {_shown(rank)} is not possible: the linear has {most} outputs; {AGAIN}, or lower the rank"
+
+
+def fault(model: nn.Module, prefix: str = "") -> str | None:
+    """Return what the stored numbers of factorised layers cannot be, or None.
+
+    An order is a permutation of the rows, integers have the type of their form, scales are positive and finite. Numbers
+    in floating point are asked for their type only: whether they are finite is the reader's business. Tensors on the meta
+    device are passed over.
+
+    Args:
+        model: or any part of it.
+        prefix: its name in the full model, for the text.
+    """
+    for name, layer in low_rank_linears(model):
+        for leaf, tensor in layer.state_dict(keep_vars=True).items():
+            reason = None if tensor.is_meta else _unsound(leaf, tensor, layer)
+            if reason is not None:
+                return f"{prefix}.{name}.{leaf} {reason}; {AGAIN}".removeprefix(".")
+    return None
+
+
+def _unsound(leaf: str, tensor: torch.Tensor, layer: Factorised) -> str | None:
+    last = leaf.rpartition(".")[2]
+    integers = {"order": torch.int32, "scale": torch.int16}
+    if last == "qweight":
+        factor = layer.get_submodule(leaf.rpartition(".")[0])
+        integers["qweight"] = torch.int8 if getattr(factor, "bits", 8) == 8 else torch.uint8
+    if tensor.dtype != integers.get(last, tensor.dtype if tensor.is_floating_point() else None):
+        return f"is of type {tensor.dtype}, but {integers.get(last, 'floating point')} is expected"
+    if last == "order" and not _permutes(tensor):
+        return f"is no permutation of the {len(tensor)} rows"
+    if last == "scale" and not bool(((tensor > 0) & (tensor < INFINITE)).all()):
+        return "holds values that are no scales (0, negative, infinite or NaN)"
+    return None
+
+
+def _permutes(order: torch.Tensor) -> bool:
+    return torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device))
+
+
+def _ranks(ranks: Any) -> str | None:
+    if not isinstance(ranks, Mapping):
+        return f"ranks are {_shown(ranks)}: a mapping of names to ranks is expected; {AGAIN}"
+    for name, rank in cast(Mapping[Any, Any], ranks).items():
+        if not isinstance(name, str):
+            return f"ranks name {_shown(name)}: the name of a linear is expected; {AGAIN}"
+        if not _whole(rank, 1):
+            return f"{name}: rank {_shown(rank)} is not possible; leave the layer out of the ranks to keep it dense"
+    return None
+
+
+def _storage(storage: Any) -> str | None:
+    if storage is None:
+        return None
+    if not isinstance(storage, Mapping):
+        return f"storage is {_shown(storage)}: a mapping of form, bits and group_size is expected; {AGAIN}"
+    storage = cast(Mapping[str, Any], storage)
+    bits, group = storage.get("bits"), storage.get("group_size")
+    if storage.get("form") not in FORMS or bits not in BITS or isinstance(bits, bool | float):
+        return f"storage is {_shown(storage)}: form must be one of {FORMS}, bits one of {BITS}; {AGAIN}"
+    if (bits is not None or group is not None) and (not _whole(group, 2) or group % 2):
+        return f"storage.group_size is {_shown(group)}: an even number of at least 2 is expected; {AGAIN}"
+    return None
+
+
+def _absorbed(absorbed: Any, ranks: Mapping[str, Any], storage: Any) -> str | None:
+    if absorbed is None:
+        return None
+    names = cast(list[Any], absorbed) if isinstance(absorbed, list | tuple) else [None]
+    if not all(isinstance(name, str) for name in names):
+        return f"absorbed is {_shown(absorbed)}: a list of names of linears is expected; {AGAIN}"
+    stranger = next((name for name in names if name not in ranks), None)
+    if stranger is not None:
+        return f"absorbed names {_shown(stranger)}, which has no rank; {AGAIN}"
+    if names and cast(Mapping[str, Any], storage or {}).get("form") != "pivot":
+        return f"absorbed is {_shown(absorbed)}, but the form is not pivot; {AGAIN}"
+    return None
+
+
+def _whole(value: Any, least: int) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,136 @@
+"""The context of a run: a job, its calibration tokens, its run folder; what all stages of the work share."""
+
+import gc
+import logging
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import nn
+
+from lillama.calibration.pack import CalibrationSet
+from lillama.distill.log import DistillLog
+from lillama.distill.split import Split
+from lillama.lowrank.student import restored_copy
+from lillama.model.spec import BlockSpec
+from lillama.moments.gradients import GradientCache
+from lillama.pipeline.job import Job
+from lillama.runs.run_dir import RunDir
+from lillama.stream.activations import Shelf
+from lillama.stream.batch import Batch, batch_of
+from lillama.stream.model import StreamedModel
+from lillama.system.progress import Progress, Report
+from lillama.system.resources import trim_memory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A job with its calibration tokens and its run folder.
+
+    Attributes:
+        job: what is to be done.
+        tokens: that it is done with.
+        run_dir: where results go.
+        report: told about blocks and steps.
+        fisher: gradients at the blocks' outputs, if the initialisation asks for them.
+    """
+
+    job: Job
+    tokens: CalibrationSet
+    run_dir: RunDir
+    report: Report
+    fisher: GradientCache | None = None
+
+    @property
+    def teacher(self) -> StreamedModel:
+        """The original."""
+        return self.job.teacher
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """All blocks up to the last one that is compressed; those above need not run."""
+        spec = self.job.plan.spec
+        last = max((block.index for block in spec if self.ranks(block)), default=-1)
+        return spec.blocks[: last + 1]
+
+    @property
+    def unfinished(self) -> tuple[BlockSpec, ...]:
+        """The blocks that are to be compressed and are not yet."""
+        return tuple(block for block in self.blocks if self.ranks(block) and not self.run_dir.has_block(block.index))
+
+    @property
+    def rows(self) -> Split:
+        """Training and held-out sequences."""
+        return Split.of(len(self.batch), self.job.recipe.distill.held_out, self.job.recipe.seed)
+
+    @property
+    def ample(self) -> bool:
+        """Whether at least twice the memory that is needed is free; where it is not, memory is saved at the cost of time."""
+        return self.job.memory.is_ample_for(self.job.needs.memory_bytes)
+
+    def let_go(self) -> None:
+        """Give freed memory back to the system, that of compiled blocks too, which are held in circles."""
+        if self.job.machine.compile:
+            gc.collect()
+        trim_memory()
+
+    def compiled(self, batch_size: int, stage: str, ample: bool = True) -> int:
+        """Return the sequences of the micro-batches for which the steps of a stage are compiled; 0 for none.
+
+        Compiled steps round differently: what memory allowed at first is noted, and a resumed run follows it.
+        """
+        if not self.job.machine.compile or not self.run_dir.decision(f"{stage} compiled", ample):
+            return 0
+        return min(batch_size, self.job.micro_batch)
+
+    def ranks(self, block: BlockSpec) -> dict[str, int]:
+        """Return name within the block -> rank."""
+        return {name.removeprefix(f"{block.name}."): rank for name, rank in self.job.plan.within(block).items()}
+
+    def seed(self, block: BlockSpec) -> int:
+        """Return the seed of a block's random choices."""
+        return self.job.recipe.seed * 10_007 + block.index
+
+    @cached_property
+    def batch(self) -> Batch:
+        """What the model is run on."""
+        return batch_of(self.teacher.kind, self.tokens.ids, self.tokens.mask, self.tokens.inputs)
+
+    def current(self, index: int) -> nn.Module:
+        """Return a block of the compressed model as it is by now."""
+        block = self.job.plan.spec.blocks[index]
+        return self.finished(block) if self.ranks(block) else self.teacher.block(index)
+
+    def save(self, block: BlockSpec, student: nn.Module, log: DistillLog) -> None:
+        """Write a finished student, its parameters in fp32."""
+        if not log.improved and log.steps:
+            logger.info("%s: training did not improve on the initialisation, which is kept", block.name)
+        if log.grown:
+            name, ratio = max(log.grown.items(), key=lambda item: item[1])
+            logger.warning(
+                "%s: training made the largest singular value of %s %.1f times as large; such factors may do harm on other "
+                "text: lower distill.lr, or set distill.norm",
+                block.name,
+                name,
+                ratio,
+            )
+        made_from = {"calibration": self.tokens.seal, "ranks": self.ranks(block)}
+        self.run_dir.save_block(block.index, student.state_dict(), log, made_from)
+        moved = f"{log.block}: held-out loss {log.initial:.5f} -> {log.final:.5f}"
+        self.report(Progress("taught", block.index + 1, len(self.blocks), moved))
+
+    def finished(self, block: BlockSpec) -> nn.Module:
+        """Return a finished student as it was written, to compute with."""
+        template, state = self.teacher.template(block.index), self.run_dir.load_block(block.index)
+        return restored_copy(template, self.ranks(block), state, self.teacher.device, self.teacher.dtype)
+
+    def drop_gradients(self) -> "RunContext":
+        """Return the context once every block has its initial factors, without the gradients that they needed."""
+        if self.fisher is not None:
+            self.fisher.remove()
+        return replace(self, fisher=None)
+
+    def shelf(self) -> Shelf:
+        """Return where activations go."""
+        return Shelf.on(self.teacher.device, self.run_dir.scratch, self.job.machine.activation_memory, self.job.memory)

@@ -1,0 +1,244 @@
+"""Ranks from the weights and the calibration text: spectra measured, candidates compared on held-out sequences."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lillama.files.artefacts import save_json
+from lillama.lowrank.batching import stacks
+from lillama.lowrank.factors import spectrum
+from lillama.lowrank.gram import Moments, exact_device
+from lillama.lowrank.student import compressed_copy, restored_copy
+from lillama.model.spec import BlockSpec
+from lillama.moments.gradients import PROBED_TOKENS, GradientCache, collect_gradient_moments
+from lillama.pipeline.context import RunContext
+from lillama.pipeline.estimate import moments_fit
+from lillama.ranks.adaptive import Adaptive
+from lillama.ranks.plan import RankPlan
+from lillama.ranks.spectra import Spectra
+from lillama.stream.activations import ActivationStore, Stores
+from lillama.stream.calls import BlockInputs
+from lillama.stream.capture import advance, begin
+from lillama.stream.head import Head
+from lillama.system.progress import Progress
+from lillama.system.resources import trim_memory
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rank plan, what is predicted of it, and what was measured with its initial factors, before any teaching.
+
+    Attributes:
+        share: of the way from `uniform` to `adaptive` ranks.
+        keep: share of the whole model's numbers that it stores.
+        predicted: rise of the loss by the spectra, in nats a token.
+        kl: divergence from the original's predictions on the held-out sequences, in nats a token.
+        rise: of the text's own cross-entropy there, in nats a token.
+    """
+
+    share: float
+    keep: float
+    predicted: float
+    kl: float
+    rise: float
+
+
+def select_ranks(ctx: RunContext) -> RunContext:
+    """Return a context whose ranks are final, with the gradients that its initialisation asks for.
+
+    Spectra, candidates and plan are written to the run folder; a resumed run reads them.
+    """
+    job, run = ctx.job, ctx.run_dir
+    open_ranks = job.open_ranks and not run.allocation.is_file()
+    if not job.open_ranks:
+        job.plan.save(run.plan)
+    elif not open_ranks:
+        ctx = _with_plan(ctx, RankPlan.load(run.plan, job.plan.spec, job.recipe.storage))
+    fisher = None
+    lost = job.open_ranks and not run.spectra.is_file()
+    if open_ranks or lost or (job.recipe.init.needs_gradient and ctx.unfinished):
+        fisher = _measure_gradients(ctx)
+    if open_ranks:
+        assert fisher is not None
+        ctx = _with_plan(ctx, _pick_plan(ctx, fisher))
+        _forget_other_ranks(ctx)
+    if fisher is not None and not job.recipe.init.needs_gradient:
+        fisher.remove()
+        fisher = None
+    return replace(ctx, fisher=fisher)
+
+
+def _forget_other_ranks(ctx: RunContext) -> None:
+    """Remove blocks that were taught by another plan than the one that was made again."""
+    run, found = ctx.run_dir, [block for block in ctx.job.plan.spec if ctx.run_dir.has_block(block.index)]
+    other = [block.name for block in found if run.block_log(block.index)["ranks"] != ctx.ranks(block)]
+    if other:
+        logger.warning("%s: taught with other ranks than those of plan.json; all blocks are taught again", other[0])
+        run.forget_blocks()
+
+
+def measure_spectra(ctx: RunContext) -> Spectra:
+    """Return the spectra of a run's model, measured now if they were not yet."""
+    if not ctx.run_dir.spectra.is_file():
+        _measure_gradients(ctx).remove()
+    return Spectra.load(ctx.run_dir.spectra)
+
+
+def _with_plan(ctx: RunContext, plan: RankPlan) -> RunContext:
+    return replace(ctx, job=replace(ctx.job, plan=plan))
+
+
+def _measure_gradients(ctx: RunContext) -> GradientCache:
+    """Measure gradients, and the spectra if they are not there yet; moments are kept where memory allows."""
+    wanted, found = not ctx.run_dir.spectra.is_file(), dict[str, Tensor]()
+    blocks, kept = ctx.job.plan.spec.blocks, dict[int, dict[str, Moments]]()
+    fits = moments_fit(blocks, ctx.job.memory.moments)
+
+    def names(index: int) -> list[str]:
+        block = blocks[index]
+        needed = wanted or (fits and not ctx.run_dir.has_block(index))
+        return [linear.name.removeprefix(f"{block.name}.") for linear in block.linears] if needed else []
+
+    def visit(index: int, block: nn.Module, measured: Mapping[str, Moments]) -> None:
+        if fits and measured:
+            kept[index] = dict(measured)
+        if not wanted:
+            return
+        weights = {name: block.get_parameter(f"{name}.weight").detach() for name in measured}
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        for names in stacks(shapes, exact_device(ctx.job.device)):
+            values = _spectra([weights[name] for name in names], [measured[name] for name in names])
+            found.update({f"{blocks[index].name}.{name}": own for name, own in zip(names, values, strict=True)})
+        trim_memory()
+
+    rows = ctx.rows.train[: max(1, PROBED_TOKENS // ctx.job.recipe.calibration.seq_len)]
+    generator = torch.Generator().manual_seed(ctx.job.recipe.seed)
+    fisher = collect_gradient_moments(
+        ctx.teacher, ctx.batch, rows, ctx.shelf(), ctx.job.micro_batch, generator, names, visit, ctx.report
+    )
+    if wanted:
+        Spectra({name: values.numpy() for name, values in found.items()}).save(ctx.run_dir.spectra)
+    return replace(fisher, kept=kept)
+
+
+def _spectra(weights: Sequence[Tensor], measured: Sequence[Moments]) -> list[Tensor]:
+    """Return the singular values of weights of one shape, each between the mean second moments at both of its sides.
+
+    A change of the weight raises the loss of a predicted token by what it does to each vector that comes to it.
+    """
+    if len(weights) == 1:
+        found = [spectrum(weights[0], measured[0].inputs, measured[0].gradients)]
+    else:
+        both = Moments.stack(measured)
+        found = list(spectrum(torch.stack(list(weights)), both.inputs, both.gradients))
+    return [(values * _scale(own)).cpu() for values, own in zip(found, measured, strict=True)]
+
+
+def _scale(found: Moments) -> float:
+    """Return what turns singular values between sums into those between means, for each token that the model predicts."""
+    assert found.inputs is not None and found.gradients is not None
+    return math.sqrt(found.share) / math.sqrt(max(1, found.inputs.count) * max(1, found.gradients.count))
+
+
+def _pick_plan(ctx: RunContext, fisher: GradientCache) -> RankPlan:
+    """Return the candidate that is best on the held-out sequences with its initial factors."""
+    recipe, spec, spectra = ctx.job.recipe, ctx.job.plan.spec, Spectra.load(ctx.run_dir.spectra)
+    assert isinstance(recipe.ranks, Adaptive)  # no other allocator leaves ranks open
+    plans = recipe.ranks.candidates(spec, recipe.keep, recipe.scope, recipe.storage, spectra, recipe.bytes)
+    found = [
+        Candidate(share, plans[share].keep, spectra.rise(plans[share]), kl, rise)
+        for share, (kl, rise) in zip(plans, _evaluate_plans(ctx, fisher, list(plans.values())), strict=True)
+    ]
+    best = min(found, key=lambda candidate: (candidate.kl, candidate.share))
+    if best.share == 0 and len(found) > 1:
+        logger.warning("uniform ranks were better than adaptive ones on the held-out calibration tokens, and are taken")
+    plans[best.share].save(ctx.run_dir.plan)
+    rows = [asdict(candidate) for candidate in found]
+    save_json(ctx.run_dir.allocation, {"version": VERSION, "chosen": best.share, "candidates": rows})
+    return plans[best.share]
+
+
+@torch.no_grad()
+def _evaluate_plans(ctx: RunContext, fisher: GradientCache, plans: list[RankPlan]) -> list[tuple[float, float]]:
+    """Return divergence and rise of the loss, in nats a held-out token, of each plan with its initial factors."""
+    model, spec, rate = ctx.teacher, ctx.job.plan.spec, ctx.job.micro_batch
+    held_out, shelf = ctx.batch[ctx.rows.held_out], ctx.shelf()
+    wanted = ["original", *(f"plan-{n}" for n in range(len(plans)))]
+    new = {name: Stores(shelf, model.dtype, f"ranks-{name}", len(wanted) + 1) for name in wanted}
+    ends = {name: list[ActivationStore]() for name in wanted}  # of the stacks that are done with
+    calls: dict[str, BlockInputs] = {}
+    for stack in range(len(model.stacks)):
+        now: dict[str, ActivationStore] = {}
+        for name in wanted:
+            calls[name], now[name] = begin(model, held_out, new[name], rate, stack, dict(enumerate(ends[name])))
+        for index in model.indices(stack):
+            block = spec.blocks[index]
+            ctx.report(Progress("ranks", index, len(spec.blocks), block.name))
+            _advance(ctx, fisher, block, plans, calls, now)
+            trim_memory()
+        for name, store in now.items():
+            ends[name].append(store)
+            if stack + 1 < len(model.stacks):
+                calls[name].remove()
+    ctx.report(Progress("ranks", len(spec.blocks), len(spec.blocks)))
+    head, original = Head(model, model.outside(head=True), calls["original"]), ends["original"][-1]
+    found = [head.means(held_out, ends[name][-1], original, rate) for name in wanted]
+    for made in (*new.values(), *calls.values()):
+        made.remove()
+    return [(kl, entropy - found[0][1]) for kl, entropy in found[1:]]
+
+
+def _advance(
+    ctx: RunContext,
+    fisher: GradientCache,
+    block: BlockSpec,
+    plans: list[RankPlan],
+    calls: Mapping[str, BlockInputs],
+    now: Mapping[str, ActivationStore],
+) -> None:
+    """Run a block of the original, and its initial student by every plan, each on its own activations."""
+    model, ranks = ctx.teacher, {f"plan-{n}": _within(block, plan) for n, plan in enumerate(plans)}
+    teacher = model.block(block.index)
+    state = _widest(ctx, fisher, block, teacher, list(ranks.values()))
+    for name, store in now.items():
+        runner = teacher
+        if name in ranks:
+            cut = _cut(state, teacher, ranks[name])
+            runner = restored_copy(model.template(block.index), ranks[name], cut, model.device, model.dtype)
+        advance(runner, block.index, calls[name], store, store, ctx.job.micro_batch)
+
+
+def _within(block: BlockSpec, plan: RankPlan) -> dict[str, int]:
+    return {name.removeprefix(f"{block.name}."): rank for name, rank in plan.within(block).items()}
+
+
+def _widest(
+    ctx: RunContext, fisher: GradientCache, block: BlockSpec, teacher: nn.Module, ranks: list[dict[str, int]]
+) -> dict[str, Tensor]:
+    """Return a block's student state at the largest rank that any plan gives to each linear."""
+    widest = {name: max(plan.get(name, 0) for plan in ranks) for name in {name for plan in ranks for name in plan}}
+    widest = {linear: widest[linear] for linear in sorted(widest)}
+    found = fisher.moments(block.index, teacher, widest) if widest else {}
+    trim_memory()
+    generator = torch.Generator().manual_seed(ctx.seed(block))
+    template, init = ctx.teacher.template(block.index), ctx.job.recipe.init
+    return compressed_copy(template, teacher, widest, init, found, generator).state_dict()
+
+
+def _cut(state: Mapping[str, Tensor], teacher: nn.Module, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return a state at smaller ranks; the leading columns of `left` and rows of `right` are the best there too."""
+    dense = teacher.state_dict()
+    cut = {name: tensor for name, tensor in state.items() if name in dense and tensor.numel()} | dict(dense)
+    for name, rank in ranks.items():
+        cut[f"{name}.weight"] = state[f"{name}.weight"]
+        cut[f"{name}.left.weight"] = state[f"{name}.left.weight"][:, :rank]
+        cut[f"{name}.right.weight"] = state[f"{name}.right.weight"][:rank]
+    return cut

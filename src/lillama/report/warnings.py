@@ -1,0 +1,94 @@
+"""Whether to trust a result: what its artefacts give reason to doubt, a sentence each."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lillama.report.artefacts import Evidence
+
+GROWTH = 1.5  # of a largest singular value, as when it is made
+SHORT, FEW = 50_000, 100  # tokens of calibration; minimal pairs in a group
+UNLIKE, SLACK = 2.0, 0.05  # times the held-out rise, and nats besides
+
+
+def doubts(evidence: Evidence) -> Iterator[str]:
+    """Yield warnings, the gravest first."""
+    yield from _domain(evidence)
+    yield from _teaching(evidence)
+    yield from _growth(evidence)
+    yield from _calibration(evidence)
+    yield from _measured(evidence)
+
+
+def _domain(evidence: Evidence) -> Iterator[str]:
+    metrics = evidence["metrics"]
+    if "rise" not in metrics.get("held_out", {}):
+        return
+    for text in metrics.get("texts", []):
+        excess = math.log(text["after"]["perplexity"] / text["before"]["perplexity"])
+        rise = metrics["held_out"]["rise"]
+        if excess > UNLIKE * max(rise, 0.0) + SLACK:
+            yield (
+                f"On {text['name']} the loss rises by {excess:.3f} nats, on held-out calibration text by {rise:.3f}: the "
+                "calibration text is unlike it; calibrate on text of its kind."
+            )
+
+
+def _teaching(evidence: Evidence) -> Iterator[str]:
+    logs = [log for log in evidence.blocks if log["steps"]]
+    kept = [log["block"] for log in logs if not log.get("improved", True)]
+    if kept:
+        yield f"{len(kept)} of {len(logs)} blocks did not improve on their initialisation: {_some(kept)}."
+    retried = [log["block"] for log in logs if log.get("retried")]
+    if retried:
+        yield f"Training diverged and was tried again with a lower rate: {_some(retried)}."
+    recovery, allocation = evidence["recovery"], evidence["allocation"]
+    if recovery and not recovery["improved"]:
+        yield "Recovery brought nothing; the blocks stay as they were taught."
+    if recovery.get("stopped") in ("not finite", "diverged"):
+        yield f"Recovery was stopped: {recovery['stopped']}; lower recover.lr."
+    if len(allocation.get("candidates", [])) > 1 and allocation.get("chosen") == 0:
+        yield "Uniform ranks were taken: those by the spectra were no better on held-out calibration text."
+
+
+def _growth(evidence: Evidence) -> Iterator[str]:
+    grown = dict(evidence["recovery"].get("grown", {}))
+    for log in evidence.blocks:
+        pairs = log.get("singular", {}).items()
+        grown |= {
+            f"{log['block']}.{name}": end / start for name, (start, end) in pairs if start and end / start > GROWTH
+        }
+    if grown:
+        name, factor = max(grown.items(), key=lambda item: item[1])
+        yield f"The largest singular value of {len(grown)} linears grew by more than half, of {name} {factor:.1f}-fold."
+
+
+def _calibration(evidence: Evidence) -> Iterator[str]:
+    manifest = evidence["manifest"]
+    if not manifest:
+        return
+    tokens, wanted = manifest["tokens"], manifest.get("wanted") or 0
+    if tokens < SHORT:
+        yield f"Short calibration: {tokens:,} tokens; the default recipe takes more than twice {SHORT:,}."
+    if tokens < 0.99 * wanted:
+        yield f"The calibration text ran out: {tokens:,} of {wanted:,} tokens."
+
+
+def _measured(evidence: Evidence) -> Iterator[str]:
+    if evidence.finished and not evidence["metrics"].get("texts") and not evidence["evaluation"]:
+        yield "No text was measured: what was lost on real text is unknown; give --text, or run lillama evaluate."
+    own = Path(str(evidence["metrics"].get("path", ""))).name
+    for found in evidence.probes:
+        asked = Path(found.get("model", own)).name
+        if own and asked != own:
+            yield f"{found['benchmark']} was asked of {asked}, this is {own}."
+        groups = [group for group in next(iter(found.get("breakdowns", {}).values()), []) if group["items"]]
+        few = [str(group["label"]) for group in groups if group["items"] < FEW]
+        if few:
+            yield f"{found['benchmark']}: fewer than {FEW} items in {', '.join(few)}; their accuracies are rough."
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    """Return the first names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
