@@ -91,7 +91,7 @@ def test_both_tapes_give_the_same_bits(chain):
 
 
 def test_the_size_of_a_graph():
-    linear, hidden = nn.Linear(10, 30, bias=False), torch.randn(7, 10)
+    linear, hidden = nn.Linear(10, 30, bias=False), torch.randn(1, 7, 10)
     assert graph_bytes(linear, hidden) == 4 * (10 * 30 + 7 * 10)
     assert graph_bytes(lambda x: linear(x).tanh(), hidden) == 4 * (10 * 30 + 7 * 10 + 7 * 30)
 

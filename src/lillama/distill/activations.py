@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lillama.distill.objective import recorded
@@ -192,7 +192,7 @@ class BlockActivations:
             self._made[name] = ActivationStore(shape, self.target.dtype, self.target.shelf, self.target.place, name)
         return self._made[name]
 
-    def _part(self, name: str, output: Tensor | None, rows: int) -> ActivationStore:
+    def _part(self, name: str, output: Float[Tensor, "*_ width"] | None, rows: int) -> ActivationStore:
         """Return the store for the outputs of a child, whose output for some sequences is given."""
         sequences, length, _ = self.target.shape
         if output is None or output.numel() % (rows * length):

@@ -161,10 +161,10 @@ class JointTraining:
         self,
         calls: tuple[BlockArgs, BlockArgs],
         block: nn.Module,
-        teacher: Tensor,
-        student: Tensor | None,
-        target: Tensor,
-        part: Tensor,
+        teacher: Float[Tensor, "sequences length width"],
+        student: Float[Tensor, "sequences length width"] | None,
+        target: Float[Tensor, "sequences length width"],
+        part: Int[Tensor, " sequences"],
     ) -> MicroBatch:
         config, mask = self.config, self.data.mask
         inputs = {"teacher": teacher} if config.stream != "student" or student is None else {}

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lillama.distill.compile import Compiled
@@ -102,7 +103,7 @@ class Learner:
         return {stream: (total / tokens).item() for stream, total in sums.items()}
 
     @torch.no_grad()
-    def forward(self, call: BlockArgs, hidden: Tensor) -> Tensor:
+    def forward(self, call: BlockArgs, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run the student as it is now."""
         return self.run(call, hidden)
 
@@ -154,17 +155,17 @@ class Learner:
         assert self.objective is not None  # whoever has none calls `update` alone
         return self.objective
 
-    def run(self, call: BlockArgs, hidden: Tensor) -> Tensor:
+    def run(self, call: BlockArgs, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run the student in the type of `hidden`, as the finished model will; gradients flow into the masters."""
         repeated = len(hidden) == self.compiled and torch.is_grad_enabled()
         return _run(self._fast if repeated else self.student, call, hidden)
 
-    def uncompiled(self, call: BlockArgs, hidden: Tensor) -> Tensor:
+    def uncompiled(self, call: BlockArgs, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Do as `run`, without the help of `torch.compile`."""
         return _run(self.student, call, hidden)
 
 
-def _run(student: nn.Module, call: BlockArgs, hidden: Tensor) -> Tensor:
+def _run(student: nn.Module, call: BlockArgs, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
     if hidden.dtype == torch.float32:
         return call(student, hidden)
     working = {name: parameter.to(hidden.dtype) for name, parameter in student.named_parameters()}

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lillama.distill.config import DistillConfig
@@ -168,7 +168,7 @@ def recorded(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tenso
             hook.remove()
 
 
-def real_tokens(mask: Bool[Tensor, "_ _"] | None, rows: Tensor, length: int) -> int:
+def real_tokens(mask: Bool[Tensor, "_ _"] | None, rows: Int[Tensor, " n"], length: int) -> int:
     """Return the number of real tokens in some sequences; the mask lies on the host, so that no device is waited for."""
     return len(rows) * length if mask is None else int(torch.count_nonzero(mask[rows]))
 

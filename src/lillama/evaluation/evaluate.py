@@ -107,8 +107,16 @@ def evaluate(
             scores = [agreement.model for agreement in agreements]
             scores, grouped = scores[: len(measured)], scores[len(measured) :]
         elif texts:
-            scores = perplexity(model, texts, seq_len=protocol.seq_len, stride=protocol.stride, windows=protocol.windows,
-                                device=device, activation_memory=activation_memory, report=report)  # fmt: skip
+            scores = perplexity(
+                model,
+                texts,
+                seq_len=protocol.seq_len,
+                stride=protocol.stride,
+                windows=protocol.windows,
+                device=device,
+                activation_memory=activation_memory,
+                report=report,
+            )
             by_name = {score.name: score for score in scores}
             grouped = [pooled(name, [by_name[part] for part in parts]) for name, parts in languages(texts).items()]
         answers = (

@@ -46,8 +46,21 @@ KINDS = {  # how a metric comes from the mean over documents
     "perplexity": lambda mean: torch.exp(-mean),
     "bits": lambda mean: -mean / math.log(2),
 }
-UNUSABLE = (AssertionError, AttributeError, DatasetsError, HfHubHTTPError, ImportError, LookupError, NotImplementedError,
-            OSError, RecursionError, TemplateError, TypeError, ValueError, YAMLError)  # fmt: skip
+UNUSABLE = (
+    AssertionError,
+    AttributeError,
+    DatasetsError,
+    HfHubHTTPError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RecursionError,
+    TemplateError,
+    TypeError,
+    ValueError,
+    YAMLError,
+)
 
 
 @dataclass(frozen=True)

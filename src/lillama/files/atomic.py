@@ -271,8 +271,12 @@ def read_small(path: Path) -> bytes:
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(JSON_DEPTH):
-        level = [one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer)
-                 if isinstance(one, dict | list)]  # fmt: skip
+        level = [
+            one
+            for outer in level
+            for one in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(one, dict | list)
+        ]
         if not level:
             return False
     return True

@@ -161,5 +161,8 @@ def _log(how: Mapping[str, Pivoting]) -> None:
         worst = max(how, key=lambda name: how[name].condition)
         logger.info(
             "pivots of %d linears: largest coefficient %.2f, largest condition number %.0f (%s)",
-            len(how), max(value.largest for value in how.values()), how[worst].condition, worst,
-        )  # fmt: skip
+            len(how),
+            max(value.largest for value in how.values()),
+            how[worst].condition,
+            worst,
+        )

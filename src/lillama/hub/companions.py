@@ -16,8 +16,20 @@ from lillama.files.atomic import write_json
 logger = logging.getLogger(__name__)
 
 DATA = {
-    ".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".codes", ".vocab", ".tsv", ".md", ".rst", ".pdf",
-}  # fmt: skip
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+    ".tiktoken",
+    ".spm",
+    ".bpe",
+    ".codes",
+    ".vocab",
+    ".tsv",
+    ".md",
+    ".rst",
+    ".pdf",
+}
 TERMS = re.compile(r"(licen[cs]e|notice|copying|copyright|authors|use_policy|terms)[\w-]*(\.\d+)*", re.IGNORECASE)
 OWN = {"config.json", "README.md"}  # which a new model writes itself
 OTHERS = {"lillama.json", "adapter_config.json", "trainer_state.json", "training_args.json"}  # of a run, an adapter
@@ -50,8 +62,10 @@ def carry_along(source: Path, destination: Path, code: bool = False, also: froze
     if left_out:
         logger.warning(
             "%s: links that lead out of the folder are not followed, these are left out: %s; put the files themselves "
-            "there if they belong to the model", source, ", ".join(left_out),
-        )  # fmt: skip
+            "there if they belong to the model",
+            source,
+            ", ".join(left_out),
+        )
     for name in code_files(source) if code else ():
         _copy(source / name, destination / name, source, code)
 

@@ -141,7 +141,7 @@ def spectrum(
     return _eigvalsh(_seen(w, gram, damping)).clamp(min=0).sqrt().flip(-1)
 
 
-def _exact(tensor: Tensor) -> Tensor:
+def _exact(tensor: Float[Tensor, "..."]) -> Tensor:
     return tensor.detach().to(exact_device(tensor.device), torch.float64)
 
 

@@ -71,8 +71,11 @@ def describe_model(
     model: PreTrainedModel, targets: Sequence[str] = ("*",), ignore: Sequence[str] = (), split_gate_up: bool = False
 ) -> ModelSpec:
     """Describe a skeleton or a loaded model; see `describe`."""
-    named = [(f"{stack}.{name}", block) for stack in find_stacks(model) for name, block in
-             model.get_submodule(stack).named_children()]  # fmt: skip
+    named = [
+        (f"{stack}.{name}", block)
+        for stack in find_stacks(model)
+        for name, block in model.get_submodule(stack).named_children()
+    ]
     alike: dict[object, list[LinearSpec]] = {}  # most blocks of a model are made alike, and are looked into once
     blocks: list[BlockSpec] = []
     for index, (name, block) in enumerate(named):

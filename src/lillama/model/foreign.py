@@ -12,10 +12,26 @@ from lillama.errors import SHOWN, ModelError
 # Whatever such code raises for input that does not suit it: every kind of error that Python and these libraries have, but
 # ours, which pass as they are. Nowhere else is so much caught.
 FOREIGN = (
-    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, ImportError, LookupError, MemoryError,
-    NameError, OSError, ReferenceError, RuntimeError, StopIteration, SyntaxError, TypeError, ValueError,
-    SafetensorError, StrictDataclassError, TemplateError,
-)  # fmt: skip
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    ReferenceError,
+    RuntimeError,
+    StopIteration,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+    StrictDataclassError,
+    TemplateError,
+)
 LINE = 4 * SHOWN  # characters of a reason
 
 

@@ -58,9 +58,14 @@ def load(
     model: Any
     with explained(f"{folder}: transformers cannot load this model"), shortage_explained(), _own_words():
         model, found = kind.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=runs_code(), output_loading_info=True,
-            dtype=wanted, generation_config=generation, **spread,
-        )  # fmt: skip
+            folder,
+            use_safetensors=True,
+            trust_remote_code=runs_code(),
+            output_loading_info=True,
+            dtype=wanted,
+            generation_config=generation,
+            **spread,
+        )
         model = model.eval() if spread else model.to(device).eval()
     if found["missing_keys"]:
         raise missing(reader, min(found["missing_keys"]))

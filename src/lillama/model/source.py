@@ -16,11 +16,36 @@ from lillama.files.atomic import read_json
 from lillama.model.foreign import explained, reason
 from lillama.model.remote import announce, needs_code, runs_code
 
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "README.md",
-          "LICENSE*", "NOTICE*"]  # fmt: skip
+WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.spm",
+    "*.bpe",
+    "*.codes",
+    "*.tiktoken",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+]
 ADAPTER = "adapter_config.json"
-READ_WHOLE = ("*config.json", "tokenizer*", "vocab*", "merges*", "added_tokens*", "special_tokens*", "chat_template*",
-              "additional_chat_templates/*", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken")  # fmt: skip
+READ_WHOLE = (
+    "*config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "added_tokens*",
+    "special_tokens*",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*.model",
+    "*.spm",
+    "*.bpe",
+    "*.codes",
+    "*.tiktoken",
+)
 LARGEST = 256 << 20  # bytes of one of them; those of the largest vocabularies take 40 MB
 CONFIG_ONLY = ["config.json", ADAPTER]
 # What is made in a loop, by the end of its key: far more of it than any public model has would take for ever.
@@ -29,8 +54,14 @@ MOST = {
     re.compile(r"(^|_)(experts|heads|codebooks|labels)$"): 1 << 18,
 }
 COUNTABLE = 10**100  # numbers beyond are no floating-point ones either
-KINDS: Mapping[str, type] = {"model_type": str, "architectures": list, "dtype": str, "torch_dtype": str,
-                             "auto_map": dict, "quantization_config": dict}  # fmt: skip
+KINDS: Mapping[str, type] = {
+    "model_type": str,
+    "architectures": list,
+    "dtype": str,
+    "torch_dtype": str,
+    "auto_map": dict,
+    "quantization_config": dict,
+}
 WORDS = {str: "a text", list: "a list of class names", dict: "an object"}
 WHOLE = ("vocab_size", "max_position_embeddings", "max_source_positions", "max_target_positions")
 

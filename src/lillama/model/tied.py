@@ -36,8 +36,10 @@ def untie(model: PreTrainedModel, reader: CheckpointReader) -> None:
             _separate(model, target)
             logger.warning(
                 "%s: config.json ties %s to %s, but the weights hold different values of both; both are kept",
-                reader.folder, target, source,
-            )  # fmt: skip
+                reader.folder,
+                target,
+                source,
+            )
 
 
 def _stored(model: PreTrainedModel, reader: CheckpointReader, names: set[str]) -> dict[str, str]:

@@ -154,9 +154,13 @@ class Weights:
 
 
 def filled(
-    template: nn.Module, prefix: str, weights: Weights, device: torch.device, dtype: torch.dtype | None,
+    template: nn.Module,
+    prefix: str,
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype | None,
     wanted: Iterable[str] | None = None,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Return a copy of a skeleton's module with its weights read from the checkpoint.
 
     Args:
@@ -212,8 +216,10 @@ def warn_of_unused(folder: Path, names: Iterable[str]) -> None:
         shown = ", ".join(unused[:SHOWN_NAMES]) + (", ..." if len(unused) > SHOWN_NAMES else "")
         logger.warning(
             "%s: %d stored tensors are not part of the model that config.json tells of and are left out: %s",
-            folder, len(unused), shown,
-        )  # fmt: skip
+            folder,
+            len(unused),
+            shown,
+        )
 
 
 def _warn_of_unused(

@@ -245,7 +245,7 @@ class _Gradients:
     def remember(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         """Return a forward hook for the linear of this name; of a run's calls the last one counts."""
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Float[Tensor, "*_ width"]) -> None:
             if name in self._awaited:
                 self._awaited[name][0].remove()
             hanging = output if output.requires_grad else output.requires_grad_()  # one that hangs on no input
@@ -258,13 +258,13 @@ class _Gradients:
         for name in list(self._awaited):
             self._add(name, self._awaited[name][1])
 
-    def _add(self, name: str, gradient: Tensor) -> None:
+    def _add(self, name: str, gradient: Float[Tensor, "*_ width"]) -> None:
         del self._awaited[name]
         gram = self.grams.setdefault(name, Gram.zeros(gradient.shape[-1], gradient.device, WIDEST))
         gram.add(self.watch.real(name, gradient, *self.masks))
 
 
-def _zeros(like: Tensor) -> Tensor:
+def _zeros(like: Float[Tensor, "*shape"]) -> Tensor:
     """Return zeros that take no memory."""
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
 
@@ -295,7 +295,9 @@ class _Crossing:
             if isinstance(leaf, Rowwise | Tensor)
         ]
 
-        def take(rows: slice, gradient: Tensor, given: list[tuple[Tensor, Tensor | None]]) -> None:
+        def take(
+            rows: slice, gradient: Float[Tensor, "sequences length width"], given: list[tuple[Tensor, Tensor | None]]
+        ) -> None:
             for mark, (_, back) in zip(marks, given, strict=True):
                 if isinstance(mark, Rowwise) and back is not None:
                     self._add(mark, rows, mark.rows(back, len(gradient)), store.shape[0])
@@ -303,7 +305,7 @@ class _Crossing:
 
         return take
 
-    def _add(self, mark: Rowwise, rows: slice, gradient: Tensor, total: int) -> None:
+    def _add(self, mark: Rowwise, rows: slice, gradient: Float[Tensor, "sequences ..."], total: int) -> None:
         if mark.key not in self.found:
             self.found[mark.key] = self.new((total, *gradient.shape[1:]))
             self.found[mark.key].write(slice(0, total), torch.zeros(()))

@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from lillama.errors import ModelError
@@ -39,7 +39,7 @@ class InputMomentHooks:
     crossing: set[int] = field(default_factory=set)
     _seen: dict[str, Tensor] = field(default_factory=dict)
 
-    def call(self, call: BlockArgs, block: nn.Module, hidden: Tensor) -> Tensor:
+    def call(self, call: BlockArgs, block: nn.Module, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run the block, whose linears are watched."""
         self.crossing = {_place(leaf) for leaf in tree_leaves([call]) if isinstance(leaf, Tensor)}
         return call(block, hidden)
@@ -200,7 +200,7 @@ def collect_input_moments(block: nn.Module, names: Iterable[str], runs: Iterable
     return shrink_experts(block, watch.grams, names)
 
 
-def _place(tensor: Tensor) -> int:
+def _place(tensor: Shaped[Tensor, "..."]) -> int:
     return tensor.untyped_storage().data_ptr()
 
 

@@ -104,8 +104,10 @@ def _warn_of_growth(grown: Mapping[str, float]) -> None:
         logger.warning(
             "recovery: the largest singular value of %d linears grew by more than half, of %s to the %.1f-fold; lower "
             "recover.lr",
-            len(grown), name, factor,
-        )  # fmt: skip
+            len(grown),
+            name,
+            factor,
+        )
 
 
 def _largest(state: Mapping[str, Tensor], name: str) -> float:

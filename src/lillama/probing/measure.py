@@ -64,8 +64,19 @@ def probe(
         >>> found.overall > 0.5, sorted(found.groups)[:2]
         (True, ['adj_noun_order', 'anaphor_gender_agreement'])
     """
-    (found,) = probe_all(model, [benchmark], data, against=against, score=score, unit=unit, batch_tokens=batch_tokens,
-                         device=device, seed=seed, report=report, trust_remote_code=trust_remote_code)  # fmt: skip
+    (found,) = probe_all(
+        model,
+        [benchmark],
+        data,
+        against=against,
+        score=score,
+        unit=unit,
+        batch_tokens=batch_tokens,
+        device=device,
+        seed=seed,
+        report=report,
+        trust_remote_code=trust_remote_code,
+    )
     return found
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from lillama.distill.pool import LearnerPool
@@ -33,7 +34,7 @@ class Part:
     place: slice
 
     @classmethod
-    def of(cls, batch: Tensor, size: int) -> "list[Part]":
+    def of(cls, batch: Int[Tensor, " n"], size: int) -> "list[Part]":
         """Cut a batch into parts of at most `size` sequences."""
         starts = range(0, len(batch), size)
         return [cls(batch[s : s + size], slice(s, min(s + size, len(batch)))) for s in starts]
@@ -43,11 +44,11 @@ class Part:
 class Tape(Protocol):
     """Remembers a pass through the blocks, so that a gradient can go back."""
 
-    def forward(self, index: int, part: Part, run: Run, hidden: Tensor) -> Tensor:
+    def forward(self, index: int, part: Part, run: Run, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run a block and return its output, detached."""
         ...
 
-    def backward(self, index: int, part: Part, run: Run, gradient: Tensor) -> Tensor:
+    def backward(self, index: int, part: Part, run: Run, gradient: Float[Tensor, "sequences length width"]) -> Tensor:
         """Turn the gradient of a block's output into that of its input; parameters accumulate theirs."""
         ...
 
@@ -62,12 +63,12 @@ class Recomputed:
 
     inputs: Mapping[int, ActivationStore]
 
-    def forward(self, index: int, part: Part, run: Run, hidden: Tensor) -> Tensor:
+    def forward(self, index: int, part: Part, run: Run, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run a block; its graph, with which it is computed as `KeptGraphs` does, is forgotten."""
         self.inputs[index].write(part.place, hidden)
         return _with_graph(run, hidden)[1].detach()
 
-    def backward(self, index: int, part: Part, run: Run, gradient: Tensor) -> Tensor:
+    def backward(self, index: int, part: Part, run: Run, gradient: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run the block again, with a graph, and back."""
         return _back(*_with_graph(run, self.inputs[index].read(part.place)), gradient)
 
@@ -78,12 +79,12 @@ class KeptGraphs:
 
     _ends: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def forward(self, index: int, part: Part, run: Run, hidden: Tensor) -> Tensor:
+    def forward(self, index: int, part: Part, run: Run, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run a block with a graph."""
         ends = self._ends[index, part.place.start] = _with_graph(run, hidden)
         return ends[1].detach()
 
-    def backward(self, index: int, part: Part, run: Run, gradient: Tensor) -> Tensor:
+    def backward(self, index: int, part: Part, run: Run, gradient: Float[Tensor, "sequences length width"]) -> Tensor:
         """Go back through the graph, which is then forgotten."""
         return _back(*self._ends.pop((index, part.place.start)), gradient)
 
@@ -159,11 +160,11 @@ class Chain:
         return self.calls.select(index, part.ids, self.inputs.device)
 
 
-def graph_bytes(run: Run, hidden: Tensor) -> int:
+def graph_bytes(run: Run, hidden: Float[Tensor, "sequences length width"]) -> int:
     """Return the memory that a block's graph holds, its parameters included, by building one."""
     sizes: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Shaped[Tensor, "..."]) -> Tensor:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -173,13 +174,17 @@ def graph_bytes(run: Run, hidden: Tensor) -> int:
     return sum(sizes.values())
 
 
-def _with_graph(run: Run, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _with_graph(run: Run, hidden: Float[Tensor, "sequences length width"]) -> tuple[Tensor, Tensor]:
     leaf = hidden.detach().requires_grad_()
     with torch.enable_grad():
         return leaf, run(leaf)
 
 
-def _back(leaf: Tensor, end: Tensor, gradient: Tensor) -> Tensor:
+def _back(
+    leaf: Float[Tensor, "sequences length width"],
+    end: Float[Tensor, "sequences length width"],
+    gradient: Float[Tensor, "sequences length width"],
+) -> Tensor:
     torch.autograd.backward(end, gradient)
     assert leaf.grad is not None
     return leaf.grad

@@ -21,13 +21,16 @@ def losses(evidence: Evidence) -> Figure | None:
         return None
     plots = tuple(titled(log["block"], _curves(log)) for log in logs)
     return Figure(
-        "losses", "How each block learned",
+        "losses",
+        "How each block learned",
         "Training loss (thin) and held-out loss (dots) while the block was taught, on the original's activations (teacher "
         "stream) and on those of the compressed blocks before it (student stream).",
-        plots, ("block", "steps", "tokens", "held-out loss before", "after", "better by, %", "best step"),
-        tuple(map(_row, logs)), True,
+        plots,
+        ("block", "steps", "tokens", "held-out loss before", "after", "better by, %", "best step"),
+        tuple(map(_row, logs)),
+        True,
         ("teacher stream", "student stream"),
-    )  # fmt: skip
+    )
 
 
 def _row(log: Json) -> tuple[Cell, ...]:
@@ -59,12 +62,14 @@ def carried(evidence: Evidence) -> Figure | None:
     ]
     axes = Axes("block", "held-out loss", log_y=True, whole_x=True, width=480, height=240)
     return Figure(
-        "carried", "Error carried from block to block",
+        "carried",
+        "Error carried from block to block",
         "Held-out loss at each block's output.",
         (chart("Held-out loss of each block before and after teaching", axes, lines),),
-        ("block", "before", "after"), tuple((log["block"], log["initial"], log["final"]) for log in logs),
+        ("block", "before", "after"),
+        tuple((log["block"], log["initial"], log["final"]) for log in logs),
         legend=("before teaching", "after teaching"),
-    )  # fmt: skip
+    )
 
 
 def recovery(evidence: Evidence) -> Figure | None:
@@ -77,10 +82,12 @@ def recovery(evidence: Evidence) -> Figure | None:
     axes = Axes("step", "KL, nats", whole_x=True, zero_y=True, width=480, height=240)
     lines = [Line("training", training, "kept thin"), Line("held out", checks, "kept", marks=True)]
     return Figure(
-        "recovery", "Recovery",
+        "recovery",
+        "Recovery",
         "Divergence of the next token from the original's, while all compressed blocks learned together: training (thin) "
         "and held out (dots).",
         (chart("Divergence during recovery", axes, lines),),
         ("step", "KL, nats", "cross-entropy, nats", "norm against the original"),
-        tuple(tuple(row) for row in log.get("held_out", ())), legend=(),
-    )  # fmt: skip
+        tuple(tuple(row) for row in log.get("held_out", ())),
+        legend=(),
+    )

@@ -31,11 +31,14 @@ def evaluation(evidence: Evidence) -> Figure | None:
         rows.append((one["task"], one["metric"], against.get("value"), one["value"], difference))
     columns = ("text or task", "measure", "original", "compressed", "difference and 95 % interval")
     return Figure(
-        "evaluation", "Evaluation",
+        "evaluation",
+        "Evaluation",
         "The difference of a perplexity is that of the loss, in nats a token. KL and the share of tokens that both think "
         "likeliest are themselves measures of the difference.",
-        (), columns, tuple(rows),
-    )  # fmt: skip
+        (),
+        columns,
+        tuple(rows),
+    )
 
 
 def samples(evidence: Evidence) -> Figure | None:
@@ -48,11 +51,15 @@ def samples(evidence: Evidence) -> Figure | None:
     if not passages:
         return None
     return Figure(
-        "samples", "What both write",
+        "samples",
+        "What both write",
         "Prompts cut from the texts, continued with the likeliest token each time; marked from the first token where the "
         "two part. One token changes all that follow, so early parting alone is no fault.",
-        (), ("text", "prompt", "both", "original", "compressed"), tuple(map(astuple, passages)), passages=passages,
-    )  # fmt: skip
+        (),
+        ("text", "prompt", "both", "original", "compressed"),
+        tuple(map(astuple, passages)),
+        passages=passages,
+    )
 
 
 def probing(evidence: Evidence) -> Figure | None:
@@ -61,19 +68,29 @@ def probing(evidence: Evidence) -> Figure | None:
     for found in evidence.probes:
         groups = next(iter(found.get("breakdowns", {}).values()), [])
         groups = [group for group in groups if group["score"] is not None]
-        total = {"label": "overall", "items": found.get("items"), "score": found["overall"],
-                 "dense": (found.get("compared") or {}).get("dense")}  # fmt: skip
+        total = {
+            "label": "overall",
+            "items": found.get("items"),
+            "score": found["overall"],
+            "dense": (found.get("compared") or {}).get("dense"),
+        }
         pairs = [Pair(group["label"], group.get("dense"), group["score"]) for group in (total, *groups)]
         name = found["benchmark"]
         plots.append(titled(name, dumbbells(f"Accuracy on {name}", pairs, found.get("chance", 0.5))))
-        rows += [(name, group["label"], group["items"], _percent(group.get("dense")), _percent(group["score"]))
-                 for group in (total, *groups)]  # fmt: skip
+        rows += [
+            (name, group["label"], group["items"], _percent(group.get("dense")), _percent(group["score"]))
+            for group in (total, *groups)
+        ]
     if not plots:
         return None
     return Figure(
-        "probing", "Minimal pairs", "Share of pairs in which the right text is the likelier one; the dashed line is chance.",
-        tuple(plots), ("benchmark", "group", "items", "original, %", "compressed, %"), tuple(rows),
-    )  # fmt: skip
+        "probing",
+        "Minimal pairs",
+        "Share of pairs in which the right text is the likelier one; the dashed line is chance.",
+        tuple(plots),
+        ("benchmark", "group", "items", "original, %", "compressed, %"),
+        tuple(rows),
+    )
 
 
 def speed(evidence: Evidence) -> Figure | None:
@@ -84,17 +101,27 @@ def speed(evidence: Evidence) -> Figure | None:
     own, other, cells = found.get("model", {}), found.get("against", {}), found.get("cells", [])
     plots, rows = [], list[tuple[Cell, ...]]()
     for key, name in SPEEDS:
-        pairs = [Pair(f"{cell['batch']} x {cell['prompt']}", _median(cell.get("against"), key), _median(cell["model"], key))
-                 for cell in cells]  # fmt: skip
+        pairs = [
+            Pair(f"{cell['batch']} x {cell['prompt']}", _median(cell.get("against"), key), _median(cell["model"], key))
+            for cell in cells
+        ]
         plots.append(titled(f"{name}, batch x prompt", bars(f"Speed of {name}", "tokens/s", pairs)))
         rows += [(f"{name}, {pair.label}, tokens/s", pair.dense, pair.kept) for pair in pairs]
-    memory = [Pair("peak memory", _peak(other), _peak(own)),
-              Pair("on disk", _mega(other.get("disk_bytes")), _mega(own.get("disk_bytes")))]  # fmt: skip
+    memory = [
+        Pair("peak memory", _peak(other), _peak(own)),
+        Pair("on disk", _mega(other.get("disk_bytes")), _mega(own.get("disk_bytes"))),
+    ]
     plots.append(titled("memory", bars("Memory and bytes on disk", "MB", memory)))
     rows += [(f"{pair.label}, MB", pair.dense, pair.kept) for pair in memory]
     conditions = ", ".join(f"{key} {value}" for key, value in found.get("conditions", {}).items())
-    return Figure("speed", "Speed and memory", f"Medians. {conditions}.", tuple(plots),
-                  ("measure", "original", "compressed"), tuple(rows))  # fmt: skip
+    return Figure(
+        "speed",
+        "Speed and memory",
+        f"Medians. {conditions}.",
+        tuple(plots),
+        ("measure", "original", "compressed"),
+        tuple(rows),
+    )
 
 
 def compared(all_: Sequence[Evidence]) -> Figure | None:
@@ -111,13 +138,16 @@ def compared(all_: Sequence[Evidence]) -> Figure | None:
     texts = list(dict.fromkeys(text["name"] for one in finished for text in one["metrics"].get("texts", ())))
     axes = Axes("parameters kept, %", "KL, nats", zero_y=True, room=0.06, width=480, height=300)
     return Figure(
-        "compared", "Quality against size",
+        "compared",
+        "Quality against size",
         "Divergence from the original on held-out calibration text; each was measured on its own calibration text. The "
         "numbers beside the dots are those of the table.",
         (chart("Divergence against the share of parameters kept", axes, lines),),
         ("no.", "model", "kept, %", "KL, nats", "loss rise, nats", *(f"perplexity, {name}" for name in texts)),
-        tuple(_compared_row(place, one, texts) for place, one in enumerate(finished, 1)), legend=(), open=True,
-    )  # fmt: skip
+        tuple(_compared_row(place, one, texts) for place, one in enumerate(finished, 1)),
+        legend=(),
+        open=True,
+    )
 
 
 def _compared_row(place: int, evidence: Evidence, texts: Sequence[str]) -> tuple[Cell, ...]:

@@ -23,9 +23,17 @@ from lillama.report.warnings import doubts
 VERSION = 1
 BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of a damaged artefact
 FIGURES: tuple[Callable[[Evidence], Figure | None], ...] = (
-    structure.sizes, structure.ranks, structure.spectra, learning.losses, learning.carried, learning.recovery,
-    measures.evaluation, measures.samples, measures.probing, measures.speed,
-)  # fmt: skip
+    structure.sizes,
+    structure.ranks,
+    structure.spectra,
+    learning.losses,
+    learning.carried,
+    learning.recovery,
+    measures.evaluation,
+    measures.samples,
+    measures.probing,
+    measures.speed,
+)
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,16 @@ def _chapter(evidence: Evidence) -> Chapter:
     warnings = told("warnings", lambda known: tuple(doubts(known)), ())
     origin, recipe = told("origin", summary.origin, ()), told("recipe", lambda known: known.recipe, {})
     shown_recipe = yaml.safe_dump(public_recipe(recipe), sort_keys=False) if recipe else ""
-    return Chapter(evidence.name, headline, facts, warnings, tuple(missing),
-                   tuple(figure for figure in figures if figure), origin, shown_recipe)  # fmt: skip
+    return Chapter(
+        evidence.name,
+        headline,
+        facts,
+        warnings,
+        tuple(missing),
+        tuple(figure for figure in figures if figure),
+        origin,
+        shown_recipe,
+    )
 
 
 def _table(figure: Figure) -> dict[str, Any]:
@@ -157,9 +173,12 @@ def _render(template: str, **values: Any) -> str:
 def _templates() -> Environment:
     """Return the environment of the page's template, which is compiled once."""
     environment = Environment(
-        loader=PackageLoader("lillama.report", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("lillama.report", ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         autoescape=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"shown": shown, "number": _is_number}
     return environment
 

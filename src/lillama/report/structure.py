@@ -22,19 +22,30 @@ def sizes(evidence: Evidence) -> Figure | None:
     if not any(named):
         return None
     every = [[name for names in kinds.values() for name in names] for kinds in named]
-    by_block = [Pair(f"block {block['index']}", *_sums(linears[name] for name in names))
-                for block, names in zip(blocks, every, strict=True) if names]  # fmt: skip
+    by_block = [
+        Pair(f"block {block['index']}", *_sums(linears[name] for name in names))
+        for block, names in zip(blocks, every, strict=True)
+        if names
+    ]
     by_kind = [
         Pair(kind, *_sums(linears[name] for kinds in named for name in kinds.get(kind, ()))) for kind in _kinds(named)
     ]
     pairs = [*by_block, *by_kind]
     return Figure(
-        "sizes", "Where the size is", "Numbers in the linear layers, by block and by kind of linear.",
-        (bars("Numbers by block, original and compressed", "numbers", by_block),
-         bars("Numbers by kind of linear, original and compressed", "numbers", by_kind)),
+        "sizes",
+        "Where the size is",
+        "Numbers in the linear layers, by block and by kind of linear.",
+        (
+            bars("Numbers by block, original and compressed", "numbers", by_block),
+            bars("Numbers by kind of linear, original and compressed", "numbers", by_kind),
+        ),
         ("part", "original", "compressed", "kept, %"),
-        tuple((pair.label, pair.dense, pair.kept, 100 * pair.kept / pair.dense) for pair in pairs if pair.dense and pair.kept),
-    )  # fmt: skip
+        tuple(
+            (pair.label, pair.dense, pair.kept, 100 * pair.kept / pair.dense)
+            for pair in pairs
+            if pair.dense and pair.kept
+        ),
+    )
 
 
 def ranks(evidence: Evidence) -> Figure | None:
@@ -45,15 +56,22 @@ def ranks(evidence: Evidence) -> Figure | None:
     if not any(named):
         return None
     shares = {one["name"]: (one["rank"] or full[one["name"]]) / full[one["name"]] for one in plan["linears"]}
-    rows = tuple((one["name"], full[one["name"]], one["rank"] if one["rank"] is not None else "dense",
-                  100 * shares[one["name"]]) for one in plan["linears"])  # fmt: skip
-    plot = _map("Share of the full rank kept by each linear", blocks, named,
-                lambda names: fmean(shares[name] for name in names))  # fmt: skip
+    rows = tuple(
+        (one["name"], full[one["name"]], one["rank"] if one["rank"] is not None else "dense", 100 * shares[one["name"]])
+        for one in plan["linears"]
+    )
+    plot = _map(
+        "Share of the full rank kept by each linear", blocks, named, lambda names: fmean(shares[name] for name in names)
+    )
     return Figure(
-        "ranks", "Rank plan",
+        "ranks",
+        "Rank plan",
         "Share of the full rank in %, linears by blocks; a stronger colour keeps more, 100 stays dense. Of experts the mean.",
-        (plot,), ("linear", "full rank", "rank", "share, %"), rows, legend=(),
-    )  # fmt: skip
+        (plot,),
+        ("linear", "full rank", "rank", "share, %"),
+        rows,
+        legend=(),
+    )
 
 
 def shares(evidence: Evidence) -> str:
@@ -80,12 +98,16 @@ def spectra(evidence: Evidence) -> Figure | None:
         plots.append(titled(kind, chart(f"Singular values, {kind}", Axes("index", "singular value", True), lines)))
     order = [one["name"] for block in blocks for one in block["linears"] if one["name"] in values]
     return Figure(
-        "spectra", "Singular spectra and the cut",
+        "spectra",
+        "Singular spectra and the cut",
         "Singular values of each linear between the moments of its inputs and gradients, a line for each block (of "
         "experts the first); the dot is the rank that was kept.",
-        tuple(plots), ("linear", "values", "rank", "largest", "cut away, % of the squares"),
-        tuple(_cut_row(name, values[name], cuts.get(name)) for name in order), True, (),
-    )  # fmt: skip
+        tuple(plots),
+        ("linear", "values", "rank", "largest", "cut away, % of the squares"),
+        tuple(_cut_row(name, values[name], cuts.get(name)) for name in order),
+        True,
+        (),
+    )
 
 
 def _spectrum(head: str, values: Values, rank: int | None) -> list[Line]:
@@ -106,8 +128,10 @@ def _cut_row(name: str, values: Values, rank: int | None) -> tuple[Cell, ...]:
 def _numbers(plan: Json) -> dict[str, tuple[int, int]]:
     """Return linear -> numbers of the original, and stored ones."""
     storage = plan.get("storage", Storage("plain"))
-    return {one["name"]: (one["out"] * one["in"], storage.numbers(one["out"], one["in"], one["rank"]))
-            for one in plan.get("linears", ())}  # fmt: skip
+    return {
+        one["name"]: (one["out"] * one["in"], storage.numbers(one["out"], one["in"], one["rank"]))
+        for one in plan.get("linears", ())
+    }
 
 
 def _sums(values: Iterable[tuple[int, int]]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from lillama.errors import ResourceError
@@ -100,7 +101,7 @@ class ActivationStore:
             else found.to(self.device)
         )
 
-    def write(self, rows: slice, values: Tensor) -> None:
+    def write(self, rows: slice, values: Shaped[Tensor, "..."]) -> None:
         """Overwrite consecutive rows."""
         self._view()[rows] = values.detach().to(self.dtype)
 
@@ -181,7 +182,7 @@ class RowTable:
         self._first: Tensor | None = None
         self._store: ActivationStore | None = None
 
-    def write(self, rows: slice, values: Tensor) -> None:
+    def write(self, rows: slice, values: Shaped[Tensor, "..."]) -> None:
         """Set the tensors of some sequences; slices come in order, from the first sequence on."""
         if self._first is None:
             self._first = values[:1].clone()

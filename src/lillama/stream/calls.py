@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -32,7 +33,7 @@ class BlockArgs:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     positional: bool = True
 
-    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+    def __call__(self, block: Callable[..., Any], hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run a block on `hidden` (sequences x length x width) and return the new hidden state."""
         if self.positional:
             return hidden_of(block(hidden, *self.args, **self.kwargs))
@@ -51,11 +52,11 @@ class Rowwise:
     key: int
     dim: int
 
-    def rows(self, tensor: Tensor, count: int) -> Tensor:
+    def rows(self, tensor: Shaped[Tensor, "..."], count: int) -> Tensor:
         """Return a tensor of `count` sequences as rows: count x (the tensor's shape, with `k` at `dim`)."""
         return tensor.unflatten(self.dim, (count, tensor.shape[self.dim] // count)).movedim(self.dim, 0)
 
-    def joined(self, rows: Tensor) -> Tensor:
+    def joined(self, rows: Shaped[Tensor, "count ..."]) -> Tensor:
         """Undo `rows`."""
         return rows.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
 

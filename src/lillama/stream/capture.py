@@ -277,7 +277,7 @@ def _uncached(model: PreTrainedModel) -> dict[str, Any]:
     return {"use_cache": False} if passed_on or "use_cache" in known else {}
 
 
-def _returned(hidden: Tensor, rest: tuple[Any, ...] | None) -> Any:
+def _returned(hidden: Float[Tensor, "sequences length width"], rest: tuple[Any, ...] | None) -> Any:
     return hidden if rest is None else (hidden, *rest)
 
 

@@ -147,7 +147,7 @@ class Head:
         tokens = len(batch) * length if mask is None else int(mask.sum())
         return tokens, 0 if batch.ids is None else int((self._labels(batch.ids, mask) != NO_LABEL).sum())
 
-    def _real(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _real(self, batch: Batch, hidden: Float[Tensor, "sequences length width"]) -> tuple[Tensor, Tensor, Tensor]:
         """Return where the real tokens are, what they are, and what follows each."""
         mask, shape = self._mask(batch), hidden.shape[:2]
         ids = torch.zeros(shape, dtype=torch.long) if batch.ids is None else batch.ids
@@ -157,7 +157,7 @@ class Head:
     def _mask(self, batch: Batch) -> Tensor | None:
         return batch.masks.get(len(self.model.stacks) - 1)
 
-    def _labels(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+    def _labels(self, ids: Int[Tensor, "sequences length"], mask: Bool[Tensor, "sequences length"] | None) -> Tensor:
         """Return for every token the one that follows it; none where the model fills gaps instead of going on."""
         return torch.full_like(ids, NO_LABEL) if self.model.kind.predicts == "masked" else next_tokens(ids, mask)
 
@@ -168,7 +168,12 @@ class Head:
         return min(length, tokens_of_logits(self.outside.config.get_text_config().vocab_size, self.logit_bytes))
 
     def _compare(
-        self, ids: Tensor, labels: Tensor, own: Tensor, teacher: Tensor, weights: tuple[float, float] | None
+        self,
+        ids: Int[Tensor, " tokens"],
+        labels: Int[Tensor, " tokens"],
+        own: Float[Tensor, "tokens width"],
+        teacher: Float[Tensor, "tokens width"],
+        weights: tuple[float, float] | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the two sums over a few tokens, and the gradient, which is 0 if it is not wanted."""
         leaf = own.detach().requires_grad_(weights is not None)
@@ -179,7 +184,13 @@ class Head:
         gradient = torch.zeros_like(own) if leaf.grad is None else leaf.grad
         return torch.stack([divergence, entropy]).detach(), gradient
 
-    def _distances(self, ids: Tensor, labels: Tensor, own: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def _distances(
+        self,
+        ids: Int[Tensor, " tokens"],
+        labels: Int[Tensor, " tokens"],
+        own: Float[Tensor, "tokens width"],
+        teacher: Float[Tensor, "tokens width"],
+    ) -> tuple[Tensor, Tensor]:
         if not self.predicts:
             apart = (own.float() - teacher.float()).square().sum(dim=-1)
             variance = teacher.float().square().sum(dim=-1).clamp_min(LEAST_LENGTH**2)
@@ -192,7 +203,9 @@ class Head:
             F.nll_loss(found, labels, reduction="sum", ignore_index=NO_LABEL),
         )
 
-    def _log_probabilities(self, ids: Tensor, hidden: Tensor) -> Float[Tensor, "tokens vocabulary"]:
+    def _log_probabilities(
+        self, ids: Int[Tensor, " tokens"], hidden: Float[Tensor, "tokens width"]
+    ) -> Float[Tensor, "tokens vocabulary"]:
         """Return the logarithms of the next token's chances; each token passes as a sequence of its own."""
         logits = finish(self.model, self.outside, self.calls, ids[:, None], hidden[:, None])
         return F.log_softmax(logits[:, 0].float(), dim=-1)

@@ -78,9 +78,13 @@ def scale(name: str, segments: Segmented, counts: Mapping[str, int]) -> Scale:
 
 
 def word_pairs(
-    language: Language, vocabulary: Vocabulary, scales: Sequence[Scale], pairs: int, seed: int,
+    language: Language,
+    vocabulary: Vocabulary,
+    scales: Sequence[Scale],
+    pairs: int,
+    seed: int,
     fits: Callable[[str, Sequence[str]], Sequence[str]] = lambda word, pseudo: pseudo,
-) -> list[WordPair]:  # fmt: skip
+) -> list[WordPair]:
     """Choose words, frequent ones more often, and four pseudo-words for each.
 
     Each choice brings the balance of all n-gram models nearest to zero; among equals the pseudo-word nearest to its word

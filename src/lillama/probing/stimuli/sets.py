@@ -94,11 +94,16 @@ def lexical_set(
         scales = [letters, scale("phonemes", sounds.__getitem__, counts)]
         found = word_pairs(language, vocabulary, scales, pairs, seed, _audible(pronouncer, sounds))
     rows = tuple(
-        {"id": number, "word": pair.word, "non word": pair.pseudo,
-         "length": len(sounds.get(pair.word, pair.word)), "frequency": pair.frequency}
+        {
+            "id": number,
+            "word": pair.word,
+            "non word": pair.pseudo,
+            "length": len(sounds.get(pair.word, pair.word)),
+            "frequency": pair.frequency,
+        }
         | ({"phonemes": " ".join(sounds[pair.word]), "non phonemes": " ".join(sounds[pair.pseudo])} if sounds else {})
         for number, pair in enumerate(found, 1)
-    )  # fmt: skip
+    )
     written = [(pair.word, pair.pseudo) for pair in found]
     return StimuliSet(
         "lexical", language.name, source, rows, {scale.name: _lexical_control(scale, written) for scale in scales}
