@@ -8,9 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
+from lillama.evaluation.evaluate import EvaluationJson
+from lillama.probing.result import ProbesJson
+from lillama.ranks.plan import PlanJson
 from lillama.report.page import report
 from lillama.report.reader import kept
-from lillama.report.shapes import Evaluation, Plan, Probes
 
 FED = {  # what is drawn from an artefact, and from it alone or with others
     "run.json": set(),
@@ -127,13 +129,13 @@ def test_numbers_in_words_are_numbers(out, unfinished, sound):
 def test_only_what_is_wrong_and_what_cannot_be_without_it_is_taken_out():
     against = {"kl": {"value": "x"}, "top1": {"value": 1.0}}
     texts = [{"name": "novel", "perplexity": 9.0, "against": against}, {"name": "other"}, {"name": [], "perplexity": 1}]
-    found, faults = kept(Evaluation, {"texts": texts, "tasks": 3})
+    found, faults = kept(EvaluationJson, {"texts": texts, "tasks": 3})
     assert found == {"texts": [{"name": "novel", "perplexity": 9.0, "against": {"top1": {"value": 1.0}}}]}
     assert len(faults) >= 4
     rows = [{"name": "a", "out": 4, "in": 4, "rank": rank} for rank in (1, "two", None, -3, 2)]
-    found, _ = kept(Plan, {"linears": rows})
+    found, _ = kept(PlanJson, {"linears": rows})
     assert [row["rank"] for row in found["linears"]] == [1, None, 2]
-    assert kept(Probes, {"results": 3})[0] == {} and kept(Probes, {"results": []}) == ({"results": []}, [])
+    assert kept(ProbesJson, {"results": 3})[0] == {} and kept(ProbesJson, {"results": []}) == ({"results": []}, [])
 
 
 def test_deep_nesting_is_damage(out, unfinished):

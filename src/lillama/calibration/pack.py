@@ -4,7 +4,7 @@ import hashlib
 import logging
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from lillama.corpus.documents import Document, documents
 from lillama.corpus.sources import Source, fingerprint
 from lillama.errors import DataError
-from lillama.files.artefacts import TENSORS, load_tensors, load_whole, save_json, save_tensors, seal_of
+from lillama.files.artefacts import TENSORS, Count, load_tensors, load_whole, save_json, save_tensors, seal_of
 from lillama.files.atomic import atomic_folder, digest
 from lillama.model.tokenizer import encoded, refuse_unknown, tokenizer_hash
 from lillama.system.progress import Progress, Report, silent
@@ -29,6 +30,37 @@ INPUT = "input."  # before the name of what else the model takes, in the file
 BATCH = 16  # documents (or pieces of one) tokenised at once
 
 log = logging.getLogger(__name__)
+
+
+Kind = Literal["text", "self", "speech", "images"]
+
+
+class SourceJson(TypedDict):
+    """A source in `calibration/manifest.json`."""
+
+    path: str
+    field: str | None
+    config: str | None
+    split: str
+    weight: float
+    content: str
+    documents: int
+    tokens: int
+
+
+class ManifestJson(TypedDict):
+    """`calibration/manifest.json`."""
+
+    version: int
+    kind: Kind
+    sources: list[SourceJson]
+    tokenizer: str
+    seq_len: Count
+    wanted: Count
+    tokens: Count
+    seed: int
+    temperature: float | None
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -55,6 +87,19 @@ class SourceRecord:
     documents: int
     tokens: int
 
+    def to_json(self) -> SourceJson:
+        """Return the JSON value that is written to disk."""
+        return {
+            "path": self.path,
+            "field": self.field,
+            "config": self.config,
+            "split": self.split,
+            "weight": self.weight,
+            "content": self.content,
+            "documents": self.documents,
+            "tokens": self.tokens,
+        }
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -72,7 +117,7 @@ class Manifest:
         sha256: of the ids, as little-endian int64.
     """
 
-    kind: Literal["text", "self", "speech", "images"]
+    kind: Kind
     sources: tuple[SourceRecord, ...]
     tokenizer: str
     seq_len: int
@@ -82,9 +127,20 @@ class Manifest:
     temperature: float | None
     sha256: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ManifestJson:
         """Return the JSON value that is written to disk."""
-        return {"version": VERSION, **asdict(self), "sources": [asdict(record) for record in self.sources]}
+        return {
+            "version": VERSION,
+            "kind": self.kind,
+            "sources": [record.to_json() for record in self.sources],
+            "tokenizer": self.tokenizer,
+            "seq_len": self.seq_len,
+            "wanted": self.wanted,
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "temperature": self.temperature,
+            "sha256": self.sha256,
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Manifest":

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,7 +98,7 @@ class Drawing:
         self.bars.update(task, completed=progress.done, total=progress.total, note=note)
 
 
-def show(value: dict[str, Any], as_json: bool, draw: Callable[[], None]) -> None:
+def show(value: Mapping[str, Any], as_json: bool, draw: Callable[[], None]) -> None:
     """Print a value as JSON, in ASCII, so that no output refuses it and nothing in it moves a terminal; or as `draw` does."""
     if as_json:
         sys.stdout.write(json.dumps(value, indent=2) + "\n")

@@ -73,7 +73,7 @@ def probe(
     from lillama.cli import output
     from lillama.probing.benchmark import built_in_sets, load_benchmark
     from lillama.probing.judge import judge
-    from lillama.probing.result import VERSION
+    from lillama.probing.result import VERSION, ProbesJson
     from lillama.probing.trials import write_trials
 
     names = built_in_sets() if benchmark is None else [benchmark]
@@ -102,7 +102,8 @@ def probe(
         _refuse_taken(trials_out)  # once more, for something may have come in the meantime
         write_trials(trials_out, load_benchmark(names[0]), results[0].trials)
     values = [result.as_json() for result in results]
-    value = values[0] if benchmark is not None else {"version": VERSION, "results": values}
+    several: ProbesJson = {"version": VERSION, "results": values}
+    value = several if benchmark is None else values[0]
     output.show(value, json, lambda: _tables(results))
 
 

@@ -1,12 +1,34 @@
 """How a block was taught, as it is written beside its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
+
 from lillama.distill.history import History
+from lillama.files.artefacts import Count
 
 GROWTH = 1.5  # of a largest singular value that is worth a warning
 Row = tuple[int, float | None, float | None]
+RowJson = tuple[Count, FiniteFloat | None, FiniteFloat | None]
+
+
+class BlockLogJson(TypedDict):
+    """How a block was taught, in `blocks/*.json`."""
+
+    block: str
+    steps: Count
+    tokens: Count
+    lr: float
+    initial: FiniteFloat
+    final: FiniteFloat
+    improved: bool
+    best_step: Count
+    retried: bool
+    curve: Sequence[RowJson]
+    held_out: Sequence[RowJson]
+    singular: Mapping[str, tuple[FiniteFloat, FiniteFloat]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +87,23 @@ class DistillLog:
         """Linears whose largest singular value grew by more than half -> by what factor."""
         ratios = {name: kept / start for name, (start, kept) in self.singular.items() if start > 0}
         return {name: ratio for name, ratio in ratios.items() if ratio > GROWTH}
+
+    def as_json(self) -> BlockLogJson:
+        """Return the value for JSON."""
+        return {
+            "block": self.block,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "lr": self.lr,
+            "initial": self.initial,
+            "final": self.final,
+            "improved": self.improved,
+            "best_step": self.best_step,
+            "retried": self.retried,
+            "curve": self.curve,
+            "held_out": self.held_out,
+            "singular": self.singular,
+        }
 
 
 def _row(step: int, losses: Mapping[str, float]) -> Row:

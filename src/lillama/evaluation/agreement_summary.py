@@ -2,18 +2,51 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import FiniteFloat
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from lillama.evaluation.continuation import Continued
-from lillama.evaluation.continuation_samples import Sample
-from lillama.evaluation.intervals import Interval, Sums, bootstrap
+from lillama.evaluation.continuation_samples import Sample, SampleJson
+from lillama.evaluation.intervals import Interval, IntervalJson, Sums, bootstrap
 from lillama.evaluation.perplexity import TextScore
 from lillama.evaluation.tally import PairTally, joined
+
+
+class ComparedJson(TypedDict):
+    """A figure of both models, in JSON."""
+
+    model: float
+    dense: float
+    difference: IntervalJson
+
+
+class ContinuationJson(TypedDict):
+    """How the model goes on after prompts, in JSON."""
+
+    prompts: int
+    leading: IntervalJson
+    equal: IntervalJson
+    repetition: ComparedJson
+    samples: list[SampleJson]
+
+
+class AgreementJson(TypedDict):
+    """How far a model is from the dense one, in JSON."""
+
+    perplexity: FiniteFloat
+    bits_per_byte: float
+    windows: int
+    excess_loss: IntervalJson
+    excess_bits_per_byte: IntervalJson
+    kl: IntervalJson
+    top1: IntervalJson
+    calibration_error: ComparedJson
+    continuation: ContinuationJson | None
 
 
 @dataclass(frozen=True)
@@ -24,7 +57,7 @@ class Compared:
     dense: float
     difference: Interval
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ComparedJson:
         """Return the value for JSON."""
         return {"model": self.model, "dense": self.dense, "difference": self.difference.as_json()}
 
@@ -47,11 +80,15 @@ class Continuation:
     repetition: Compared
     samples: tuple[Sample, ...]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ContinuationJson:
         """Return the value for JSON."""
-        shares = {"leading": self.leading.as_json(), "equal": self.equal.as_json()}
-        samples = [asdict(sample) for sample in self.samples]
-        return {"prompts": self.prompts, **shares, "repetition": self.repetition.as_json(), "samples": samples}
+        return {
+            "prompts": self.prompts,
+            "leading": self.leading.as_json(),
+            "equal": self.equal.as_json(),
+            "repetition": self.repetition.as_json(),
+            "samples": [sample.as_json() for sample in self.samples],
+        }
 
 
 @dataclass(frozen=True)
@@ -86,7 +123,7 @@ class Agreement:
         """Of the text, or of the language."""
         return self.model.name
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> AgreementJson:
         """Return what stands under `against` in JSON."""
         return {
             "perplexity": self.dense.perplexity,

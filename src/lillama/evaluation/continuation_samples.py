@@ -7,10 +7,20 @@ from itertools import takewhile
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from lillama.evaluation.windows import spread
 
 SAMPLES = 4  # of each text
+
+
+class SampleJson(TypedDict):
+    """What two models write after one prompt, in JSON."""
+
+    prompt: str
+    same: str
+    dense: str
+    model: str
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,10 @@ class Sample:
     same: str
     dense: str
     model: str
+
+    def as_json(self) -> SampleJson:
+        """Return the value for JSON."""
+        return {"prompt": self.prompt, "same": self.same, "dense": self.dense, "model": self.model}
 
 
 def samples(

@@ -3,17 +3,35 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from lillama.errors import RecipeError
 from lillama.evaluation.agreement import Protocol, measure
-from lillama.evaluation.agreement_summary import Agreement, summary
+from lillama.evaluation.agreement_summary import Agreement, AgreementJson, summary
 from lillama.evaluation.harness import find_tasks
-from lillama.evaluation.perplexity import TextScore, perplexity, pooled
-from lillama.evaluation.tasks import TaskScore, score_tasks
+from lillama.evaluation.perplexity import ScoreJson, TextScore, perplexity, pooled
+from lillama.evaluation.tasks import TaskJson, TaskScore, score_tasks
 from lillama.evaluation.windows import Texts, languages
 from lillama.model.remote import remote_code
 from lillama.system.progress import Report, silent
+
+
+class TextJson(ScoreJson):
+    """A text, or all texts of a language, in JSON."""
+
+    against: NotRequired[AgreementJson]
+
+
+class EvaluationJson(TypedDict):
+    """What `lillama evaluate --json` prints."""
+
+    version: int
+    against: NotRequired[str]
+    texts: list[TextJson]
+    languages: NotRequired[list[TextJson]]
+    tasks: NotRequired[list[TaskJson]]
 
 
 @dataclass(frozen=True)
@@ -38,15 +56,15 @@ class Evaluation:
     agreements: tuple[Agreement, ...]
     tasks: tuple[TaskScore, ...]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> EvaluationJson:
         """Return the value that `lillama evaluate --json` prints; `version` counts its breaking changes."""
-        found: dict[str, Any] = {"version": 1}
-        if self.against is not None:
-            found["against"] = self.against
-        rows = [score.as_json() for score in (*self.texts, *self.languages)]
+        rows: list[TextJson] = [{**score.as_json()} for score in (*self.texts, *self.languages)]
         for row, agreement in zip(rows, self.agreements, strict=False):
             row["against"] = agreement.as_json()
-        found["texts"] = rows[: len(self.texts)]
+        texts = rows[: len(self.texts)]
+        found: EvaluationJson = {"version": 1, "texts": texts}
+        if self.against is not None:
+            found = {"version": 1, "against": self.against, "texts": texts}
         if self.languages:
             found["languages"] = rows[len(self.texts) :]
         if self.tasks:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import FiniteFloat
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
 
@@ -22,9 +23,9 @@ AT_ONCE = 1 << 22  # counts of documents in memory
 class IntervalJson(TypedDict):
     """An interval in JSON."""
 
-    value: float
-    low: float | None
-    high: float | None
+    value: FiniteFloat
+    low: FiniteFloat | None
+    high: FiniteFloat | None
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from lillama.corpus.texts import read_text
 from lillama.evaluation.tally import log_probs, tallies
 from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
+from lillama.files.artefacts import Positive
 from lillama.model.kind import refuse_too_long
 from lillama.model.remote import remote_code
 from lillama.model.source import locate
@@ -18,6 +20,15 @@ from lillama.stream.activations import Shelf
 from lillama.stream.model import StreamedModel, open_streamed
 from lillama.system.progress import Report, silent
 from lillama.system.resources import pick_device, shortage_explained
+
+
+class ScoreJson(TypedDict):
+    """How well a text is predicted, in JSON."""
+
+    name: str
+    tokens: int
+    perplexity: Positive
+    bits_per_byte: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class TextScore:
         """`exp(nll)`."""
         return math.exp(min(self.nll, 700.0))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ScoreJson:
         """Return the score as `lillama evaluate --json` prints it."""
         return {
             "name": self.name,

@@ -2,21 +2,24 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import torch
 import transformers
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
 
 from lillama.errors import ModelError, RecipeError, ResourceError
 from lillama.evaluation import speed_worker as timed
 from lillama.evaluation.speed_worker import TOO_MUCH, Footprint, Run, Setting
+from lillama.files.artefacts import Count
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.kind import kind_of
 from lillama.model.remote import remote_code
@@ -29,6 +32,63 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Call = Callable[..., Any]
 PACKED = {"U8": 2}  # numbers of 4 bits
 WARM_UP = 2  # tokens: the prompt's and one step's
+
+
+class SpreadJson(TypedDict):
+    """Repeated measurements, in JSON."""
+
+    min: float
+    median: FiniteFloat
+    max: float
+
+
+class FiguresJson(TypedDict):
+    """How fast a model is at one batch size and one prompt length, in JSON."""
+
+    first_token_seconds: SpreadJson
+    prefill_tokens_per_second: SpreadJson
+    decode_tokens_per_second: SpreadJson
+
+
+class RatiosJson(TypedDict):
+    """How many times as fast one model is as another, in JSON."""
+
+    prefill: SpreadJson
+    decode: SpreadJson
+    prefill_processor: SpreadJson
+    decode_processor: SpreadJson
+
+
+class CellJson(TypedDict):
+    """What was measured at one batch size and one prompt length, in JSON."""
+
+    batch: Count
+    prompt: Count
+    new: Count
+    model: FiguresJson
+    against: NotRequired[FiguresJson]
+    ratios: NotRequired[RatiosJson]
+
+
+class SubjectJson(TypedDict):
+    """A model that was measured, in JSON."""
+
+    name: str
+    numbers: int
+    disk_bytes: Count
+    dtype: str
+    peak_bytes: Count
+    idle_bytes: Count
+
+
+class BenchmarkJson(TypedDict):
+    """What `lillama bench --json` prints."""
+
+    version: int
+    conditions: dict[str, Any]
+    model: SubjectJson
+    against: NotRequired[SubjectJson]
+    cells: list[CellJson]
 
 
 @dataclass(frozen=True)
@@ -49,6 +109,10 @@ class Spread:
         """
         return cls(min(values), statistics.median(values), max(values))
 
+    def as_json(self) -> SpreadJson:
+        """Return the value for JSON."""
+        return {"min": self.min, "median": self.median, "max": self.max}
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -65,6 +129,17 @@ class Subject:
     folder: Path
     numbers: int
     disk_bytes: int
+
+    def as_json(self, footprint: Footprint) -> SubjectJson:
+        """Return the model and what it took, for JSON."""
+        return {
+            "name": self.name,
+            "numbers": self.numbers,
+            "disk_bytes": self.disk_bytes,
+            "dtype": footprint.dtype,
+            "peak_bytes": footprint.peak_bytes,
+            "idle_bytes": footprint.idle_bytes,
+        }
 
 
 @dataclass(frozen=True)
@@ -105,6 +180,14 @@ class Cell:
             "decode_processor": Spread.of([other.rest.processor / own.rest.processor for own, other in pairs]),
         }
 
+    def as_json(self) -> CellJson:
+        """Return the figures of all models, and their ratios, for JSON."""
+        figures = [_figures_json(self.figures(index)) for index in range(len(self.runs))]
+        found: CellJson = {"batch": self.batch, "prompt": self.prompt, "new": self.new, "model": figures[0]}
+        if len(figures) > 1:
+            found["against"], found["ratios"] = figures[1], _ratios_json(self.ratios())
+        return found
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -127,20 +210,14 @@ class Benchmark:
         """Whether two models were measured."""
         return len(self.subjects) > 1
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> BenchmarkJson:
         """Return everything as a JSON value with a version."""
-        roles = ("model", "against")[: len(self.subjects)]
-        models = {
-            role: {"name": one.name, "numbers": one.numbers, "disk_bytes": one.disk_bytes} | asdict(footprint)
-            for role, one, footprint in zip(roles, self.subjects, self.footprints, strict=True)
-        }
-        cells = []
-        for cell in self.cells:
-            parts = {role: cell.figures(index) for index, role in enumerate(roles)}
-            parts |= {"ratios": cell.ratios()} if self.paired else {}
-            values = {part: {name: asdict(spread) for name, spread in x.items()} for part, x in parts.items()}
-            cells.append({"batch": cell.batch, "prompt": cell.prompt, "new": cell.new} | values)
-        return {"version": 1, "conditions": self.conditions} | models | {"cells": cells}
+        models = [one.as_json(footprint) for one, footprint in zip(self.subjects, self.footprints, strict=True)]
+        cells = [cell.as_json() for cell in self.cells]
+        model, conditions = models[0], self.conditions
+        if not self.paired:
+            return {"version": 1, "conditions": conditions, "model": model, "cells": cells}
+        return {"version": 1, "conditions": conditions, "model": model, "against": models[1], "cells": cells}
 
 
 def benchmark(
@@ -250,6 +327,23 @@ def in_turn(processes: Sequence[Call], batch: int, prompt: int, new: int, repeat
         call(timed.run, batch, prompt, WARM_UP)
     rounds = [[call(timed.run, batch, prompt, new) for call in processes] for _ in range(repeats)]
     return tuple(zip(*rounds, strict=True))
+
+
+def _figures_json(figures: Mapping[str, Spread]) -> FiguresJson:
+    return {
+        "first_token_seconds": figures["first_token_seconds"].as_json(),
+        "prefill_tokens_per_second": figures["prefill_tokens_per_second"].as_json(),
+        "decode_tokens_per_second": figures["decode_tokens_per_second"].as_json(),
+    }
+
+
+def _ratios_json(ratios: Mapping[str, Spread]) -> RatiosJson:
+    return {
+        "prefill": ratios["prefill"].as_json(),
+        "decode": ratios["decode"].as_json(),
+        "prefill_processor": ratios["prefill_processor"].as_json(),
+        "decode_processor": ratios["decode_processor"].as_json(),
+    }
 
 
 def _refuse_below(least: int, **options: Sequence[int]) -> None:

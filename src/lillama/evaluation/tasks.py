@@ -4,21 +4,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import NotRequired
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import FiniteFloat
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from lillama.errors import RecipeError
 from lillama.evaluation.harness import KINDS, Answers, Task, ask
-from lillama.evaluation.intervals import Interval, bootstrap
+from lillama.evaluation.intervals import Interval, IntervalJson, bootstrap
 from lillama.model.source import locate
 from lillama.system.progress import Report, silent
 from lillama.system.resources import pick_device, shortage_explained
 
 AVERAGE = "average"
+
+
+class TaskAgainstJson(TypedDict):
+    """The dense model's score in a task, in JSON."""
+
+    value: FiniteFloat | None
+    difference: IntervalJson
+
+
+class TaskJson(IntervalJson):
+    """One metric of one task, in JSON."""
+
+    task: str
+    metric: str
+    documents: int
+    against: NotRequired[TaskAgainstJson]
 
 
 @dataclass(frozen=True)
@@ -41,10 +59,10 @@ class TaskScore:
     dense: float | None = None
     difference: Interval | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> TaskJson:
         """Return the value for JSON."""
-        found: dict[str, Any] = {"task": self.task, "metric": self.metric, "documents": self.documents}
-        found |= self.value.as_json()
+        value = self.value.as_json()
+        found: TaskJson = {"task": self.task, "metric": self.metric, "documents": self.documents, **value}
         if self.difference is not None:
             found["against"] = {"value": self.dense, "difference": self.difference.as_json()}
         return found

@@ -12,9 +12,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, FiniteFloat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +24,11 @@ from lillama.errors import DamagedError
 from lillama.files.atomic import atomic_file, digest, read_small, write_json
 
 SEAL, TENSORS = "seal", "tensors"
+# Numbers in JSON. The schema of an artefact stands beside what writes it; what reads it may be given anything, and checks it.
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(gt=0)]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def save_json(path: Path, value: Mapping[str, Any], tensors: Mapping[str, str] | None = None) -> None:

@@ -5,8 +5,20 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 ORDER_BYTES, SCALE_BYTES = 4, 2
+Form = Literal["plain", "pivot"]
+Bits = Literal[4, 8]
+GroupSize = Annotated[int, Field(ge=2, multiple_of=2)]
+
+
+class StorageJson(TypedDict):
+    """How weights are stored, in `plan.json`."""
+
+    form: Form
+    bits: Bits | None
+    group_size: GroupSize
 
 
 @with_config(extra="forbid")
@@ -32,9 +44,13 @@ class Storage:
         4672
     """
 
-    form: Literal["plain", "pivot"] = "pivot"
-    bits: Literal[4, 8] | None = None
-    group_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    form: Form = "pivot"
+    bits: Bits | None = None
+    group_size: GroupSize = 64
+
+    def as_json(self) -> StorageJson:
+        """Return the value for JSON."""
+        return {"form": self.form, "bits": self.bits, "group_size": self.group_size}
 
     def factors(self, out_features: int, in_features: int, rank: int) -> tuple[tuple[int, int], ...]:
         """Return rows and columns of the stored matrices: left, unless it is empty, and right."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from typing_extensions import TypedDict
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -40,6 +42,37 @@ class Kind:
         return self.stacks == 1 and self.predicts == "next"
 
 
+class LinearJson(TypedDict):
+    """A linear in `spec.json`."""
+
+    name: str
+    out_features: int
+    in_features: int
+    share: float
+    itemsize: int | None
+
+
+class BlockJson(TypedDict):
+    """A block in `spec.json`."""
+
+    name: str
+    index: int
+    params: int
+    linears: list[LinearJson]
+
+
+class SpecJson(TypedDict):
+    """`spec.json`."""
+
+    architecture: str
+    hidden_size: int
+    dtype: str
+    bytes_per_param: int
+    params: int
+    blocks: list[BlockJson]
+    stored_bytes: int | None
+
+
 @dataclass(frozen=True)
 class LinearSpec:
     """One two-dimensional weight `W (out x in)` that may be factorised.
@@ -72,6 +105,16 @@ class LinearSpec:
         """Numbers stored at `rank`, or for the dense weight when `rank` is None."""
         return self.params if rank is None else rank * (self.out_features + self.in_features)
 
+    def as_json(self) -> LinearJson:
+        """Return the value for JSON."""
+        return {
+            "name": self.name,
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "share": self.share,
+            "itemsize": self.itemsize,
+        }
+
 
 @dataclass(frozen=True)
 class BlockSpec:
@@ -93,6 +136,11 @@ class BlockSpec:
     def active_params(self) -> float:
         """Parameters that a token meets: of the experts, those that it is sent to."""
         return self.params - sum((1 - linear.share) * linear.params for linear in self.linears)
+
+    def as_json(self) -> BlockJson:
+        """Return the value for JSON."""
+        linears = [linear.as_json() for linear in self.linears]
+        return {"name": self.name, "index": self.index, "params": self.params, "linears": linears}
 
 
 @dataclass(frozen=True)
@@ -147,3 +195,15 @@ class ModelSpec:
 
     def __iter__(self) -> Iterator[BlockSpec]:
         return iter(self.blocks)
+
+    def as_json(self) -> SpecJson:
+        """Return the value for JSON."""
+        return {
+            "architecture": self.architecture,
+            "hidden_size": self.hidden_size,
+            "dtype": self.dtype,
+            "bytes_per_param": self.bytes_per_param,
+            "params": self.params,
+            "blocks": [block.as_json() for block in self.blocks],
+            "stored_bytes": self.stored_bytes,
+        }

@@ -160,7 +160,7 @@ def export_model(ctx: RunContext, target: Target, windows: Mapping[str, Windows]
         result = Result(target.out, run_dir.path, plan, size, job.recipe, texts, change, seconds, peak_memory(), pivots)
         _write_extra(folder / PLOT, lambda: kept_plot(run_dir.path))
         _write_extra(folder / "README.md", lambda: _card(ctx, result))
-        write_json(folder / FILE, result.as_json() | {"files": file_digests(folder)})
+        write_json(folder / FILE, {**result.as_json(), "files": file_digests(folder)})
         refuse_foreign(target.out)  # once more, for something may have come in the meantime
     try:
         run_dir.save_metrics(result.as_json())

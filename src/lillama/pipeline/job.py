@@ -60,10 +60,7 @@ class Planned:
             "outline": self.outline,
             "params": {"dense": spec.params, "kept": self.plan.kept_params},
             "bytes": {"dense": spec.nbytes, "kept": self.plan.kept_bytes},
-            "linears": [
-                {"name": linear.name, "out": linear.out_features, "in": linear.in_features, "rank": rank}
-                for linear, rank in self.plan
-            ],
+            "linears": self.plan.rows(),
             "estimate": asdict(self.estimate),
             "curve": [{"keep": keep, "rise": rise} for keep, rise in self.curve],
         }

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lillama.moments.gradients import PROBED_TOKENS, GradientCache, collect_grad
 from lillama.pipeline.context import RunContext
 from lillama.pipeline.estimate import moments_fit
 from lillama.ranks.adaptive import Adaptive
+from lillama.ranks.candidates import AllocationJson, Candidate
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 from lillama.stream.activations import ActivationStore, Stores
@@ -30,25 +31,6 @@ from lillama.system.resources import trim_memory
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A rank plan, what is predicted of it, and what was measured with its initial factors, before any teaching.
-
-    Attributes:
-        share: of the way from `uniform` to `adaptive` ranks.
-        keep: share of the whole model's numbers that it stores.
-        predicted: rise of the loss by the spectra, in nats a token.
-        kl: divergence from the original's predictions on the held-out sequences, in nats a token.
-        rise: of the text's own cross-entropy there, in nats a token.
-    """
-
-    share: float
-    keep: float
-    predicted: float
-    kl: float
-    rise: float
 
 
 def select_ranks(ctx: RunContext) -> RunContext:
@@ -161,8 +143,9 @@ def _pick_plan(ctx: RunContext, fisher: GradientCache) -> RankPlan:
     if best.share == 0 and len(found) > 1:
         logger.warning("uniform ranks were better than adaptive ones on the held-out calibration tokens, and are taken")
     plans[best.share].save(ctx.run_dir.plan)
-    rows = [asdict(candidate) for candidate in found]
-    save_json(ctx.run_dir.allocation, {"version": VERSION, "chosen": best.share, "candidates": rows})
+    rows = [candidate.as_json() for candidate in found]
+    value: AllocationJson = {"version": VERSION, "chosen": best.share, "candidates": rows}
+    save_json(ctx.run_dir.allocation, value)
     return plans[best.share]
 
 

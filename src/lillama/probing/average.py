@@ -6,13 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from lillama.errors import ProbeError
-from lillama.evaluation.intervals import Interval, mean_interval
+from lillama.evaluation.intervals import Interval, IntervalJson, mean_interval
+from lillama.files.artefacts import Count, Share
 from lillama.probing.benchmark import Benchmark, Grouping
 from lillama.probing.trials import Trial
 
 LONGEST = 4000  # digits of what is ordered as a number; Python reads no more
+
+
+class AccuracyJson(TypedDict):
+    """A group of pairs, in JSON."""
+
+    label: str
+    items: Count
+    score: Share | None
+    std: float | None
+    interval: IntervalJson | None
+    dense: Share | None
+    difference: float | None
+    difference_interval: IntervalJson | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,20 @@ class Accuracy:
     dense: float | None = None
     difference: float | None = None
     difference_interval: Interval | None = None
+
+    def as_json(self) -> AccuracyJson:
+        """Return the value for JSON."""
+        interval, apart = self.interval, self.difference_interval
+        return {
+            "label": self.label,
+            "items": self.items,
+            "score": self.score,
+            "std": self.std,
+            "interval": None if interval is None else interval.as_json(),
+            "dense": self.dense,
+            "difference": self.difference,
+            "difference_interval": None if apart is None else apart.as_json(),
+        }
 
 
 def averaged(benchmark: Benchmark, trials: Sequence[Trial]) -> tuple[Item, ...]:

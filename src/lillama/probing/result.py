@@ -1,16 +1,61 @@
 """What probing found, as a value and as JSON."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from lillama.evaluation.intervals import Interval
-from lillama.probing.average import Accuracy
+from typing_extensions import TypedDict
+
+from lillama.evaluation.intervals import Interval, IntervalJson
+from lillama.files.artefacts import Count, Share
+from lillama.probing.average import Accuracy, AccuracyJson
 from lillama.probing.benchmark import ScoreName, Unit
 from lillama.probing.trials import Trial
 
 VERSION = 2
 CHANCE = 0.5
+
+
+class AskedJson(TypedDict, total=False):
+    """How a model was asked, in JSON; nothing where the trials were given."""
+
+    model: str
+    against: str
+    score: ScoreName
+    unit: Unit
+
+
+class ChangeJson(TypedDict):
+    """The overall comparison with the dense model, in JSON."""
+
+    dense: Share
+    difference: float | None
+    interval: IntervalJson | None
+
+
+class ProbeJson(AskedJson):
+    """What `lillama probe --json` prints about one benchmark."""
+
+    version: int
+    benchmark: str
+    overall: Share
+    interval: IntervalJson | None
+    chance: Share
+    groups: dict[str, float]
+    pairs: int
+    trials: int
+    items: Count
+    ties: int
+    identical: int
+    breakdowns: dict[str, list[AccuracyJson]]
+    compared: ChangeJson | None
+    notes: list[str]
+
+
+class ProbesJson(TypedDict):
+    """What `lillama probe --json` prints about several benchmarks."""
+
+    version: int
+    results: list[ProbeJson]
 
 
 @dataclass(frozen=True)
@@ -28,6 +73,10 @@ class Asked:
     against: str
     score: ScoreName
     unit: Unit
+
+    def as_json(self) -> AskedJson:
+        """Return the value for JSON."""
+        return {"model": self.model, "against": self.against, "score": self.score, "unit": self.unit}
 
 
 @dataclass(frozen=True)
@@ -72,12 +121,13 @@ class ProbeResult:
         first = next(iter(self.breakdowns.values()), ())
         return {group.label: group.score for group in first if group.score is not None}
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ProbeJson:
         """Return JSON values; the trials are left out, `write_trials` writes them."""
-        found = {"version": VERSION, "benchmark": self.benchmark}
-        if self.asked is not None:
-            found |= asdict(self.asked)
-        return found | {
+        asked: AskedJson = {} if self.asked is None else self.asked.as_json()
+        return {
+            "version": VERSION,
+            "benchmark": self.benchmark,
+            **asked,
             "overall": self.overall,
             "interval": None if self.interval is None else self.interval.as_json(),
             "chance": CHANCE,
@@ -87,13 +137,13 @@ class ProbeResult:
             "items": self.total.items,
             "ties": self.ties,
             "identical": self.identical,
-            "breakdowns": {name: [asdict(group) for group in groups] for name, groups in self.breakdowns.items()},
+            "breakdowns": {name: [group.as_json() for group in groups] for name, groups in self.breakdowns.items()},
             "compared": _compared(self.total),
             "notes": list(self.notes),
         }
 
 
-def _compared(total: Accuracy) -> dict[str, Any] | None:
+def _compared(total: Accuracy) -> ChangeJson | None:
     """Return the overall comparison with the dense model, if there was one."""
     if total.dense is None:
         return None

@@ -1,19 +1,31 @@
 """A rank plan: which rank each linear gets, what that costs, and its form on disk."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from typing_extensions import TypedDict
+
 from lillama.errors import RecipeError, shown, suggestion
-from lillama.files.artefacts import save_json
+from lillama.files.artefacts import Size, save_json
 from lillama.files.atomic import read_json
-from lillama.lowrank.storage import Storage
+from lillama.lowrank.storage import Storage, StorageJson
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 
 VERSION = 1
 Scope = Literal["model", "blocks"]
 PLAIN = Storage("plain")
+PlannedJson = TypedDict("PlannedJson", {"name": str, "out": Size, "in": Size, "rank": Size | None})
+
+
+class PlanJson(TypedDict):
+    """`plan.json`."""
+
+    version: int
+    architecture: str
+    storage: StorageJson
+    linears: list[PlannedJson]
 
 
 @dataclass(frozen=True)
@@ -80,12 +92,20 @@ class RankPlan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON; `load` reads it back."""
-        rows = [
+        value: PlanJson = {
+            "version": VERSION,
+            "architecture": self.spec.architecture,
+            "storage": self.storage.as_json(),
+            "linears": self.rows(),
+        }
+        save_json(path, value)
+
+    def rows(self) -> list[PlannedJson]:
+        """Return all linears with their ranks, for JSON."""
+        return [
             {"name": linear.name, "out": linear.out_features, "in": linear.in_features, "rank": rank}
             for linear, rank in self
         ]
-        head = {"version": VERSION, "architecture": self.spec.architecture, "storage": asdict(self.storage)}
-        save_json(path, head | {"linears": rows})
 
     @classmethod
     def load(cls, path: Path, spec: ModelSpec, storage: Storage = PLAIN) -> "RankPlan":

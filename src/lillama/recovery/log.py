@@ -1,13 +1,42 @@
 """What recovery measures on held-out sequences, and its record."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
 
 from lillama.distill.history import History
 from lillama.distill.trainer import TrainingState
+from lillama.files.artefacts import Count
 
 NORM_LIMIT = 1.5  # a state whose last activations grew or shrank by more than this is not kept
+
+
+class HeldOutJson(TypedDict):
+    """What is measured on the held-out sequences, in JSON."""
+
+    kl: float
+    lm: float
+    norm: float
+
+
+class RecoveryJson(TypedDict):
+    """`recovered/log.json`."""
+
+    steps: Count
+    tokens: Count
+    lr: float
+    seconds: float
+    initial: HeldOutJson | None
+    final: HeldOutJson | None
+    improved: bool
+    best_step: Count
+    stopped: str
+    curve: Sequence[tuple[Count, FiniteFloat, FiniteFloat]]
+    held_out: Sequence[tuple[Count, FiniteFloat, FiniteFloat, FiniteFloat]]
+    grown: Mapping[str, FiniteFloat]
 
 
 @dataclass(frozen=True)
@@ -36,6 +65,10 @@ class HeldOut:
     def near(self, start: "HeldOut") -> bool:
         """Tell whether the activations are about as long as they were at the start."""
         return 1 / NORM_LIMIT <= self.norm / start.norm <= NORM_LIMIT
+
+    def as_json(self) -> HeldOutJson:
+        """Return the value for JSON."""
+        return {"kl": self.kl, "lm": self.lm, "norm": self.norm}
 
 
 @dataclass(frozen=True)
@@ -70,6 +103,23 @@ class RecoveryLog:
     curve: tuple[tuple[int, float, float], ...]
     held_out: tuple[tuple[int, float, float, float], ...]
     grown: Mapping[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> RecoveryJson:
+        """Return the value for JSON."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "lr": self.lr,
+            "seconds": self.seconds,
+            "initial": None if self.initial is None else self.initial.as_json(),
+            "final": None if self.final is None else self.final.as_json(),
+            "improved": self.improved,
+            "best_step": self.best_step,
+            "stopped": self.stopped,
+            "curve": self.curve,
+            "held_out": self.held_out,
+            "grown": self.grown,
+        }
 
     @classmethod
     def of(cls, lr: float, state: TrainingState, history: History) -> "RecoveryLog":

@@ -1,22 +1,28 @@
 """What a result or a run folder holds: every artefact that can be read, and the names of those that cannot."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
+from lillama.calibration.pack import ManifestJson
+from lillama.distill.log import BlockLogJson
 from lillama.errors import OutputError
+from lillama.evaluation.evaluate import EvaluationJson
+from lillama.evaluation.speed import BenchmarkJson
 from lillama.files.publishing import unescaped
-from lillama.report import shapes
-from lillama.report.reader import Json, Reader, Values
+from lillama.model.spec import BlockJson, SpecJson
+from lillama.probing.result import ProbeJson, ProbesJson
+from lillama.ranks.candidates import AllocationJson
+from lillama.ranks.plan import PlanJson, PlannedJson
+from lillama.recovery.log import RecoveryJson
+from lillama.report.reader import Reader, Values
+from lillama.report.schemas import IdentityJson, RecipeJson, RunJson, has
+from lillama.runs.result import FILE as RESULT
+from lillama.runs.result import ResultJson, TextPairJson
+from lillama.runs.run_dir import RunDir
 
-RESULT, RUN = "lillama.json", "run.json"
 CARD = 1 << 20  # characters of a model card that are read
-FILES = (
-    ("run", RUN, shapes.Run, "identity"),
-    ("spec", "spec.json", shapes.Spec, "blocks"),
-    ("plan", "plan.json", shapes.Plan, "linears"),
-    ("manifest", "calibration/manifest.json", shapes.Manifest, "tokens"),
-)
 
 
 @dataclass(frozen=True)
@@ -34,41 +40,78 @@ class Extra:
     bench: Path | None = None
 
 
+def _nothing() -> Any:
+    return {}
+
+
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known about one compression; what is not there is None or empty.
+    """All that is known about one compression; what is not there is empty, and any key may be missing.
 
     Attributes:
         name: for the reader.
         base: name of the original, as the model card tells it.
-        artefacts: name without suffix -> content of a JSON file of the run.
+        metrics: sizes and figures of the finished model.
+        run: what the run computes.
+        spec: the model's blocks.
+        plan: the rank of each linear.
+        manifest: where the calibration tokens come from.
+        allocation: how ranks were chosen.
         blocks: logs of the finished blocks, in their order.
+        recovery: how the recovery went.
         spectra: linear -> its singular values, the largest first.
+        evaluation: what `lillama evaluate` found.
+        bench: what `lillama bench` found.
         probes: what `lillama probe` found.
         missing: a line for each artefact that should be there and is not, or cannot be read.
     """
 
     name: str
     base: str = ""
-    artefacts: Mapping[str, Json] = field(default_factory=dict)
-    blocks: tuple[Json, ...] = ()
+    metrics: ResultJson = field(default_factory=_nothing)
+    run: RunJson = field(default_factory=_nothing)
+    spec: SpecJson = field(default_factory=_nothing)
+    plan: PlanJson = field(default_factory=_nothing)
+    manifest: ManifestJson = field(default_factory=_nothing)
+    allocation: AllocationJson = field(default_factory=_nothing)
+    blocks: tuple[BlockLogJson, ...] = ()
+    recovery: RecoveryJson = field(default_factory=_nothing)
     spectra: Mapping[str, Values] = field(default_factory=dict)
-    probes: tuple[Json, ...] = ()
+    evaluation: EvaluationJson = field(default_factory=_nothing)
+    bench: BenchmarkJson = field(default_factory=_nothing)
+    probes: tuple[ProbeJson, ...] = ()
     missing: tuple[str, ...] = ()
 
-    def __getitem__(self, name: str) -> Json:
-        """Return a JSON artefact; empty if there is none."""
-        return self.artefacts.get(name, {})
+    @property
+    def blocks_told(self) -> list[BlockJson]:
+        """The blocks of the model, as its description tells them."""
+        return self.spec["blocks"] if has(self.spec, "blocks") else []
+
+    @property
+    def linears(self) -> list[PlannedJson]:
+        """The linears of the model with their ranks."""
+        return self.plan["linears"] if has(self.plan, "linears") else []
+
+    @property
+    def texts(self) -> list[TextPairJson]:
+        """The texts that were measured before and after."""
+        return self.metrics["texts"] if has(self.metrics, "texts") else []
 
     @property
     def finished(self) -> bool:
         """Whether the compressed model exists."""
-        return bool(self["metrics"])
+        return bool(self.metrics)
 
     @property
-    def recipe(self) -> Json:
-        """The recipe as the run's identity tells it."""
-        return dict(self["run"].get("identity", {}).get("recipe", {}))
+    def identity(self) -> IdentityJson:
+        """What the run computes."""
+        return self.run["identity"] if has(self.run, "identity") else _nothing()
+
+    @property
+    def recipe(self) -> RecipeJson:
+        """The recipe as the run's identity tells it; empty if it does not."""
+        identity = self.identity
+        return identity["recipe"] if has(identity, "recipe") else _nothing()
 
 
 def collect(path: Path, extra: Extra | None = None) -> Evidence:
@@ -83,31 +126,44 @@ def collect(path: Path, extra: Extra | None = None) -> Evidence:
     """
     extra = extra or Extra()
     out, run = _places(path)
-    reader = Reader()
-    result = reader.json(run / "metrics.json" if path == run else out / RESULT, shapes.Result, wanted=False)
-    if not run.is_dir():
+    reader, places = Reader(), RunDir(run)
+    result = reader.json(places.metrics if path == run else out / RESULT, ResultJson, wanted=False)
+    lost = not run.is_dir()
+    if lost:
         reader.missing.append(f"{run.name}: the run folder is gone, and with it ranks, spectra and losses")
-        found = _extras(reader, run, extra)
-        return Evidence(path.name, _base(out), {"metrics": result, **found[0]}, (), {}, found[1], tuple(reader.missing))
-    artefacts = {name: reader.json(run / file, shape, key=key) for name, file, shape, key in FILES}
-    recipe = artefacts["run"].get("identity", {}).get("recipe", {})
-    by_spectra = artefacts["run"].get("identity", {}).get("plan") == "by spectra"
-    adaptive = by_spectra and recipe.get("ranks", {}).get("name") == "adaptive"
-    tail = bool(result) and bool(recipe.get("recover", {}).get("epochs"))
-    artefacts |= {
-        "metrics": result,
-        "allocation": reader.json(run / "allocation.json", shapes.Allocation, adaptive and bool(result)),
-        "recovery": reader.json(run / "recovered" / "log.json", shapes.Recovery, tail, "improved"),
-    }
-    files = sorted(run.glob("blocks/*.json"))
-    blocks = tuple(log for file in files if (log := reader.json(file, shapes.BlockLog, key="block")))
-    spectra = reader.tensors(run / "spectra.safetensors", adaptive and bool(result))
-    found = _extras(reader, run, extra)
-    if not result:
-        _note_unfinished(reader, artefacts, len(blocks))
-    return Evidence(
-        path.name, _base(out) if result else "", artefacts | found[0], blocks, spectra, found[1], tuple(reader.missing)
+    told = reader.json(places.marker, RunJson, not lost, key="identity")
+    known = Evidence(path.name, run=told)
+    adaptive = bool(result) and not lost and _by_spectra(known)
+    evidence = Evidence(
+        path.name,
+        _base(out) if result or lost else "",
+        metrics=result,
+        run=told,
+        spec=reader.json(places.spec, SpecJson, not lost, key="blocks"),
+        plan=reader.json(places.plan, PlanJson, not lost, key="linears"),
+        manifest=reader.json(places.manifest, ManifestJson, not lost, key="tokens"),
+        allocation=reader.json(places.allocation, AllocationJson, adaptive),
+        recovery=reader.json(places.recovery, RecoveryJson, bool(result) and _recovers(known), key="improved"),
+        blocks=tuple(log for file in places.block_logs() if (log := reader.json(file, BlockLogJson, key="block"))),
+        spectra=reader.tensors(places.spectra, adaptive),
+        evaluation=reader.json(extra.evaluation or places.evaluation, EvaluationJson, extra.evaluation is not None),
+        bench=reader.json(extra.bench or places.bench, BenchmarkJson, extra.bench is not None),
+        probes=tuple(part for file in extra.probes or places.probes() for part in _probes(reader, file)),
     )
+    if not lost and not result:
+        _note_unfinished(reader, evidence)
+    return replace(evidence, missing=tuple(reader.missing))
+
+
+def _by_spectra(known: Evidence) -> bool:
+    """Tell whether a run's ranks come from its spectra."""
+    identity, ranks = known.identity, known.recipe["ranks"] if has(known.recipe, "ranks") else {}
+    return has(identity, "plan") and identity["plan"] == "by spectra" and ranks.get("name") == "adaptive"
+
+
+def _recovers(known: Evidence) -> bool:
+    """Tell whether a run ends with a recovery."""
+    return has(known.recipe, "recover") and bool(known.recipe["recover"].get("epochs"))
 
 
 def _places(path: Path) -> tuple[Path, Path]:
@@ -115,36 +171,27 @@ def _places(path: Path) -> tuple[Path, Path]:
     if (path / RESULT).is_file():
         beside = path.with_name(f"{path.name}.run")
         return path, beside if beside.is_dir() else _told(path / RESULT, "run") or beside
-    if (path / RUN).is_file() or ((path / "spec.json").is_file() and (path / "plan.json").is_file()):
+    run = RunDir(path)
+    if run.marker.is_file() or (run.spec.is_file() and run.plan.is_file()):
         beside = path.with_name(path.name.removesuffix(".run"))
         known = path.suffix == ".run" and (beside / RESULT).is_file()
-        return beside if known else _told(path / "metrics.json", "path") or beside, path
+        return beside if known else _told(run.metrics, "path") or beside, path
     if not path.exists():
         raise OutputError(f"{path}: there is no such folder; give a result of lillama or a run folder")
-    raise OutputError(f"{path}: neither a result of lillama (no {RESULT}) nor a run folder (no {RUN})")
+    raise OutputError(f"{path}: neither a result of lillama (no {RESULT}) nor a run folder (no {run.marker.name})")
 
 
-def _told(file: Path, key: str) -> Path | None:
+def _told(file: Path, key: Literal["run", "path"]) -> Path | None:
     """Return the folder that a result's JSON names."""
-    told = Reader().json(file, shapes.Result).get(key, "")
+    found = Reader().json(file, ResultJson)
+    told = found[key] if has(found, key) else ""
     return Path(told) if told and Path(told).is_dir() else None
 
 
-def _extras(reader: Reader, run: Path, extra: Extra) -> tuple[dict[str, Json], tuple[Json, ...]]:
-    """Return what the other commands printed, from the files that were named or lie in the run folder."""
-    evaluation, bench = extra.evaluation or run / "evaluation.json", extra.bench or run / "bench.json"
-    found = {
-        "evaluation": reader.json(evaluation, shapes.Evaluation, extra.evaluation is not None),
-        "bench": reader.json(bench, shapes.Bench, extra.bench is not None),
-    }
-    files: Sequence[Path] = extra.probes or sorted(run.glob("probe*.json"))
-    return found, tuple(part for file in files for part in _probes(reader, file))
-
-
-def _probes(reader: Reader, file: Path) -> list[Json]:
+def _probes(reader: Reader, file: Path) -> list[ProbeJson]:
     """Return what one call of `lillama probe` printed: on one benchmark, or on several."""
-    found = reader.json(file, shapes.Probes, form=lambda value: value if "results" in value else {"results": [value]})
-    return found.get("results", [])
+    found = reader.json(file, ProbesJson, form=lambda value: value if has(value, "results") else {"results": [value]})
+    return found["results"] if has(found, "results") else []
 
 
 def _base(out: Path) -> str:
@@ -160,6 +207,7 @@ def _base(out: Path) -> str:
     return next((unescaped(line[2:].rpartition(", ")[0]) for line in lines if line.startswith("# ")), "")
 
 
-def _note_unfinished(reader: Reader, artefacts: Mapping[str, Json], finished: int) -> None:
-    total = len(artefacts["spec"].get("blocks", ()))
+def _note_unfinished(reader: Reader, known: Evidence) -> None:
+    total = len(known.blocks_told)
+    finished = len(known.blocks)
     reader.missing.append(f"metrics.json: not there; the run is not finished ({finished} of {total} blocks are)")

@@ -3,21 +3,21 @@
 from importlib.resources import files
 from pathlib import Path
 
-from lillama.report import shapes
+from lillama.model.spec import SpecJson
+from lillama.ranks.plan import PlanJson
 from lillama.report.artefacts import Evidence
 from lillama.report.reader import Reader
 from lillama.report.structure import shares
 from lillama.report.svg import alone
+from lillama.runs.run_dir import RunDir
 
 PLOT = "lillama-kept.svg"
 
 
 def kept_plot(run: Path) -> str:
     """Return an SVG file: the share of its numbers that each linear keeps, from a run folder's plan."""
-    reader = Reader()
-    artefacts = {
-        "spec": reader.json(run / "spec.json", shapes.Spec, key="blocks"),
-        "plan": reader.json(run / "plan.json", shapes.Plan, key="linears"),
-    }
+    reader, places = Reader(), RunDir(run)
+    spec = reader.json(places.spec, SpecJson, key="blocks")
+    plan = reader.json(places.plan, PlanJson, key="linears")
     style = files("lillama.report").joinpath("plot.css").read_text(encoding="utf-8")
-    return alone(shares(Evidence(run.name, artefacts=artefacts)), style)
+    return alone(shares(Evidence(run.name, spec=spec, plan=plan)), style)

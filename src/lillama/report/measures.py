@@ -1,34 +1,52 @@
 """Figures about what was measured: texts, minimal pairs, speed; and several compressions side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
+from typing import Literal
 
-from lillama.report.artefacts import Evidence, Json
+from lillama.evaluation.continuation_samples import SampleJson
+from lillama.evaluation.evaluate import TextJson
+from lillama.evaluation.intervals import IntervalJson
+from lillama.evaluation.speed import FiguresJson, SubjectJson
+from lillama.probing.result import CHANCE
+from lillama.report.artefacts import Evidence
 from lillama.report.charts import Pair, bars, dumbbells
 from lillama.report.figure import Cell, Figure, Passage
+from lillama.report.schemas import has
+from lillama.report.summary import dense_of
 from lillama.report.svg import Axes, Line, chart, titled
 
-SPEEDS = (("prefill_tokens_per_second", "prefill"), ("decode_tokens_per_second", "decode"))
+COMPARED: tuple[tuple[Literal["kl", "top1"], str, str], ...] = (
+    ("kl", "KL, nats", ".4f"),
+    ("top1", "same top token", ".1%"),
+)
+Speed = Literal["prefill_tokens_per_second", "decode_tokens_per_second"]
+SPEEDS: tuple[tuple[Speed, str], ...] = (
+    ("prefill_tokens_per_second", "prefill"),
+    ("decode_tokens_per_second", "decode"),
+)
 
 
 def evaluation(evidence: Evidence) -> Figure | None:
     """Tell what `lillama evaluate` found on each text and task."""
-    found = evidence["evaluation"]
-    texts, tasks = found.get("texts", []), found.get("tasks", [])
+    found = evidence.evaluation
+    texts, tasks = found["texts"] if has(found, "texts") else [], found.get("tasks", [])
     if not texts and not tasks:
         return None
     rows: list[tuple[Cell, ...]] = []
     for one in texts:
-        against = one.get("against", {})
-        excess = _bounds(against.get("excess_loss"), "+.4f")
-        rows.append((one["name"], "perplexity", against.get("perplexity"), one["perplexity"], excess))
-        for key, name, form in (("kl", "KL, nats", ".4f"), ("top1", "same top token", ".1%")):
-            if key in against:
+        against = one.get("against")
+        excess = _bounds(against["excess_loss"], "+.4f") if against and has(against, "excess_loss") else ""
+        dense = against["perplexity"] if against and has(against, "perplexity") else None
+        rows.append((one["name"], "perplexity", dense, one["perplexity"], excess))
+        for key, name, form in COMPARED:
+            if against and has(against, key):
                 rows.append((one["name"], name, None, None, _bounds(against[key], form)))
     for one in tasks:
-        against = one.get("against", {})
-        difference = _bounds(against.get("difference"), "+.4f")
-        rows.append((one["task"], one["metric"], against.get("value"), one["value"], difference))
+        beside = one.get("against")
+        difference = _bounds(beside["difference"], "+.4f") if beside and has(beside, "difference") else ""
+        dense = beside["value"] if beside and has(beside, "value") else None
+        rows.append((one["task"], one["metric"], dense, one["value"], difference))
     columns = ("text or task", "measure", "original", "compressed", "difference and 95 % interval")
     return Figure(
         "evaluation",
@@ -43,10 +61,11 @@ def evaluation(evidence: Evidence) -> Figure | None:
 
 def samples(evidence: Evidence) -> Figure | None:
     """Set what the two models write after the same prompts side by side."""
-    texts = evidence["evaluation"].get("texts", [])
-    found = [(one["name"], (one.get("against", {}).get("continuation") or {}).get("samples", [])) for one in texts]
+    texts = evidence.evaluation["texts"] if has(evidence.evaluation, "texts") else []
     passages = tuple(
-        Passage(name, one["prompt"], one["same"], one["dense"], one["model"]) for name, parts in found for one in parts
+        Passage(text["name"], one["prompt"], one["same"], one["dense"], one["model"])
+        for text in texts
+        for one in _samples(text)
     )
     if not passages:
         return None
@@ -66,20 +85,19 @@ def probing(evidence: Evidence) -> Figure | None:
     """Draw the accuracies on minimal pairs, original against compressed, for each group of each benchmark."""
     plots, rows = [], list[tuple[Cell, ...]]()
     for found in evidence.probes:
-        groups = next(iter(found.get("breakdowns", {}).values()), [])
-        groups = [group for group in groups if group["score"] is not None]
-        total = {
-            "label": "overall",
-            "items": found.get("items"),
-            "score": found["overall"],
-            "dense": (found.get("compared") or {}).get("dense"),
-        }
-        pairs = [Pair(group["label"], group.get("dense"), group["score"]) for group in (total, *groups)]
-        name = found["benchmark"]
-        plots.append(titled(name, dumbbells(f"Accuracy on {name}", pairs, found.get("chance", 0.5))))
+        breakdowns = found["breakdowns"] if has(found, "breakdowns") else {}
+        scored = [group for group in next(iter(breakdowns.values()), []) if group["score"] is not None]
+        items = [found["items"] if has(found, "items") else None, *(group["items"] for group in scored)]
+        total = Pair("overall", dense_of(found), found["overall"])
+        pairs = [
+            total,
+            *(Pair(one["label"], one["dense"] if has(one, "dense") else None, one["score"]) for one in scored),
+        ]
+        name, chance = found["benchmark"], found["chance"] if has(found, "chance") else CHANCE
+        plots.append(titled(name, dumbbells(f"Accuracy on {name}", pairs, chance)))
         rows += [
-            (name, group["label"], group["items"], _percent(group.get("dense")), _percent(group["score"]))
-            for group in (total, *groups)
+            (name, pair.label, count, _percent(pair.dense), _percent(pair.kept))
+            for pair, count in zip(pairs, items, strict=True)
         ]
     if not plots:
         return None
@@ -95,10 +113,11 @@ def probing(evidence: Evidence) -> Figure | None:
 
 def speed(evidence: Evidence) -> Figure | None:
     """Draw tokens per second, memory and bytes on disk."""
-    found = evidence["bench"]
+    found = evidence.bench
     if not found:
         return None
-    own, other, cells = found.get("model", {}), found.get("against", {}), found.get("cells", [])
+    own, other = found["model"] if has(found, "model") else None, found.get("against")
+    cells = found["cells"] if has(found, "cells") else []
     plots, rows = [], list[tuple[Cell, ...]]()
     for key, name in SPEEDS:
         pairs = [
@@ -107,13 +126,11 @@ def speed(evidence: Evidence) -> Figure | None:
         ]
         plots.append(titled(f"{name}, batch x prompt", bars(f"Speed of {name}", "tokens/s", pairs)))
         rows += [(f"{name}, {pair.label}, tokens/s", pair.dense, pair.kept) for pair in pairs]
-    memory = [
-        Pair("peak memory", _peak(other), _peak(own)),
-        Pair("on disk", _mega(other.get("disk_bytes")), _mega(own.get("disk_bytes"))),
-    ]
+    memory = [Pair("peak memory", _peak(other), _peak(own)), Pair("on disk", _disk(other), _disk(own))]
     plots.append(titled("memory", bars("Memory and bytes on disk", "MB", memory)))
     rows += [(f"{pair.label}, MB", pair.dense, pair.kept) for pair in memory]
-    conditions = ", ".join(f"{key} {value}" for key, value in found.get("conditions", {}).items())
+    told = found["conditions"] if has(found, "conditions") else {}
+    conditions = ", ".join(f"{key} {value}" for key, value in told.items())
     return Figure(
         "speed",
         "Speed and memory",
@@ -126,16 +143,14 @@ def speed(evidence: Evidence) -> Figure | None:
 
 def compared(all_: Sequence[Evidence]) -> Figure | None:
     """Draw the quality of several compressions against their size."""
-    finished = [one for one in all_ if "keep" in one["metrics"] and "kl" in one["metrics"].get("held_out", {})]
+    finished = [one for one in all_ if has(one.metrics, "keep") and has(_change(one), "kl")]
     if len(all_) < 2 or not finished:
         return None
     lines = [
-        Line(
-            one.name, [(100 * one["metrics"]["keep"], one["metrics"]["held_out"]["kl"])], "kept", True, label=str(place)
-        )
+        Line(one.name, [(100 * one.metrics["keep"], one.metrics["held_out"]["kl"])], "kept", True, label=str(place))
         for place, one in enumerate(finished, 1)
     ]
-    texts = list(dict.fromkeys(text["name"] for one in finished for text in one["metrics"].get("texts", ())))
+    texts = list(dict.fromkeys(text["name"] for one in finished for text in one.texts))
     axes = Axes("parameters kept, %", "KL, nats", zero_y=True, room=0.06, width=480, height=300)
     return Figure(
         "compared",
@@ -151,17 +166,27 @@ def compared(all_: Sequence[Evidence]) -> Figure | None:
 
 
 def _compared_row(place: int, evidence: Evidence, texts: Sequence[str]) -> tuple[Cell, ...]:
-    metrics = evidence["metrics"]
-    scores = {text["name"]: text["after"]["perplexity"] for text in metrics.get("texts", ())}
+    metrics = evidence.metrics
+    scores = {text["name"]: text["after"]["perplexity"] for text in evidence.texts}
     change = metrics["held_out"]
-    measured = (100 * metrics["keep"], change["kl"], change.get("rise"), *(scores.get(name) for name in texts))
+    rise = change["rise"] if has(change, "rise") else None
+    measured = (100 * metrics["keep"], change["kl"], rise, *(scores.get(name) for name in texts))
     return (place, evidence.name, *measured)
 
 
-def _bounds(found: Json | None, form: str) -> str:
-    if not found:
-        return ""
-    low, high = found.get("low"), found.get("high")
+def _change(evidence: Evidence) -> Mapping[str, object]:
+    """Return what is known of the predictions on held-out calibration text."""
+    return evidence.metrics["held_out"] if has(evidence.metrics, "held_out") else {}
+
+
+def _samples(text: TextJson) -> list[SampleJson]:
+    against = text.get("against")
+    written = against["continuation"] if against and has(against, "continuation") else None
+    return written["samples"] if written and has(written, "samples") else []
+
+
+def _bounds(found: IntervalJson, form: str) -> str:
+    low, high = found["low"] if has(found, "low") else None, found["high"] if has(found, "high") else None
     return f"{found['value']:{form}}" + (
         f" [{low:{form}}, {high:{form}}]" if low is not None and high is not None else ""
     )
@@ -171,14 +196,15 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _median(figures: Json | None, key: str) -> float | None:
-    return figures[key]["median"] if figures and key in figures else None
+def _median(figures: FiguresJson | None, key: Speed) -> float | None:
+    return figures[key]["median"] if figures and has(figures, key) else None
 
 
-def _peak(model: Json) -> float | None:
-    known = "peak_bytes" in model and "idle_bytes" in model
-    return _mega(model["peak_bytes"] - model["idle_bytes"]) if known else None
+def _peak(model: SubjectJson | None) -> float | None:
+    if model is None or not has(model, "peak_bytes") or not has(model, "idle_bytes"):
+        return None
+    return (model["peak_bytes"] - model["idle_bytes"]) / 1e6
 
 
-def _mega(count: float | None) -> float | None:
-    return None if count is None else count / 1e6
+def _disk(model: SubjectJson | None) -> float | None:
+    return model["disk_bytes"] / 1e6 if model and has(model, "disk_bytes") else None

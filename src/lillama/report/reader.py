@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
 from lillama.files.atomic import read_small
+from lillama.report.schemas import tolerant
 
 Json = dict[str, Any]
+Read = TypeVar("Read")
 Values = NDArray[np.floating[Any]]
 Place = tuple[str | int, ...]
 
@@ -33,28 +35,28 @@ class Reader:
     def json(
         self,
         path: Path,
-        shape: Any,
+        schema: type[Read],
         wanted: bool = True,
         key: str = "version",
         form: Callable[[Json], Json] = lambda value: value,
-    ) -> Json:
-        """Return what a JSON file holds of `shape`; empty if it is not there, is damaged or has not `key`.
+    ) -> Read:
+        """Return what a JSON file holds of `schema`; empty if it is not there, is damaged or has not `key`.
 
         Args:
             path: of the file.
-            shape: a TypedDict.
+            schema: a TypedDict; keys may be missing all the same, see `schemas`.
             wanted: whether its absence is noted.
             key: without which it is no such file.
-            form: brings one form of the file into that of `shape`.
+            form: brings one form of the file into that of `schema`.
         """
         read = self._read(path, lambda: [json.loads(read_small(path).decode())], wanted)
         if read is None:
-            return {}
+            return cast(Read, {})
         name, (value,) = _name(path), read
         if not isinstance(value, dict) or key not in value:
             self.missing.append(f"{name}: damaged, it has no {key!r}")
-            return {}
-        found, faults = kept(shape, form(value))
+            return cast(Read, {})
+        found, faults = kept(schema, form(value))
         if not found and not faults:
             self.missing.append(f"{name}: holds nothing that a report shows")
         if faults:
@@ -77,38 +79,38 @@ class Reader:
             return None
 
 
-def kept(shape: Any, value: Json) -> tuple[Json, list[str]]:
-    """Take out of a JSON object what has not its shape, and what cannot be without that.
+def kept(schema: type[Read], value: Json) -> tuple[Read, list[str]]:
+    """Take out of a JSON object what has not its schema, and what cannot be without that.
 
     Args:
-        shape: a TypedDict.
+        schema: a TypedDict.
         value: changed in place.
 
     Returns:
         what is left, empty where nothing can be; and a line on each part that was taken out.
 
     Examples:
-        >>> from lillama.report.shapes import Allocation
-        >>> kept(Allocation, {"chosen": 1.0, "candidates": 3})
+        >>> from lillama.ranks.candidates import AllocationJson
+        >>> kept(AllocationJson, {"chosen": 1.0, "candidates": 3})
         ({'chosen': 1.0}, ['candidates is 3, it should be a valid list'])
     """
     faults: list[str] = []
     while True:
         try:
-            return _adapter(shape).validate_python(value), faults
+            return _adapter(schema).validate_python(value), faults
         except ValidationError as error:
             found = {_reached(value, one["loc"]): one for one in error.errors(include_url=False)}
         faults += [_told(one["loc"], one["type"], one["msg"], one["input"]) for one in found.values()]
         if () in found:
-            return {}, faults
+            return cast(Read, {}), faults
         outer = [place for place in found if not any(place[:end] in found for end in range(1, len(place)))]
         for place in reversed(outer):  # so that the places before it in a list stay where they are
             del _at(value, place[:-1])[place[-1]]
 
 
 @cache
-def _adapter(shape: Any) -> Any:
-    return TypeAdapter(shape)
+def _adapter(schema: Any) -> Any:
+    return TypeAdapter(tolerant(schema))
 
 
 def _reached(value: Any, place: Place) -> Place:

@@ -5,9 +5,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import fmean
 
 from lillama.lowrank.storage import Storage
-from lillama.report.artefacts import Evidence, Json, Values
+from lillama.model.spec import BlockJson
+from lillama.ranks.plan import PLAIN
+from lillama.report.artefacts import Evidence, Values
 from lillama.report.charts import Pair, bars, heat
 from lillama.report.figure import Cell, Figure
+from lillama.report.schemas import has
 from lillama.report.svg import Axes, Line, chart, titled
 
 SPECTRUM_POINTS = 64
@@ -17,7 +20,7 @@ Named = dict[str, list[str]]
 
 def sizes(evidence: Evidence) -> Figure | None:
     """Draw the numbers of each block and of each kind of linear, original against compressed."""
-    linears, blocks = _numbers(evidence["plan"]), evidence["spec"].get("blocks", [])
+    linears, blocks = _numbers(evidence), evidence.blocks_told
     named = _named(blocks, linears)
     if not any(named):
         return None
@@ -50,15 +53,15 @@ def sizes(evidence: Evidence) -> Figure | None:
 
 def ranks(evidence: Evidence) -> Figure | None:
     """Draw the share of the full rank that each linear keeps."""
-    plan, blocks = evidence["plan"], evidence["spec"].get("blocks", [])
-    full = {one["name"]: min(one["out"], one["in"]) for one in plan.get("linears", ())}
+    planned, blocks = evidence.linears, evidence.blocks_told
+    full = {one["name"]: min(one["out"], one["in"]) for one in planned}
     named = _named(blocks, full)
     if not any(named):
         return None
-    shares = {one["name"]: (one["rank"] or full[one["name"]]) / full[one["name"]] for one in plan["linears"]}
+    shares = {one["name"]: (one["rank"] or full[one["name"]]) / full[one["name"]] for one in planned}
     rows = tuple(
         (one["name"], full[one["name"]], one["rank"] if one["rank"] is not None else "dense", 100 * shares[one["name"]])
-        for one in plan["linears"]
+        for one in planned
     )
     plot = _map(
         "Share of the full rank kept by each linear", blocks, named, lambda names: fmean(shares[name] for name in names)
@@ -76,7 +79,7 @@ def ranks(evidence: Evidence) -> Figure | None:
 
 def shares(evidence: Evidence) -> str:
     """Draw the share of its numbers that each linear keeps, without the figure around it."""
-    linears, blocks = _numbers(evidence["plan"]), evidence["spec"].get("blocks", [])
+    linears, blocks = _numbers(evidence), evidence.blocks_told
 
     def share(names: Sequence[str]) -> float:
         dense, kept = _sums(linears[name] for name in names)
@@ -87,10 +90,10 @@ def shares(evidence: Evidence) -> str:
 
 def spectra(evidence: Evidence) -> Figure | None:
     """Draw the singular values of each kind of linear, a line for each block, with a mark where the rank cuts."""
-    blocks, values = evidence["spec"].get("blocks", []), evidence.spectra
+    blocks, values = evidence.blocks_told, evidence.spectra
     if not values or not blocks:
         return None
-    cuts = {one["name"]: one["rank"] for one in evidence["plan"].get("linears", [])}
+    cuts = {one["name"]: one["rank"] for one in evidence.linears}
     named, plots = _named(blocks, values), []
     for kind in _kinds(named):
         firsts = [(block["index"], kinds[kind][0]) for block, kinds in zip(blocks, named, strict=True) if kind in kinds]
@@ -125,12 +128,12 @@ def _cut_row(name: str, values: Values, rank: int | None) -> tuple[Cell, ...]:
     return name, len(values), rank or "dense", float(values[0]), lost
 
 
-def _numbers(plan: Json) -> dict[str, tuple[int, int]]:
+def _numbers(evidence: Evidence) -> dict[str, tuple[int, int]]:
     """Return linear -> numbers of the original, and stored ones."""
-    storage = plan.get("storage", Storage("plain"))
+    storage = Storage(**evidence.plan["storage"]) if has(evidence.plan, "storage") else PLAIN
     return {
         one["name"]: (one["out"] * one["in"], storage.numbers(one["out"], one["in"], one["rank"]))
-        for one in plan.get("linears", ())
+        for one in evidence.linears
     }
 
 
@@ -139,14 +142,16 @@ def _sums(values: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return sum(dense), sum(kept)
 
 
-def _map(title: str, blocks: Sequence[Json], named: Sequence[Named], share: Callable[[Sequence[str]], float]) -> str:
+def _map(
+    title: str, blocks: Sequence[BlockJson], named: Sequence[Named], share: Callable[[Sequence[str]], float]
+) -> str:
     """Draw a share for each kind of linear and each block."""
     kinds = _kinds(named)
     cells = [[share(names[kind]) if kind in names else None for names in named] for kind in kinds]
     return heat(title, kinds, [str(block["index"]) for block in blocks], cells)
 
 
-def _named(blocks: Sequence[Json], known: Collection[str]) -> list[Named]:
+def _named(blocks: Sequence[BlockJson], known: Collection[str]) -> list[Named]:
     """Return for each block its known linears by kind; a number within a name, an expert's, makes no kind of its own."""
     found: list[Named] = []
     for block in blocks:

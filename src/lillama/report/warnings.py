@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lillama.report.artefacts import Evidence
+from lillama.report.schemas import has
 
 GROWTH = 1.5  # of a largest singular value, as when it is made
 SHORT, FEW = 50_000, 100  # tokens of calibration; minimal pairs in a group
@@ -21,12 +22,12 @@ def doubts(evidence: Evidence) -> Iterator[str]:
 
 
 def _domain(evidence: Evidence) -> Iterator[str]:
-    metrics = evidence["metrics"]
-    if "rise" not in metrics.get("held_out", {}):
+    metrics = evidence.metrics
+    if not has(metrics, "held_out") or not has(metrics["held_out"], "rise"):
         return
-    for text in metrics.get("texts", []):
+    rise = metrics["held_out"]["rise"]
+    for text in evidence.texts:
         excess = math.log(text["after"]["perplexity"] / text["before"]["perplexity"])
-        rise = metrics["held_out"]["rise"]
         if excess > UNLIKE * max(rise, 0.0) + SLACK:
             yield (
                 f"On {text['name']} the loss rises by {excess:.3f} nats, on held-out calibration text by {rise:.3f}: the "
@@ -36,25 +37,26 @@ def _domain(evidence: Evidence) -> Iterator[str]:
 
 def _teaching(evidence: Evidence) -> Iterator[str]:
     logs = [log for log in evidence.blocks if log["steps"]]
-    kept = [log["block"] for log in logs if not log.get("improved", True)]
+    kept = [log["block"] for log in logs if has(log, "improved") and not log["improved"]]
     if kept:
         yield f"{len(kept)} of {len(logs)} blocks did not improve on their initialisation: {_some(kept)}."
-    retried = [log["block"] for log in logs if log.get("retried")]
+    retried = [log["block"] for log in logs if has(log, "retried") and log["retried"]]
     if retried:
         yield f"Training diverged and was tried again with a lower rate: {_some(retried)}."
-    recovery, allocation = evidence["recovery"], evidence["allocation"]
+    recovery, allocation = evidence.recovery, evidence.allocation
     if recovery and not recovery["improved"]:
         yield "Recovery brought nothing; the blocks stay as they were taught."
-    if recovery.get("stopped") in ("not finite", "diverged"):
+    if has(recovery, "stopped") and recovery["stopped"] in ("not finite", "diverged"):
         yield f"Recovery was stopped: {recovery['stopped']}; lower recover.lr."
-    if len(allocation.get("candidates", [])) > 1 and allocation.get("chosen") == 0:
+    tried = allocation["candidates"] if has(allocation, "candidates") else []
+    if len(tried) > 1 and has(allocation, "chosen") and allocation["chosen"] == 0:
         yield "Uniform ranks were taken: those by the spectra were no better on held-out calibration text."
 
 
 def _growth(evidence: Evidence) -> Iterator[str]:
-    grown = dict(evidence["recovery"].get("grown", {}))
+    grown = dict(evidence.recovery["grown"]) if has(evidence.recovery, "grown") else {}
     for log in evidence.blocks:
-        pairs = log.get("singular", {}).items()
+        pairs = log["singular"].items() if has(log, "singular") else ()
         grown |= {
             f"{log['block']}.{name}": end / start for name, (start, end) in pairs if start and end / start > GROWTH
         }
@@ -64,10 +66,10 @@ def _growth(evidence: Evidence) -> Iterator[str]:
 
 
 def _calibration(evidence: Evidence) -> Iterator[str]:
-    manifest = evidence["manifest"]
+    manifest = evidence.manifest
     if not manifest:
         return
-    tokens, wanted = manifest["tokens"], manifest.get("wanted") or 0
+    tokens, wanted = manifest["tokens"], manifest["wanted"] if has(manifest, "wanted") else 0
     if tokens < SHORT:
         yield f"Short calibration: {tokens:,} tokens; the default recipe takes more than twice {SHORT:,}."
     if tokens < 0.99 * wanted:
@@ -75,15 +77,16 @@ def _calibration(evidence: Evidence) -> Iterator[str]:
 
 
 def _measured(evidence: Evidence) -> Iterator[str]:
-    if evidence.finished and not evidence["metrics"].get("texts") and not evidence["evaluation"]:
+    if evidence.finished and not evidence.texts and not evidence.evaluation:
         yield "No text was measured: what was lost on real text is unknown; give --text, or run lillama evaluate."
-    own = Path(str(evidence["metrics"].get("path", ""))).name
+    own = Path(evidence.metrics["path"] if has(evidence.metrics, "path") else "").name
     for found in evidence.probes:
         asked = Path(found.get("model", own)).name
         if own and asked != own:
             yield f"{found['benchmark']} was asked of {asked}, this is {own}."
-        groups = [group for group in next(iter(found.get("breakdowns", {}).values()), []) if group["items"]]
-        few = [str(group["label"]) for group in groups if group["items"] < FEW]
+        breakdowns = found["breakdowns"] if has(found, "breakdowns") else {}
+        groups = [group for group in next(iter(breakdowns.values()), []) if group["items"]]
+        few = [group["label"] for group in groups if group["items"] < FEW]
         if few:
             yield f"{found['benchmark']}: fewer than {FEW} items in {', '.join(few)}; their accuracies are rough."
 

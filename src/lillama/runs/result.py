@@ -3,13 +3,16 @@
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
 
 from lillama.errors import OutputError
 from lillama.evaluation.perplexity import TextScore
+from lillama.files.artefacts import Count, Positive, Size
 from lillama.files.atomic import file_digest, read_small, resolved
 from lillama.lowrank.pivot import Pivoting
 from lillama.ranks.plan import RankPlan
@@ -20,12 +23,74 @@ from lillama.version import __version__
 FILE = "lillama.json"  # in the folder of a result
 
 
+class SizesJson(TypedDict):
+    """A size of the original and of the compressed model."""
+
+    dense: Size
+    kept: Size
+
+
+class LossJson(TypedDict):
+    """How well a text is predicted."""
+
+    perplexity: Positive
+    bits_per_byte: float
+
+
+class TextPairJson(TypedDict):
+    """A text, measured before and after."""
+
+    name: str
+    tokens: int
+    before: LossJson
+    after: LossJson
+
+
+class ChangeJson(TypedDict):
+    """What became of the predictions on held-out calibration text."""
+
+    kl: FiniteFloat
+    rise: FiniteFloat
+
+
+class PivotsJson(TypedDict):
+    """What the pivots of a model are like at their worst."""
+
+    linears: int
+    worst: str
+    condition: float
+    largest_coefficient: float
+
+
+class ResultJson(TypedDict):
+    """What `lillama compress --json` prints; `lillama.json` and `metrics.json` hold it."""
+
+    version: int
+    path: str
+    run: str
+    recipe: str
+    keep: FiniteFloat
+    params: SizesJson
+    bytes: SizesJson
+    texts: list[TextPairJson]
+    held_out: ChangeJson
+    pivots: PivotsJson | None
+    seconds: FiniteFloat
+    peak_bytes: Count
+    environment: dict[str, str]
+
+
 @dataclass(frozen=True)
 class TextPair:
     """One text under the original and under the compressed model."""
 
     before: TextScore
     after: TextScore
+
+    def as_json(self) -> TextPairJson:
+        """Return the value for JSON."""
+        before, after = self.before, self.after
+        return {"name": before.name, "tokens": before.tokens, "before": _score(before), "after": _score(after)}
 
 
 @dataclass(frozen=True)
@@ -77,7 +142,7 @@ class Result:
     peak_bytes: int
     pivots: Mapping[str, Pivoting] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ResultJson:
         """Return the value that `lillama compress --json` prints; `version` counts its breaking changes."""
         spec = self.plan.spec
         return {
@@ -88,16 +153,8 @@ class Result:
             "keep": self.stored.params / spec.params,
             "params": {"dense": spec.params, "kept": self.stored.params},
             "bytes": {"dense": spec.nbytes, "kept": self.stored.bytes},
-            "texts": [
-                {
-                    "name": pair.before.name,
-                    "tokens": pair.before.tokens,
-                    "before": _score(pair.before),
-                    "after": _score(pair.after),
-                }
-                for pair in self.texts
-            ],
-            "held_out": asdict(self.held_out),
+            "texts": [pair.as_json() for pair in self.texts],
+            "held_out": {"kl": self.held_out.kl, "rise": self.held_out.rise},
             "pivots": _worst(self.pivots),
             "seconds": self.seconds,
             "peak_bytes": self.peak_bytes,
@@ -105,7 +162,7 @@ class Result:
         }
 
 
-def _worst(pivots: Mapping[str, Pivoting]) -> dict[str, Any] | None:
+def _worst(pivots: Mapping[str, Pivoting]) -> PivotsJson | None:
     """Return what the pivots of a model are like at their worst; None if nothing is stored by pivots."""
     if not pivots:
         return None
@@ -128,7 +185,7 @@ def _version(library: str) -> str:
         return str(getattr(import_module(library), "__version__", "unknown"))
 
 
-def _score(score: TextScore) -> dict[str, float]:
+def _score(score: TextScore) -> LossJson:
     return {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
 
 

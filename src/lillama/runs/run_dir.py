@@ -24,7 +24,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,16 @@ class RunDir:
     path: Path
 
     @property
+    def marker(self) -> Path:
+        """Place of what the run is; its presence makes the folder a run folder."""
+        return self.path / MARKER
+
+    @property
+    def spec(self) -> Path:
+        """Place of the description of the model."""
+        return self.path / "spec.json"
+
+    @property
     def plan(self) -> Path:
         """Place of the rank plan."""
         return self.path / "plan.json"
@@ -77,6 +87,39 @@ class RunDir:
     def allocation(self) -> Path:
         """Place of the record of how ranks were chosen; its presence marks the rank plan as final."""
         return self.path / "allocation.json"
+
+    @property
+    def manifest(self) -> Path:
+        """Place of the record of where the calibration tokens come from."""
+        return self.calibration / MANIFEST
+
+    @property
+    def recovery(self) -> Path:
+        """Place of the record of a finished recovery; the blocks that it made better lie beside it."""
+        return self.path / "recovered" / "log.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Place of the figures of the finished run."""
+        return self.path / "metrics.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Place where a report finds what `lillama evaluate --json` printed."""
+        return self.path / "evaluation.json"
+
+    @property
+    def bench(self) -> Path:
+        """Place where a report finds what `lillama bench --json` printed."""
+        return self.path / "bench.json"
+
+    def probes(self) -> list[Path]:
+        """Return the files with what `lillama probe --json` printed."""
+        return sorted(self.path.glob("probe*.json"))
+
+    def block_logs(self) -> list[Path]:
+        """Return the files that tell how blocks were taught, in the order of the blocks."""
+        return sorted(self.path.glob("blocks/*.json"))
 
     @property
     def calibration(self) -> Path:
@@ -111,7 +154,7 @@ class RunDir:
 
     def save_spec(self, spec: ModelSpec) -> None:
         """Write the description of the model."""
-        save_json(self.path / "spec.json", {"version": VERSION} | asdict(spec))
+        save_json(self.spec, {"version": VERSION, **spec.as_json()})
 
     def has_block(self, index: int) -> bool:
         """Tell whether a block is finished."""
@@ -131,7 +174,7 @@ class RunDir:
         weights = self._weights(index)
         weights.parent.mkdir(exist_ok=True)
         seal = save_tensors(weights, state)
-        save_json(self._log(index), {"version": VERSION} | asdict(log) | dict(made_from or {}), {weights.name: seal})
+        save_json(self._log(index), {"version": VERSION, **log.as_json(), **(made_from or {})}, {weights.name: seal})
 
     def load_block(self, index: int) -> dict[str, Tensor]:
         """Read a finished block's weights."""
@@ -149,18 +192,18 @@ class RunDir:
     @property
     def is_recovered(self) -> bool:
         """Whether recovery is finished."""
-        return self._recovery_log.is_file()
+        return self.recovery.is_file()
 
     def save_recovered(self, index: int, state: Mapping[str, Tensor]) -> str:
         """Write a block after recovery, and return its seal; it is not read before recovery is finished."""
-        self._recovery_log.parent.mkdir(exist_ok=True)
+        self.recovery.parent.mkdir(exist_ok=True)
         return save_tensors(self._recovered(index), state)
 
     def finish_recovery(self, log: RecoveryLog, seals: Mapping[int, str]) -> None:
         """Write the log, which marks recovery as finished and names its blocks; the latest state is removed."""
-        self._recovery_log.parent.mkdir(exist_ok=True)
+        self.recovery.parent.mkdir(exist_ok=True)
         blocks = {self._recovered(index).name: seal for index, seal in seals.items()}
-        save_json(self._recovery_log, {"version": VERSION} | asdict(log), blocks)
+        save_json(self.recovery, {"version": VERSION, **log.as_json()}, blocks)
         shutil.rmtree(self.recovery_state, ignore_errors=True)
 
     def load_recovered(self, index: int) -> dict[str, Tensor] | None:
@@ -172,12 +215,12 @@ class RunDir:
 
     def recovery_log(self) -> dict[str, Any] | None:
         """Read the record of recovery; None if it is not finished."""
-        return load_json(self._recovery_log) if self.is_recovered else None
+        return load_json(self.recovery) if self.is_recovered else None
 
     def made_from(self) -> set[str]:
         """Return the seals of calibration tokens that are noted in this run, as far as they can be read."""
         found = set[str | None]()
-        for head in (self.calibration / MANIFEST, *self.path.glob("blocks/*.json")):
+        for head in (self.manifest, *self.block_logs()):
             with suppress(DamagedError):
                 value = load_json(head)
                 found |= {value.get("calibration"), value.get(TENSORS, {}).get(TOKENS)}
@@ -204,7 +247,7 @@ class RunDir:
 
     def save_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write the figures of the finished run."""
-        save_json(self.path / "metrics.json", {"version": VERSION, **metrics})
+        save_json(self.metrics, {"version": VERSION, **metrics})
 
     @property
     def empty(self) -> bool:
@@ -230,7 +273,7 @@ class RunDir:
         if self.allocation.exists():
             yield partial(load_json, self.allocation), (self.allocation,)
             yield partial(load_json, self.plan), (self.allocation, self.plan)
-        for log in sorted(self.path.glob("blocks/*.json")):
+        for log in self.block_logs():
             yield partial(load_whole, log), (log, log.with_suffix(".safetensors"))
         for pattern in (
             "sequential/*/*/state.json",
@@ -241,12 +284,8 @@ class RunDir:
             for state in sorted(self.path.glob(pattern)):
                 yield partial(load_whole, state), (state, state.parent)
 
-    @property
-    def _recovery_log(self) -> Path:
-        return self.path / "recovered" / "log.json"
-
     def _recovered(self, index: int) -> Path:
-        return self.path / "recovered" / f"{index:04}.safetensors"
+        return self.recovery.with_name(f"{index:04}.safetensors")
 
     def _weights(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:04}.safetensors"
