@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lillama.evaluation.speed import Benchmark, Dtype, Spread, benchmark
+from lillama.evaluation.speed import Dtype, SpeedComparison, Spread, benchmark
 from lillama.lowrank.install import install_stored, low_rank_linears
 from lillama.lowrank.storage import Storage
 from lillama.model.describe import describe
@@ -104,7 +104,7 @@ def factorise(whole: LlamaForCausalLM, case: Case) -> None:
     declare(whole, section)
 
 
-def measure(case: Case, folder: Path) -> Benchmark:
+def measure(case: Case, folder: Path) -> SpeedComparison:
     """Run a case against the dense model, or the dense model against itself: what noise alone gives."""
     small, dense = save(case, folder), save(Case(case.hidden, case.keep, case.dtype, "dense"), folder)
     return benchmark(

@@ -15,7 +15,7 @@ import torch
 
 from lillama.distill import trainer
 from lillama.errors import DamagedError
-from lillama.files.artefacts import checked, load_json, load_tensors, load_whole, save_json, save_tensors, seal_of
+from lillama.files.artefacts import check_seal, load_json, load_tensors, load_whole, save_json, save_tensors, seal_of
 from lillama.pipeline import compress as making
 from lillama.pipeline import schedules
 from lillama.pipeline.api import compress
@@ -90,7 +90,7 @@ def test_the_run_of_these_tests_has_every_artefact(finished):
         if name.endswith(".json"):
             load_whole(run / name)
         else:
-            checked(run / name)
+            check_seal(run / name)
 
 
 REMADE = {
@@ -234,13 +234,13 @@ def test_a_seal_covers_names_types_shapes_and_bytes(tmp_path):
     back = load_tensors(tmp_path / "0")
     assert set(back) == set(tensors)
     assert all(torch.equal(back[n], tensor) and back[n].dtype == tensor.dtype for n, tensor in tensors.items())
-    assert checked(tmp_path / "0") == seals[0] == seal_of("0", dict(reversed(tensors.items())))
+    assert check_seal(tmp_path / "0") == seals[0] == seal_of("0", dict(reversed(tensors.items())))
 
 
 def test_no_artefact_passes_for_another(tmp_path):
     save_json(tmp_path / "a.json", {"a": 1})
     save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
-    for suffix, load in (("json", load_json), ("safetensors", load_tensors), ("safetensors", checked)):
+    for suffix, load in (("json", load_json), ("safetensors", load_tensors), ("safetensors", check_seal)):
         shutil.copyfile(tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}")
         with pytest.raises(DamagedError, match="does not match its digest"):
             load(tmp_path / f"b.{suffix}")

@@ -17,7 +17,7 @@ import lillama.pipeline.schedules
 from lillama.errors import OutputError, RecipeError
 from lillama.pipeline.api import compress
 from lillama.recipes.options import Machine
-from lillama.runs.run_dir import opened
+from lillama.runs.run_dir import open_run
 
 CASES = {
     "plain": {},
@@ -326,7 +326,7 @@ def test_another_tokenizer_is_refused(make_model, quick, tmp_path):
 
 
 def test_a_run_folder_in_use_is_refused(tiny, quick, tmp_path):
-    with opened(tmp_path / "out.run", {}), pytest.raises(OutputError, match="another process"):
+    with open_run(tmp_path / "out.run", {}), pytest.raises(OutputError, match="another process"):
         compress(tiny, tmp_path / "out", recipe=quick(), restart=True)
 
 

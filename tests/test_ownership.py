@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from lillama.errors import DataError, LillamaError, OutputError
-from lillama.files.atomic import atomic_folder, claimed
+from lillama.files.atomic import atomic_folder, claim_place
 from lillama.pipeline import compress as making
 from lillama.pipeline.api import compress
 from lillama.runs import result
-from lillama.runs.run_dir import opened
+from lillama.runs.run_dir import open_run
 
 IDENTITY = {"recipe": {"keep": 0.8}}
 
@@ -124,7 +124,7 @@ def test_folders_without_our_mark_stay(tmp_path, name):
 
 def test_one_process_for_one_out(tiny, quick, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    with claimed(tmp_path / "out"):
+    with claim_place(tmp_path / "out"):
         for out in (tmp_path / "out", tmp_path / "x" / ".." / "out", tmp_path / "link"):
             with pytest.raises(OutputError, match="another process"):
                 compress(tiny, out, recipe=quick(), run=tmp_path / "other")
@@ -147,7 +147,7 @@ def test_a_place_where_nothing_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", lambda self, **kwargs: refuse(self) if self.suffix == ".lillama" else None)
     with (
         pytest.raises(OutputError, match=r"out: nothing can be written to .* \(Permission denied\)"),
-        claimed(tmp_path / "out"),
+        claim_place(tmp_path / "out"),
     ):
         pass
 
@@ -185,14 +185,14 @@ FOREIGN = {
 def test_a_folder_of_somebody_else_is_refused_and_stays(tmp_path, kind, restart):
     for name, text in FOREIGN[kind].items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(OutputError, match="something else than a run") as caught, opened(tmp_path, IDENTITY, restart):
+    with pytest.raises(OutputError, match="something else than a run") as caught, open_run(tmp_path, IDENTITY, restart):
         pass
     assert "--restart" not in str(caught.value)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == FOREIGN[kind]
 
 
 def test_restart_removes_what_a_run_wrote_and_nothing_else(tmp_path):
-    with opened(tmp_path, IDENTITY) as run:
+    with open_run(tmp_path, IDENTITY) as run:
         run.calibration.mkdir()
     for name in (
         "blocks/0000.json",
@@ -208,7 +208,7 @@ def test_restart_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     put(tmp_path / "elsewhere" / "0000.json")
     (tmp_path / "recovered").symlink_to(tmp_path / "elsewhere")
-    with opened(tmp_path, {"recipe": 2}, restart=True):
+    with open_run(tmp_path, {"recipe": 2}, restart=True):
         pass
     assert set(content(tmp_path)) == mine | {"run.json", "lock", "elsewhere/0000.json"}
 
@@ -223,27 +223,30 @@ def test_a_refusal_leaves_the_place_of_the_run_as_it_was(tmp_path, kind):
     if kind == "link":
         real.mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match="too short"), opened(run, IDENTITY):
+    with pytest.raises(DataError, match="too short"), open_run(run, IDENTITY):
         raise DataError("too short")
     assert sorted(tmp_path.rglob("*")) == before and run.is_symlink() == (kind != "folder")
-    with opened(run, IDENTITY) as begun:
+    with open_run(run, IDENTITY) as begun:
         begun.calibration.mkdir()
     assert (run / "run.json").is_file()
 
 
 def test_blocks_outlive_a_refusal(tmp_path):
     """Tokens that are gone and cannot be gathered again are no reason to remove what was taught."""
-    with opened(tmp_path / "run", IDENTITY) as run:
+    with open_run(tmp_path / "run", IDENTITY) as run:
         (run.path / "blocks").mkdir()
-    with pytest.raises(DataError), opened(tmp_path / "run", IDENTITY):
+    with pytest.raises(DataError), open_run(tmp_path / "run", IDENTITY):
         raise DataError("no text")
     assert (tmp_path / "run" / "blocks").is_dir()
 
 
 def test_a_damaged_marker_names_the_remedy(tmp_path):
-    with opened(tmp_path, IDENTITY) as run:
+    with open_run(tmp_path, IDENTITY) as run:
         run.calibration.mkdir()
     marker = tmp_path / "run.json"
     marker.write_text(marker.read_text().replace("0.8", "0.9"))
-    with pytest.raises(OutputError, match=r"run\.json: damaged; begin anew with --restart"), opened(tmp_path, IDENTITY):
+    with (
+        pytest.raises(OutputError, match=r"run\.json: damaged; begin anew with --restart"),
+        open_run(tmp_path, IDENTITY),
+    ):
         pass

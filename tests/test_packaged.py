@@ -11,7 +11,7 @@ import pytest
 
 import lillama
 from lillama.cli.app import main
-from lillama.files.packaged import packaged
+from lillama.files.packaged import package_folder
 from lillama.recipes.recipe import recipe_names
 from lillama.runs import result
 
@@ -20,11 +20,11 @@ FROM_ARCHIVE = """
 import importlib.metadata, sys
 from pathlib import Path
 import lillama
-from lillama.files.packaged import packaged
+from lillama.files.packaged import package_folder
 assert ".zip" in lillama.__file__
 assert lillama.__version__ == sys.argv[1]
-folder = packaged("recipes")
-assert packaged("recipes") is folder
+folder = package_folder("recipes")
+assert package_folder("recipes") is folder
 print(folder, *sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml")))
 """
 
@@ -39,13 +39,15 @@ def test_data_are_found_in_an_archive_too_and_leave_nothing(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     folder, *found = done.stdout.split()
-    names = [file.relative_to(packaged("recipes")).as_posix() for file in packaged("recipes").rglob("*.yaml")]
+    names = [
+        file.relative_to(package_folder("recipes")).as_posix() for file in package_folder("recipes").rglob("*.yaml")
+    ]
     assert found == sorted(names) and not Path(folder).exists()
 
 
 def test_every_named_recipe_lies_in_the_package() -> None:
     assert {"default", "paper", "baselines/svd"} <= set(recipe_names())
-    assert packaged("recipes") == Path(lillama.__file__).parent / "recipes"
+    assert package_folder("recipes") == Path(lillama.__file__).parent / "recipes"
 
 
 def test_the_build_reads_the_version_that_the_package_tells() -> None:

@@ -7,7 +7,15 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from lillama.files.publishing import escaped, fenced, markdown_templates, plain, public_name, public_recipe, unescaped
+from lillama.files.publishing import (
+    as_code_block,
+    escape_markdown,
+    markdown_templates,
+    plain,
+    public_name,
+    public_recipe,
+    unescape_markdown,
+)
 
 HOSTILE = [
     "apache-2.0\n\n# Owned\n\n[free](https://evil.example)",
@@ -21,7 +29,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_word_is_one_line_that_takes_nothing_over(text: str) -> None:
-    told = escaped(text)
+    told = escape_markdown(text)
     told.encode("utf-8")
     assert told.isprintable() and "\n" not in told
     assert "://" not in told and "www." not in told and "@" not in told  # which some readers make links of
@@ -29,14 +37,14 @@ def test_a_word_is_one_line_that_takes_nothing_over(text: str) -> None:
     assert (opened.type, inline.type, closed.type) == ("paragraph_open", "inline", "paragraph_close")
     assert {child.type for child in inline.children or ()} <= {"text", "text_special"}
     assert "".join(child.content for child in inline.children or ()) == plain(text)
-    assert unescaped(told) == plain(text)
+    assert unescape_markdown(told) == plain(text)
 
 
 @pytest.mark.parametrize(
     "text", ["apache-2.0", "wiki.txt, a_b.jsonl", "-1.5 %", "+15.0 %", "Tiny-1B, 80% of its parameters"]
 )
 def test_a_usual_word_stays_as_it_is(text: str) -> None:
-    assert escaped(text) == text
+    assert escape_markdown(text) == text
 
 
 def test_nobody_writes_a_book_into_a_name() -> None:
@@ -45,7 +53,7 @@ def test_nobody_writes_a_book_into_a_name() -> None:
 
 @pytest.mark.parametrize("text", ["a: 1", "a: |\n  ```\n  # x", "`````"])
 def test_no_line_ends_the_block_of_code_it_stands_in(text: str) -> None:
-    first, *body, last = fenced(text, "yaml").split("\n")
+    first, *body, last = as_code_block(text, "yaml").split("\n")
     assert first == f"{last}yaml" and set(last) == {"`"} and len(last) >= 3
     assert not any(re.match(rf"\s*{last}", line) for line in body) and "\n".join(body) == text
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from lillama.errors import ResourceError
 from lillama.system import resources
-from lillama.system.resources import free_disk, free_memory, peak_memory, pick_device, shortage_explained
+from lillama.system.resources import explain_shortage, free_disk, free_memory, peak_memory, pick_device
 
 MEMORY = ["--micro-batch", "--activation-memory", "--device"]
 DISK = ["--run"]
@@ -48,7 +48,7 @@ def system_error(number: int, file: str | None = None) -> OSError:
     ids=repr,
 )
 def test_every_shortage_becomes_one_line_that_names_an_option(error: Exception, options: list[str]) -> None:
-    with pytest.raises(ResourceError) as explained, shortage_explained():
+    with pytest.raises(ResourceError) as explained, explain_shortage():
         raise error
     text = str(explained.value)
     assert "\n" not in text and all(option in text for option in options)
@@ -69,13 +69,13 @@ def test_every_shortage_becomes_one_line_that_names_an_option(error: Exception, 
     ids=repr,
 )
 def test_all_other_errors_pass_through(error: BaseException) -> None:
-    with pytest.raises(type(error)) as passed, shortage_explained():
+    with pytest.raises(type(error)) as passed, explain_shortage():
         raise error
     assert passed.value is error
 
 
 def test_a_real_shortage_of_memory_is_recognised() -> None:
-    with pytest.raises(ResourceError, match="out of memory"), shortage_explained():
+    with pytest.raises(ResourceError, match="out of memory"), explain_shortage():
         torch.empty(1 << 60)
 
 
@@ -85,9 +85,9 @@ def test_a_real_full_disk_is_recognised(tmp_path: Path) -> None:
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(ResourceError, match=r"no space left.*--run"), shortage_explained():
+        with pytest.raises(ResourceError, match=r"no space left.*--run"), explain_shortage():
             save_file({"a": torch.ones(100_000)}, tmp_path / "a.safetensors")
-        with pytest.raises(ResourceError, match=r"no space left.*--run"), shortage_explained():
+        with pytest.raises(ResourceError, match=r"no space left.*--run"), explain_shortage():
             (tmp_path / "a.txt").write_bytes(bytes(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -95,7 +95,7 @@ def test_a_real_full_disk_is_recognised(tmp_path: Path) -> None:
 
 
 def test_no_shortage_no_error() -> None:
-    with shortage_explained():
+    with explain_shortage():
         pass
 
 

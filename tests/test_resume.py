@@ -17,8 +17,8 @@ import pytest
 from safetensors import SafetensorError
 
 from lillama.cli.app import main
+from lillama.files import artefacts
 from lillama.files import atomic as files
-from lillama.files.atomic import artefacts
 from lillama.model import checkpoint
 from lillama.pipeline import compress as making
 from lillama.pipeline import recovery as recover

@@ -12,7 +12,7 @@ from lillama.corpus.paths import files_below, standing, whole_text
 from lillama.corpus.sources import Source, check_exists, data_files, fingerprint
 from lillama.corpus.texts import read_text
 from lillama.errors import DataError, ProbeError
-from lillama.evaluation.windows import labelled
+from lillama.evaluation.windows import label_texts
 
 
 def pipe(path: Path) -> None:
@@ -89,7 +89,7 @@ def test_paths_that_can_be_none(path, match):
 
 
 def test_texts_to_evaluate_of_such_names():
-    assert labelled("x" * 5000) == [(None, Path("x" * 5000))]
+    assert label_texts("x" * 5000) == [(None, Path("x" * 5000))]
 
 
 def test_linked_folders_are_entered_but_none_twice(tmp_path, tokenizer):

@@ -9,7 +9,7 @@ from torch import Tensor
 from lillama.distill.block import distill_block
 from lillama.distill.learner import Learner
 from lillama.distill.losses import L1Cosine, Mse, TokenMse, length_error
-from lillama.distill.objective import LossScale, Objective, recorded, sub_blocks
+from lillama.distill.objective import LossScale, Objective, record_outputs, sub_blocks
 from lillama.distill.split import Split
 from lillama.stream.calls import BlockArgs, BlockInputs
 from lillama.system.progress import silent
@@ -30,7 +30,7 @@ def surrounded(toy, next_block, mask=None, micro_batch=5, **changes):
     """Return data with the next block and the outputs of both linears as targets."""
     data = toy.data(mask=mask, micro_batch=micro_batch, **changes)
     x, y = (store.read(slice(0, 24)).float() for store in (data.activations.teacher, data.activations.target))
-    with recorded(toy.teacher, ["up", "down"]) as outputs:
+    with record_outputs(toy.teacher, ["up", "down"]) as outputs:
         toy.teacher(x)
     dtype = data.activations.target.dtype
     parts = {name: toy.store(f"part-{name}", output.to(dtype)) for name, output in outputs.items()}
@@ -194,7 +194,7 @@ def test_sub_blocks_are_the_children_that_hold_factors():
 
 
 def test_recording_ends_with_its_context(toy):
-    with recorded(toy.teacher, ["up"]) as outputs:
+    with record_outputs(toy.teacher, ["up"]) as outputs:
         toy.teacher(torch.ones(1, 2, 12))
     seen = outputs["up"]
     toy.teacher(torch.zeros(1, 2, 12))

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lillama.errors import ModelError, ResourceError
-from lillama.evaluation.continuation import continuations, continued, cut_prompts, repetition
+from lillama.evaluation.continuation import continuations, continue_prompts, cut_prompts, repetition
 from lillama.evaluation.windows import Windows
 from lillama.model.load import load, refuse_too_large
 from lillama.system import memory
@@ -46,7 +46,7 @@ def test_equality_ends_at_the_first_difference():
     dense = torch.arange(10).expand(3, 10)
     model = dense.clone()
     model[1, 4], model[2, 0] = 99, 99
-    found = continued(model, dense)
+    found = continue_prompts(model, dense)
     assert found.leading.tolist() == [1.0, 0.4, 0.0] and found.equal.tolist() == [1.0, 0.0, 0.0]
 
 

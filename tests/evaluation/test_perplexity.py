@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lillama.errors import DataError, ModelError
 from lillama.evaluation import tally as module
-from lillama.evaluation.perplexity import TextScore, perplexity, pooled
-from lillama.evaluation.windows import cut, named
+from lillama.evaluation.perplexity import TextScore, perplexity, pool_scores
+from lillama.evaluation.windows import cut_windows, name_texts
 from lillama.model.tokenizer import load_tokenizer
 
 
@@ -57,7 +57,7 @@ def test_texts_pooled_are_the_texts_as_one(tiny, text, tmp_path):
     for file, part in zip(parts, (content[:3200], content[3200:6000]), strict=True):
         file.write_text(part)
     (whole,) = perplexity(tiny, text, seq_len=32, device="cpu")
-    both = pooled("words", perplexity(tiny, parts, seq_len=32, device="cpu"))
+    both = pool_scores("words", perplexity(tiny, parts, seq_len=32, device="cpu"))
     assert (both.name, both.tokens) == (whole.name, whole.tokens)
     assert [both.nll, both.bits_per_byte] == pytest.approx([whole.nll, whole.bits_per_byte], rel=1e-6)
 
@@ -87,9 +87,9 @@ def test_bits_count_utf8_bytes(tiny, tmp_path):
 
 def test_windows_leave_out_the_rest_and_a_short_text_is_one(tiny):
     tokenizer = load_tokenizer(tiny)
-    windows = cut("a", "abcdefghij" * 3 + "xyz", tokenizer, 10)
+    windows = cut_windows("a", "abcdefghij" * 3 + "xyz", tokenizer, 10)
     assert windows.ids.shape == (3, 10) and windows.ids[0].tolist() == windows.ids[2].tolist()
-    assert cut("a", "abc", tokenizer, 10).ids.shape == (1, 3)
+    assert cut_windows("a", "abc", tokenizer, 10).ids.shape == (1, 3)
 
 
 def test_memory_and_batches_change_nothing(tiny, text, monkeypatch, tmp_path):
@@ -110,7 +110,7 @@ def test_several_texts_keep_their_order_and_names(tiny, text, tmp_path):
     scores = perplexity(tiny, [other, text, twin], seq_len=16)
     assert [score.name for score in scores] == ["more", str(text), str(twin)]
     assert scores[1].nll == scores[2].nll != scores[0].nll
-    assert list(named(["a/x.txt", "b/y.txt.gz"])) == ["x", "y"]
+    assert list(name_texts(["a/x.txt", "b/y.txt.gz"])) == ["x", "y"]
 
 
 def test_progress_tells_of_every_block(tiny, text):

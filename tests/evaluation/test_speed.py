@@ -13,8 +13,8 @@ from lillama.cli.app import main
 from lillama.cli.bench import _tables
 from lillama.errors import ModelError, RecipeError, ResourceError
 from lillama.evaluation import speed_worker as timed
-from lillama.evaluation.speed import Benchmark, Cell, Spread, Subject, benchmark, in_turn, process, subject
-from lillama.evaluation.speed_worker import Footprint, Moment, Run, Setting
+from lillama.evaluation.speed import SpeedComparison, Spread, Subject, Workload, benchmark, in_turn, process, subject
+from lillama.evaluation.speed_worker import Footprint, Moment, Setting, TimedRun
 from lillama.lowrank.install import install
 from lillama.modeling.quantizer import LowRankConfig, declare
 
@@ -68,8 +68,9 @@ def test_the_json_is_the_contract(small, tiny, capsys):
 
 
 def test_one_model_prints_a_table_without_ratios(tiny, capsys):
-    run = Run(Moment(0.5, 0.5), Moment(1.0, 1.0))
-    result = Benchmark((Subject("alone", tiny, 7, 7),), (Footprint("float32", 9, 2),), (Cell(1, 4, 2, ((run,),)),), {})
+    run = TimedRun(Moment(0.5, 0.5), Moment(1.0, 1.0))
+    cells = (Workload(1, 4, 2, ((run,),)),)
+    result = SpeedComparison((Subject("alone", tiny, 7, 7),), (Footprint("float32", 9, 2),), cells, {})
     _tables(result)
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("first token, ms", "prefill, tokens/s", "decode, tokens/s", "peak memory"))
@@ -79,12 +80,12 @@ def test_one_model_prints_a_table_without_ratios(tiny, capsys):
 
 def test_figures_and_ratios_are_what_they_say():
     own = tuple(
-        Run(Moment(first, 2 * first), Moment(rest, rest)) for first, rest in ((0.5, 1.0), (1.0, 2.0), (0.25, 4.0))
+        TimedRun(Moment(first, 2 * first), Moment(rest, rest)) for first, rest in ((0.5, 1.0), (1.0, 2.0), (0.25, 4.0))
     )
     other = tuple(
-        Run(Moment(first, first), Moment(rest, rest)) for first, rest in ((1.0, 2.0), (4.0, 2.0), (0.25, 2.0))
+        TimedRun(Moment(first, first), Moment(rest, rest)) for first, rest in ((1.0, 2.0), (4.0, 2.0), (0.25, 2.0))
     )
-    cell = Cell(batch=4, prompt=100, new=11, runs=(own, other))
+    cell = Workload(batch=4, prompt=100, new=11, runs=(own, other))
     figures = cell.figures(0)
     assert figures["first_token_seconds"] == Spread(0.25, 0.5, 1.0)
     assert figures["prefill_tokens_per_second"] == Spread(400, 800, 1600)
@@ -97,9 +98,9 @@ def test_figures_and_ratios_are_what_they_say():
 def test_runs_alternate_after_a_warm_up_of_each():
     asked: list[tuple] = []
 
-    def model(name: str) -> Callable[..., Run]:
+    def model(name: str) -> Callable[..., TimedRun]:
         return lambda function, *work: (
-            asked.append((name, function, *work)) or Run(Moment(len(asked), 0.0), Moment(0.0, 0.0))
+            asked.append((name, function, *work)) or TimedRun(Moment(len(asked), 0.0), Moment(0.0, 0.0))
         )
 
     runs = in_turn([model("a"), model("b")], 2, 7, 5, repeats=3)
@@ -149,7 +150,7 @@ def test_weights_that_are_missing_are_not_made_up(make_model):
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"tensor model.layers.1.mlp.up_proj.weight is missing"):
-        timed.loaded(str(folder), SETTING)
+        timed.load_subject(str(folder), SETTING)
 
 
 def test_a_model_keeps_its_type_or_takes_the_wanted(make_model):

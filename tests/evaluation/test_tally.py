@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lillama.evaluation.tally import BINS, joined, pair_tallies, tallies, tally
+from lillama.evaluation.tally import BINS, join_tallies, pair_tallies, tallies, tally
 from lillama.evaluation.windows import Windows
 
 EVERY = torch.ones(1, 1000, dtype=torch.bool)
@@ -32,8 +32,8 @@ def test_calibration_error_is_the_gap_between_confidence_and_success():
 
 def test_errors_of_different_confidence_do_not_cancel():
     sure, unsure = tally(says(0.9, 0.1), EVERY.long(), EVERY), tally(says(0.6, 0.4), 0 * EVERY.long(), EVERY)
-    assert error(joined([sure, unsure])) == pytest.approx((0.9 + 0.4) / 2, abs=1e-6)
-    assert (joined([sure, unsure]).gaps != 0).any(0).sum() == 2 and sure.gaps.shape == (1, BINS)
+    assert error(join_tallies([sure, unsure])) == pytest.approx((0.9 + 0.4) / 2, abs=1e-6)
+    assert (join_tallies([sure, unsure]).gaps != 0).any(0).sum() == 2 and sure.gaps.shape == (1, BINS)
 
 
 def test_tokens_that_are_context_do_not_count():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.modeling.linear import LowRankLinear, PivotLinear, biased
+from lillama.modeling.linear import LowRankLinear, PivotLinear, add_bias
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def test_with_and_without_gradients_the_outputs_are_equal(layer):
 def test_without_gradients_nothing_is_copied():
     y, bias = torch.zeros(3, 4), torch.arange(4.0)
     with torch.no_grad():
-        assert biased(y, bias) is y and torch.equal(y[2], bias)
-    assert biased(y, bias) is not y and torch.equal(y[2], bias)
-    assert biased(y, None) is y
+        assert add_bias(y, bias) is y and torch.equal(y[2], bias)
+    assert add_bias(y, bias) is not y and torch.equal(y[2], bias)
+    assert add_bias(y, None) is y
 
 
 @pytest.mark.parametrize("gradients", [True, False])

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from lillama.lowrank.encode import stored_factors
-from lillama.lowrank.pivot import LARGEST, in_order, pivot_rows, pivoted, refitted
+from lillama.lowrank.pivot import LARGEST, in_order, pivot_rows, refit, to_pivots
 from lillama.lowrank.storage import Storage
 from lillama.modeling.linear import shaped_like
 
@@ -30,7 +30,7 @@ def factors(kind: str, out_features: int, in_features: int, rank: int) -> tuple[
 def test_nothing_but_rounding_is_lost(kind: str, shape: tuple[int, int, int]) -> None:
     left, right = factors(kind, *shape)
     rows, how = pivot_rows(left)
-    pivots = pivoted(left, right, rows)
+    pivots = to_pivots(left, right, rows)
     weight = left.double() @ right.double()
     rebuilt = torch.cat((pivots.right, pivots.left @ pivots.right))[pivots.order]
     torch.testing.assert_close(rebuilt, weight, rtol=0, atol=1e-12 * max(1.0, weight.abs().max().item()))
@@ -46,7 +46,7 @@ def test_pivots_stay_good_when_the_rows_change_places(kind: str, shape: tuple[in
     left, right = factors(kind, *shape)
     order = torch.randperm(shape[0])
     rows = order.argsort()[pivot_rows(left)[0]]
-    pivots = pivoted(left[order], right, rows)
+    pivots = to_pivots(left[order], right, rows)
     weight = left.double() @ right.double()
     rebuilt = torch.cat((pivots.right, pivots.left @ pivots.right))[pivots.order]
     torch.testing.assert_close(rebuilt, weight[order], rtol=0, atol=1e-12 * max(1.0, weight.abs().max().item()))
@@ -86,7 +86,7 @@ def test_the_drift_of_bf16_is_bounded_by_the_coefficients(shape: tuple[int, int,
     """With u = 2^-8 for bf16's relative rounding error: |dW| <= ((1 + u)^2 - 1) |C| |P|, at most (2u + u^2) 1.1 r max |P|."""
     left, right = factors("six decades", *shape)
     rows, _ = pivot_rows(left)
-    pivots = pivoted(left, right, rows)
+    pivots = to_pivots(left, right, rows)
     rounded = pivots.left.bfloat16().double() @ pivots.right.bfloat16().double()
     u = 2.0**-8
     bound = (2 * u + u**2) * pivots.left.abs() @ pivots.right.abs()
@@ -108,9 +108,9 @@ def test_poor_pivots_are_swapped() -> None:
 
 def test_coefficients_fit_rounded_pivots_better_than_the_exact_ones() -> None:
     left, right = factors("gaussian", 40, 30, 13)
-    pivots = pivoted(left, right, pivot_rows(left)[0])
+    pivots = to_pivots(left, right, pivot_rows(left)[0])
     rounded = pivots.right + 0.05 * torch.randn(pivots.right.shape)
     others = pivots.left @ pivots.right
-    error = [(others - coefficients @ rounded).norm() for coefficients in (pivots.left, refitted(pivots, rounded))]
+    error = [(others - coefficients @ rounded).norm() for coefficients in (pivots.left, refit(pivots, rounded))]
     assert error[1] < error[0]
-    torch.testing.assert_close(refitted(pivots, pivots.right), pivots.left)
+    torch.testing.assert_close(refit(pivots, pivots.right), pivots.left)

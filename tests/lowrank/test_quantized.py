@@ -4,7 +4,7 @@ import torch
 from lillama.errors import ModelError, RecipeError
 from lillama.lowrank import quantize as module
 from lillama.lowrank.encode import stored_factors
-from lillama.lowrank.quantize import dequantized, quantized
+from lillama.lowrank.quantize import dequantize, quantize
 from lillama.lowrank.storage import Storage
 from lillama.modeling.linear import QuantizedLinear
 
@@ -19,7 +19,7 @@ WEIGHTS = {
 
 def layer(weight: torch.Tensor, bits: int, group_size: int = 64) -> QuantizedLinear:
     made = QuantizedLinear(weight.shape[1], weight.shape[0], bits, group_size)
-    made.load_state_dict(quantized(weight, bits, group_size))
+    made.load_state_dict(quantize(weight, bits, group_size))
     return made
 
 
@@ -83,4 +83,4 @@ def test_an_even_number_of_inputs_is_asked_for() -> None:
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'lillama\[quant\]'"):
-        dequantized(torch.ones(2, 2), 8, 64)
+        dequantize(torch.ones(2, 2), 8, 64)

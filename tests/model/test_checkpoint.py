@@ -114,7 +114,7 @@ def test_only_headers_are_read_until_a_tensor_is_asked_for(
 
     real = checkpoint.safe_open
     monkeypatch.setattr(checkpoint, "safe_open", Spy)
-    monkeypatch.setattr(checkpoint, "_opened", lambda file, remedy: Spy(file, framework="pt"))
+    monkeypatch.setattr(checkpoint, "_open", lambda file, remedy: Spy(file, framework="pt"))
     reader = CheckpointReader(folder)
     assert all(reader.shape(name) for name in tensors) and not read
     reader.read("layers.3.weight")

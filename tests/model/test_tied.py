@@ -18,7 +18,7 @@ from transformers import (
 from lillama.model.checkpoint import SINGLE, CheckpointReader
 from lillama.model.skeleton import skeleton
 from lillama.model.tied import untie
-from lillama.model.weights import Weights, filled
+from lillama.model.weights import Weights, fill_module
 
 Save = Callable[..., tuple[PreTrainedModel, Path]]
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -38,7 +38,7 @@ def opened(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Weigh
 
 def whole(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     empty, weights = opened(model, folder)
-    return filled(empty, "", weights, torch.device("cpu"), torch.float32)  # pyright: ignore
+    return fill_module(empty, "", weights, torch.device("cpu"), torch.float32)  # pyright: ignore
 
 
 def test_a_head_of_its_own_is_kept_and_counted(saved: Save, caplog: pytest.LogCaptureFixture) -> None:

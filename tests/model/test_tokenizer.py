@@ -13,14 +13,14 @@ from lillama.calibration.generate import generate
 from lillama.calibration.pack import pack
 from lillama.corpus.sources import Source
 from lillama.errors import DataError, ModelError
-from lillama.evaluation.windows import cut
+from lillama.evaluation.windows import cut_windows
 from lillama.model.tokenizer import (
     embeddings_of,
-    encoded,
-    failures_explained,
+    encode_text,
+    explain_failures,
     load_tokenizer,
+    refuse_unknown_ids,
     tokenizer_hash,
-    unknown_refused,
 )
 
 TEXT = "A text of more than thirty-two tokens, which must neither be cut nor be filled up."
@@ -59,10 +59,10 @@ def test_a_text_is_neither_cut_nor_filled_up(cutting, tokenizer):
     texts = [TEXT, "short"]
     wanted = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert list(map(len, wanted)) == list(map(len, texts))
-    assert encoded(load_tokenizer(cutting), texts, None, "here", add_special_tokens=False)["input_ids"] == wanted
+    assert encode_text(load_tokenizer(cutting), texts, None, "here", add_special_tokens=False)["input_ids"] == wanted
     asked = PreTrainedTokenizerFast(tokenizer_file=str(cutting / "tokenizer.json"))  # not by way of `load_tokenizer`
-    assert encoded(asked, texts, None, "here", add_special_tokens=False)["input_ids"] == wanted
-    assert cut("a", TEXT, load_tokenizer(cutting), len(TEXT)).ids.tolist() == wanted[:1]
+    assert encode_text(asked, texts, None, "here", add_special_tokens=False)["input_ids"] == wanted
+    assert cut_windows("a", TEXT, load_tokenizer(cutting), len(TEXT)).ids.tolist() == wanted[:1]
 
 
 def test_a_call_does_not_change_the_hash(cutting, tokenizer):
@@ -82,12 +82,12 @@ def test_the_hash_of_an_ordinary_tokenizer_is_that_of_its_file(tokenizer):
 
 def test_tokens_without_an_embedding_are_named(larger, tmp_path):
     known = len(larger) - 1
-    assert encoded(larger, ["a b"], known, "here")["input_ids"]
+    assert encode_text(larger, ["a b"], known, "here")["input_ids"]
     named = rf"token '<\|new\|>' has the id {known}, but the model has {known} embeddings; .*resize"
     with pytest.raises(ModelError, match=f"here: {named}"):
-        encoded(larger, ["a", "b <|new|>"], known, "here")
+        encode_text(larger, ["a", "b <|new|>"], known, "here")
     with pytest.raises(ModelError, match=f"novel: {named}"):
-        cut("novel", "b <|new|>", larger, 8, embeddings=known)
+        cut_windows("novel", "b <|new|>", larger, 8, embeddings=known)
     (tmp_path / "a.txt").write_text("b <|new|> " * 50)
     sources = (Source(str(tmp_path / "a.txt")),)
     with pytest.raises(ModelError, match=rf"a\.txt: {named}"):
@@ -119,7 +119,7 @@ def test_where_embeddings_are(model_path):
 def test_others_may_not_hand_a_model_unknown_tokens(model_path, larger):
     model = LlamaForCausalLM.from_pretrained(model_path)
     known = model.config.vocab_size
-    with unknown_refused(model, larger, "task"), torch.no_grad():
+    with refuse_unknown_ids(model, larger, "task"), torch.no_grad():
         model(torch.tensor([[0, known - 1]]))
         with pytest.raises(ModelError, match=f"task: .* has the id {known}"):
             model(torch.tensor([[0, known]]))
@@ -192,14 +192,14 @@ def test_what_the_tokenizer_cannot_say_is_told_with_its_place():
         "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"},
     }))  # fmt: skip
     asked = PreTrainedTokenizerFast(tokenizer_object=core)
-    assert encoded(asked, ["a a"], None, "here")["input_ids"] == [[0, 0]]
+    assert encode_text(asked, ["a a"], None, "here")["input_ids"] == [[0, 0]]
     with pytest.raises(DataError, match=r"here: the tokenizer fails on this text .*tokenizer\.json"):
-        encoded(asked, ["b"], None, "here")
+        encode_text(asked, ["b"], None, "here")
 
 
 def test_halves_of_surrogate_pairs_are_no_text(tokenizer):
     with pytest.raises(DataError, match=r"here: character 3 is \\ud83d, half of a surrogate pair") as caught:
-        encoded(tokenizer, ["ab\ud83d"], None, "here")
+        encode_text(tokenizer, ["ab\ud83d"], None, "here")
     str(caught.value).encode()
 
 
@@ -213,10 +213,10 @@ def test_only_failures_of_others_are_explained():
         (RecursionError(), "RecursionError"),
         (PanicException("index out of bounds"), "index out of bounds"),
     ):
-        with pytest.raises(DataError) as caught, failures_explained(DataError):
+        with pytest.raises(DataError) as caught, explain_failures(DataError):
             raise error
         assert str(caught.value) == wanted
     for error in (KeyboardInterrupt(), SystemExit(3), MemoryError(), ModelError("a")):
-        with pytest.raises(type(error)) as kept, failures_explained(DataError):
+        with pytest.raises(type(error)) as kept, explain_failures(DataError):
             raise error
         assert kept.value is error

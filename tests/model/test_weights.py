@@ -10,7 +10,7 @@ from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTraine
 from lillama.errors import ModelError
 from lillama.model.checkpoint import SINGLE, CheckpointReader
 from lillama.model.skeleton import skeleton
-from lillama.model.weights import Weights, filled
+from lillama.model.weights import Weights, fill_module
 
 Save = Callable[..., tuple[PreTrainedModel, Path]]
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def test_a_filled_block_is_the_original_and_the_template_stays_empty(
     model, folder = saved(Qwen2Config, shard=shard)
     template, reader = skeleton(model.config), CheckpointReader(folder)
     weights = Weights.of(template, reader)
-    block = filled(template.get_submodule("model.layers.1"), "model.layers.1", weights, CPU, dtype)
+    block = fill_module(template.get_submodule("model.layers.1"), "model.layers.1", weights, CPU, dtype)
     original = model.get_submodule("model.layers.1").state_dict()
     assert set(block.state_dict()) == set(original) and "self_attn.q_proj.bias" in original
     for name, tensor in block.state_dict().items():
@@ -118,7 +118,7 @@ def test_a_filled_block_is_the_original_and_the_template_stays_empty(
 def test_a_filled_model_computes_as_the_original(saved: Save) -> None:
     model, folder = saved(LlamaConfig, tie_word_embeddings=True)
     template, reader = skeleton(model.config), CheckpointReader(folder)
-    whole = filled(template, "", Weights.of(template, reader), CPU, torch.float32)
+    whole = fill_module(template, "", Weights.of(template, reader), CPU, torch.float32)
     assert isinstance(whole, PreTrainedModel)
     whole.tie_weights()
     ids = torch.arange(3, 13)[None]

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lillama.errors import ModelError, ProbeError
-from lillama.probing.likelihood import Likelihood, Tokens, encoded, likelihoods, score
+from lillama.probing.likelihood import Likelihood, Tokens, encode_pairs, likelihoods, score
 from lillama.probing.scorer import Scorer, load_scorer, scored_kind
 from lillama.system.progress import silent
 
@@ -101,7 +101,7 @@ def test_infinite_answers_are_refused(make_model):
 
 def test_special_tokens_of_a_causal_tokenizer_are_added_once(tiny):
     scorer = load_scorer(tiny, CPU)
-    (tokens,) = encoded(scorer, ["ab"])
+    (tokens,) = encode_pairs(scorer, ["ab"])
     assert tokens.ids.count(scorer.tokenizer.bos_token_id) == 1 and tokens.places == (1, 2)
 
 

@@ -16,7 +16,7 @@ from lillama.ranks import greedy
 from lillama.ranks.adaptive import LEAST_PRICE, Adaptive
 from lillama.ranks.allocators import BISECTIONS, TOLERANCE, Uniform
 from lillama.ranks.budget import Budget
-from lillama.ranks.greedy import cut, fitted, spent
+from lillama.ranks.greedy import cut_ranks, fit_ranks, spend_budget
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 
@@ -108,7 +108,7 @@ def test_spending_takes_the_best_affordable_move_of_all_again_and_again(
     while moves := sorted(moves_up(expected, spectra, budget, step)):
         best = [move for move in moves if move[0] == moves[-1][0]][-1]
         expected = replace(expected, ranks=dict(expected.ranks) | {best[1]: best[2]})
-    assert spent(plan, spectra, budget, step) == expected
+    assert spend_budget(plan, spectra, budget, step) == expected
 
 
 @RELAXED
@@ -123,7 +123,7 @@ def test_cutting_takes_the_cheapest_move_of_all_until_the_budget_is_met(
     while left(budget, expected) < 0 and (moves := list(moves_down(expected, spectra, budget, step))):
         _, name, lower, _ = min(moves)
         expected = replace(expected, ranks=dict(expected.ranks) | {name: lower})
-    assert cut(plan, spectra, budget, step) == expected
+    assert cut_ranks(plan, spectra, budget, step) == expected
 
 
 @RELAXED
@@ -156,7 +156,7 @@ def test_the_price_is_the_one_that_a_search_linear_by_linear_finds(
             high, expected = price, trial
         else:
             low = price
-    assert plan == fitted(spent(expected, spectra, budget, step), spectra, budget, step)
+    assert plan == fit_ranks(spend_budget(expected, spectra, budget, step), spectra, budget, step)
 
 
 def rows(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lillama.report.live import logged
+from lillama.report.live import log_live
 from lillama.system.progress import Progress
 
 
@@ -13,7 +13,7 @@ def test_losses_reach_tensorboard_and_all_is_passed_on(tmp_path):
     steps = [Progress("steps", step, 2, "layers.0", 8, 1.0 / step) for step in (1, 2)]
     moments = [Progress("blocks", 0, 1, "layers.0"), *steps]
     seen = []
-    with logged(seen.append, tmp_path) as report:
+    with log_live(seen.append, tmp_path) as report:
         for moment in moments:
             report(moment)
     assert seen == moments

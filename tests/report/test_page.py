@@ -13,7 +13,7 @@ from lillama.pipeline.api import compress
 from lillama.report.artefacts import Extra
 from lillama.report.card_plot import PLOT
 from lillama.report.page import report, write
-from lillama.report.watch import default_place, watched
+from lillama.report.watch import default_place, watch_runs
 
 KEYS = ["sizes", "ranks", "spectra", "losses", "carried", "recovery", "evaluation", "samples", "probing",
         "speed"]  # fmt: skip
@@ -210,7 +210,7 @@ def test_watching_ends_with_the_run(unfinished, finish):
         if len(seen) == 2:
             finish()
 
-    watched([unfinished], place, Extra(), 3.0, sleep)
+    watch_runs([unfinished], place, Extra(), 3.0, sleep)
     assert seen == [True, True] and 'http-equiv="refresh"' not in place.read_text()
 
 

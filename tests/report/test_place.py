@@ -8,7 +8,7 @@ import pytest
 from lillama.cli.app import main
 from lillama.errors import OutputError
 from lillama.report.page import report, write
-from lillama.runs.run_dir import opened
+from lillama.runs.run_dir import open_run
 
 
 def content(folder: Path) -> dict[Path, bytes]:
@@ -61,7 +61,7 @@ def test_folders_and_links_are_refused(out, tmp_path):
 
 @pytest.mark.parametrize("name", ["metrics.html", "probe.html", "blocks/0000.html", "plan"])
 def test_a_report_does_not_pass_for_an_artefact_of_a_run(name, out, tmp_path):
-    with opened(tmp_path / "run", {"recipe": {}}) as run:
+    with open_run(tmp_path / "run", {"recipe": {}}) as run:
         (run.path / "blocks").mkdir()
     with pytest.raises(OutputError, match=r"lies in the run folder .*run, where a report is called report\.html"):
         write(report([out]), tmp_path / "run" / name)

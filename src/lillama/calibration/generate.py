@@ -18,7 +18,7 @@ from transformers.cache_utils import StaticCache
 from lillama.errors import ModelError
 from lillama.model.kind import kind_of, refuse_too_long
 from lillama.model.load import fits, load
-from lillama.model.tokenizer import embeddings_of, encoded, refuse_unknown
+from lillama.model.tokenizer import embeddings_of, encode_text, refuse_unknown
 from lillama.system.progress import Progress, Report, silent
 
 BATCH = 128  # sequences written side by side, if their key-value cache stays below CACHE bytes
@@ -120,7 +120,7 @@ def _first_tokens(
     A model whose tokenizer does not write that token has hardly seen it; random starts reach more of its languages.
     """
     bos = cast(int | None, tokenizer.bos_token_id)
-    if bos is not None and encoded(tokenizer, [""], None, "self-calibration")["input_ids"] == [[bos]]:
+    if bos is not None and encode_text(tokenizer, [""], None, "self-calibration")["input_ids"] == [[bos]]:
         refuse_unknown(tokenizer, [bos], vocabulary, "self-calibration begins each sequence with it")
         return torch.full((sequences,), bos)
     return torch.randint(vocabulary, (sequences,), generator=generator)

@@ -24,10 +24,10 @@ from lillama.corpus.sources import (
     media_files,
 )
 from lillama.errors import DataError, ModelError, first_line
-from lillama.model.foreign import explained
+from lillama.model.foreign import explain_errors
 from lillama.model.remote import runs_code
 from lillama.model.spec import Kind
-from lillama.model.tokenizer import encoded, tokenizer_hash
+from lillama.model.tokenizer import encode_text, tokenizer_hash
 from lillama.system.progress import Progress, Report, silent
 
 Takes = Literal["input_features", "input_values", "pixel_values"]
@@ -166,7 +166,7 @@ def _features(chosen: list[Clip], folder: Path, kind: Kind, rows: int) -> dict[s
     """Return log-mel features, and which positions of the encoder hear speech and not the padding behind it."""
     extractor = _processor(AutoFeatureExtractor, folder)
     pairs = [
-        _computed(clip.path, extractor) if clip.path.suffix == FEATURES else _heard(clip.path, extractor)
+        _compute(clip.path, extractor) if clip.path.suffix == FEATURES else _heard(clip.path, extractor)
         for clip in chosen
     ]
     inputs = {"input_features": torch.stack([features for features, _ in pairs])}
@@ -184,7 +184,7 @@ def _heard(path: Path, extractor: Any) -> tuple[Float[Tensor, "mels frames"], Bo
     return made["input_features"][0], made["attention_mask"][0].bool()
 
 
-def _computed(path: Path, extractor: Any) -> tuple[Float[Tensor, "mels frames"], Bool[Tensor, " frames"]]:
+def _compute(path: Path, extractor: Any) -> tuple[Float[Tensor, "mels frames"], Bool[Tensor, " frames"]]:
     """Return features that were computed before, filled up with their smallest value, which silence has."""
     try:
         stored = np.lib.format.open_memmap(path, "r")  # of a shape that the file has room for
@@ -240,7 +240,7 @@ KINDS = {"input_features": (*SPEECH, FEATURES), "input_values": SPEECH, "pixel_v
 
 
 def _processor(kind: Any, folder: Path) -> Any:
-    with explained(f"{folder}: no usable processor", "put preprocessor_config.json there"):
+    with explain_errors(f"{folder}: no usable processor", "put preprocessor_config.json there"):
         return kind.from_pretrained(folder, trust_remote_code=runs_code())
 
 
@@ -258,7 +258,7 @@ def _transcripts(
     end = tokenizer.eos_token_id
     rows: list[list[int]] = []
     for clip in chosen:
-        (ids,) = encoded(tokenizer, [clip.text or ""], embeddings, str(clip.path))["input_ids"]
+        (ids,) = encode_text(tokenizer, [clip.text or ""], embeddings, str(clip.path))["input_ids"]
         ids = ids[1:] if ids[:1] == [kind.decoder_start] else ids
         rows.append(ids if end is None or ids[-1:] == [end] else [*ids, cast(int, end)])
     longest = max(map(len, rows))

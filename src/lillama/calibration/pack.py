@@ -20,7 +20,7 @@ from lillama.corpus.sources import Source, fingerprint
 from lillama.errors import DataError
 from lillama.files.artefacts import TENSORS, Count, load_tensors, load_whole, save_json, save_tensors, seal_of
 from lillama.files.atomic import atomic_folder, digest
-from lillama.model.tokenizer import encoded, refuse_unknown, tokenizer_hash
+from lillama.model.tokenizer import encode_text, refuse_unknown, tokenizer_hash
 from lillama.system.progress import Progress, Report, silent
 
 VERSION = 1
@@ -32,7 +32,7 @@ BATCH = 16  # documents (or pieces of one) tokenised at once
 log = logging.getLogger(__name__)
 
 
-Kind = Literal["text", "self", "speech", "images"]
+SourceKind = Literal["text", "self", "speech", "images"]
 
 
 class SourceJson(TypedDict):
@@ -52,7 +52,7 @@ class ManifestJson(TypedDict):
     """`calibration/manifest.json`."""
 
     version: int
-    kind: Kind
+    kind: SourceKind
     sources: list[SourceJson]
     tokenizer: str
     seq_len: Count
@@ -117,7 +117,7 @@ class Manifest:
         sha256: of the ids, as little-endian int64.
     """
 
-    kind: Kind
+    kind: SourceKind
     sources: tuple[SourceRecord, ...]
     tokenizer: str
     seq_len: int
@@ -320,7 +320,7 @@ class _Stream:
         stream = documents(self.source, self.tokenizer)
         while batch := list(islice(stream, BATCH)):
             texts = [document.text for document in batch]
-            found = encoded(self.tokenizer, texts, self.embeddings, self.source.path, add_special_tokens=False)
+            found = encode_text(self.tokenizer, texts, self.embeddings, self.source.path, add_special_tokens=False)
             yield from zip(batch, found["input_ids"], strict=True)
 
 

@@ -65,14 +65,14 @@ def main(tokens: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if tokens is None else tokens)
     with streams() as out:
-        code = run(lambda: _called(words), resumable=words[:1] == ["compress"])
+        code = run(lambda: _call(words), resumable=words[:1] == ["compress"])
         reason = unwritten(out)
         if reason is not None and not code:
             code = _unsaid(reason, words[:1] in IN_FILES or words[:2] in IN_FILES)
     sys.exit(code)
 
 
-def _called(words: list[str]) -> Any:
+def _call(words: list[str]) -> Any:
     """Call the command that some words ask for."""
     for word in words:
         if not word.isascii() and any("\ud800" <= letter <= "\udfff" for letter in word):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from lillama.recipes.options import Flag, Many
 
 if TYPE_CHECKING:
-    from lillama.evaluation.speed import Benchmark, Spread
+    from lillama.evaluation.speed import SpeedComparison, Spread
 
 
 def bench(
@@ -74,7 +74,7 @@ def bench(
     output.show(result.as_json(), json, lambda: _tables(result))
 
 
-def _tables(result: "Benchmark") -> None:
+def _tables(result: "SpeedComparison") -> None:
     """Print sizes, then speeds as medians, with the ratio and its spread where there is another model."""
     from rich.table import Table
 

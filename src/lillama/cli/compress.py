@@ -61,10 +61,10 @@ def compress(
     with ExitStack() as stack:
         report = stack.enter_context(output.progress(json))
         if log_dir is not None:
-            from lillama.report.live import logged
+            from lillama.report.live import log_live
 
             report = stack.enter_context(
-                logged(report, log_dir, ("tensorboard", "wandb") if wandb else ("tensorboard",))
+                log_live(report, log_dir, ("tensorboard", "wandb") if wandb else ("tensorboard",))
             )
         result = work(
             model,

@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-from lillama.recipes.options import Flag, Many, Size
+from lillama.recipes.options import Flag, Many, SizeFlag
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lillama.evaluation.agreement_summary import Compared
+    from lillama.evaluation.agreement_summary import AgreementSummary
     from lillama.evaluation.evaluate import Evaluation
     from lillama.evaluation.intervals import Interval
 
@@ -26,7 +26,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     device: str | None = None,
-    activation_memory: Size | None = None,
+    activation_memory: SizeFlag | None = None,
     trust_remote_code: Annotated[bool, Flag] = False,
     json: Annotated[bool, Flag] = False,
 ) -> None:
@@ -154,7 +154,7 @@ def _tasks(found: "Evaluation") -> "Table":
     return table
 
 
-def _pair(compared: "Compared", form: str) -> tuple[str, str]:
+def _pair(compared: "AgreementSummary", form: str) -> tuple[str, str]:
     """Return both models' figures, and the difference."""
     return f"{compared.model:{form}}\ndense {compared.dense:{form}}", _interval(compared.difference, f"+{form}")
 

@@ -32,8 +32,8 @@ def export(
     from lillama.cli.output import progress
     from lillama.errors import plain
     from lillama.hub.export import export as work
-    from lillama.system.resources import shortage_explained
+    from lillama.system.resources import explain_shortage
 
-    with progress(quiet=True), shortage_explained():
+    with progress(quiet=True), explain_shortage():
         work(source, destination, format, trust_remote_code)
     sys.stdout.write(f"{plain(str(destination))}\n")

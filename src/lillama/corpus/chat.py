@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lillama.corpus.bounded import ended_within, within_memory
 from lillama.errors import DataError
-from lillama.model.tokenizer import failures_explained
+from lillama.model.tokenizer import explain_failures
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of the roles
 OWN = ("role", "content", "from", "value")  # keys of a turn that are understood here; all others go to the template
@@ -42,7 +42,7 @@ class ChatTemplate:
         Raises:
             DataError: a turn is none, or the template fails.
         """
-        return _rendered(
+        return _render(
             self.tokenizer, [self._message(turn, f"{where}, turn {n}") for n, turn in enumerate(turns, 1)], where
         )
 
@@ -120,14 +120,14 @@ def _is_small(token: tuple[str, str]) -> bool:
 def _attempt(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]], where: str) -> str:
     """Return one turn as the template writes it; nothing where it fails, for it may want more turns."""
     try:
-        return _rendered(tokenizer, [{"role": "user", "content": content}], where)
+        return _render(tokenizer, [{"role": "user", "content": content}], where)
     except DataError as error:
         if isinstance(error.__cause__, TimeoutError):
             raise
         return ""
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str) -> str:
     """Return messages as the template writes them.
 
     Raises:
@@ -137,7 +137,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
     def explain(reason: str) -> DataError:
         return DataError(f"{where}: the chat template refuses the turns ({reason}); mend the template or the record")
 
-    with failures_explained(explain), ended_within(SECONDS):
+    with explain_failures(explain), ended_within(SECONDS):
         try:
             with within_memory(MEMORY):
                 text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))

@@ -11,14 +11,14 @@ from lillama.corpus.saved import is_saved
 from lillama.corpus.sources import (
     PLAIN,
     ROWS,
-    Row,
+    DataRow,
     Source,
     check_exists,
     check_kind,
     choose_field,
     data_files,
     hub_rows,
-    opened,
+    open_text,
     saved_rows,
 )
 from lillama.errors import DataError
@@ -79,7 +79,7 @@ def _file(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase) -> Ite
 def _pieces(path: Path) -> Iterator[Document]:
     """Stream a plain text in pieces of about `PIECE` characters, cut after a blank line if one comes in time."""
     lines, size = [], 0
-    with opened(path) as file:
+    with open_text(path) as file:
         for line in iter(lambda: file.readline(PIECE), ""):
             lines.append(line)
             size += len(line)
@@ -89,7 +89,9 @@ def _pieces(path: Path) -> Iterator[Document]:
     yield Document("".join(lines))
 
 
-def _said(rows: Iterable[tuple[str, Row]], source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
+def _said(
+    rows: Iterable[tuple[str, DataRow]], source: Source, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Document]:
     """Turn records into documents; records whose text is null or empty say nothing and are left out."""
     template: ChatTemplate | None = None
     for where, row in rows:

@@ -27,7 +27,7 @@ FEATURES = ".npy"  # log-mel features that were computed before
 SHOWN = 20  # names of fields that an error tells
 LINE, WHOLE = 64 << 20, 1 << 30  # characters of a record on one line, and of a text that is read at once
 
-Row = Mapping[str, Any]
+DataRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,28 +68,28 @@ def fingerprint(source: Source) -> str:
     return digest({file.relative_to(path).as_posix(): file_digest(file) for file in files})
 
 
-def json_lines(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
+def json_lines(path: Path, source: Source) -> Iterator[tuple[str, DataRow]]:
     """Stream the records of a file with one JSON object on each line."""
-    with opened(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(lines(file, path), 1):
             if not line.isspace():
-                yield f"{path}, line {number}", _parsed(line, f"{path}, line {number}")
+                yield f"{path}, line {number}", _parse(line, f"{path}, line {number}")
 
 
-def _json(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
+def _json(path: Path, source: Source) -> Iterator[tuple[str, DataRow]]:
     """Yield the records of a JSON array, which is read whole; a file of JSON lines under this name is streamed."""
-    with opened(path) as file:
+    with open_text(path) as file:
         is_array = next((line for line in lines(file, path) if not line.isspace()), "").lstrip().startswith("[")
     if not is_array:
         yield from json_lines(path, source)
         return
-    with opened(path) as file:
-        rows = _parsed(whole(file, path, "write one object on each line (.jsonl)"), str(path), list)
+    with open_text(path) as file:
+        rows = _parse(whole(file, path, "write one object on each line (.jsonl)"), str(path), list)
     for number, row in enumerate(rows, 1):
         yield f"{path}, record {number}", row
 
 
-def _parquet(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path, source: Source) -> Iterator[tuple[str, DataRow]]:
     """Stream the records of a Parquet file, reading the one column that is needed."""
     import pyarrow
     from pyarrow import parquet
@@ -105,14 +105,14 @@ def _parquet(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path}: is no readable Parquet file ({first_line(error)}); write it anew") from error
 
 
-ROWS: dict[str, Callable[[Path, Source], Iterator[tuple[str, Row]]]] = {
+ROWS: dict[str, Callable[[Path, Source], Iterator[tuple[str, DataRow]]]] = {
     ".jsonl": json_lines,
     ".json": _json,
     ".parquet": _parquet,
 }
 
 
-def saved_rows(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
+def saved_rows(path: Path, source: Source) -> Iterator[tuple[str, DataRow]]:
     """Stream the records of a folder saved by `datasets.save_to_disk`, from its memory-mapped files."""
     from datasets import DatasetDict, load_from_disk
 
@@ -129,12 +129,12 @@ def saved_rows(path: Path, source: Source) -> Iterator[tuple[str, Row]]:
     column = choose_field(dataset.column_names, source, str(path))
     try:
         for number, row in enumerate(dataset.with_format(None).select_columns([column]), 1):
-            yield f"{path}, record {number}", cast(Row, row)
+            yield f"{path}, record {number}", cast(DataRow, row)
     except Exception as error:  # of decoders that share no base class
         raise DataError(f"{path}: cannot be read ({first_line(error)}); save the dataset anew") from error
 
 
-def hub_rows(source: Source) -> Iterator[tuple[str, Row]]:
+def hub_rows(source: Source) -> Iterator[tuple[str, DataRow]]:
     """Stream the records of a dataset on the hub, at the commit that `fingerprint` tells."""
     from datasets import load_dataset
 
@@ -142,7 +142,7 @@ def hub_rows(source: Source) -> Iterator[tuple[str, Row]]:
     try:
         rows = load_dataset(source.path, source.config, split=source.split, streaming=True, revision=revision)
         for number, row in enumerate(rows, 1):
-            yield f"{source.path}, record {number}", cast(Row, row)
+            yield f"{source.path}, record {number}", cast(DataRow, row)
     except Exception as error:  # parsers and HTTP libraries below `datasets` share no base class
         raise DataError(
             f"{source.path}: config {source.config!r}, split {source.split!r} cannot be read from the hub "
@@ -231,7 +231,7 @@ def check_kind(path: Path, kinds: Iterable[str]) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[TextIOWrapper]:
+def open_text(path: Path) -> Iterator[TextIOWrapper]:
     """Open a UTF-8 text, packed with gzip or not, and turn what can go wrong while reading into one clear line."""
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
@@ -268,7 +268,7 @@ def whole(file: TextIOWrapper, path: Path, remedy: str) -> str:
     return text
 
 
-def _parsed(text: str, where: str, kind: type = dict) -> Any:
+def _parse(text: str, where: str, kind: type = dict) -> Any:
     """Parse JSON that must hold an object (or the kind given)."""
     try:
         value = json.loads(text)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lillama.distill.objective import recorded
+from lillama.distill.objective import record_outputs
 from lillama.errors import RecipeError
 from lillama.lowrank.gram import Gram
 from lillama.moments.inputs import shrink_experts, watch_inputs, with_siblings
@@ -127,7 +127,7 @@ class BlockActivations:
             RecipeError: a child's outputs cannot be compared.
         """
         linears = list(linears)
-        with watch_inputs(block, with_siblings(block, linears)) as watch, recorded(block, parts) as outputs:
+        with watch_inputs(block, with_siblings(block, linears)) as watch, record_outputs(block, parts) as outputs:
             for rows in row_slices(self.teacher.shape[0], self.micro_batch):
                 hidden = self.teacher.read(rows)
                 call = self.calls.select(index, rows, self.teacher.device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lillama.distill.compile import Compiled
 from lillama.distill.config import OptimConfig
-from lillama.distill.objective import MicroBatch, Objective, recorded
+from lillama.distill.objective import MicroBatch, Objective, record_outputs
 from lillama.stream.calls import BlockArgs
 
 NO_SCALE = 1e-3  # of the usual root mean square: a tensor below has no scale of its own
@@ -144,7 +144,7 @@ class Learner:
 
     def _loss(self, micro: MicroBatch, stream: str) -> Tensor:
         """Return the sum of the loss over the real tokens of one stream."""
-        with recorded(self.student, micro.parts) as parts:
+        with record_outputs(self.student, micro.parts) as parts:
             run = self.uncompiled if micro.parts else self.run  # hooks that come and go would be compiled each time
             output = run(micro.call_of(stream), micro.inputs[stream])
         losses = self._objective.token_losses(micro, stream, output, parts)

@@ -10,7 +10,7 @@ from lillama.distill.history import History
 from lillama.files.artefacts import Count
 
 GROWTH = 1.5  # of a largest singular value that is worth a warning
-Row = tuple[int, float | None, float | None]
+CurveRow = tuple[int, float | None, float | None]
 RowJson = tuple[Count, FiniteFloat | None, FiniteFloat | None]
 
 
@@ -60,8 +60,8 @@ class DistillLog:
     improved: bool
     best_step: int
     retried: bool
-    curve: tuple[Row, ...]
-    held_out: tuple[Row, ...]
+    curve: tuple[CurveRow, ...]
+    held_out: tuple[CurveRow, ...]
     singular: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
@@ -106,5 +106,5 @@ class DistillLog:
         }
 
 
-def _row(step: int, losses: Mapping[str, float]) -> Row:
+def _row(step: int, losses: Mapping[str, float]) -> CurveRow:
     return step, losses.get("teacher"), losses.get("student")

@@ -150,7 +150,7 @@ def sub_blocks(linears: Iterable[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def recorded(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+def record_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Collect what the named children of a block return while it runs."""
     outputs: dict[str, Tensor] = {}
 

@@ -112,7 +112,7 @@ class Trainer:
             len(self.batches),
             self.check_steps(),
         )
-        state = _resumed(training, self.folder)
+        state = _resume(training, self.folder)
         before, shown = state.seconds, list[Float[Tensor, ""]]()
         if not state.done:
             _check(training, state)
@@ -169,7 +169,7 @@ def _save(training: Training, state: TrainingState, folder: Path) -> None:
         save_json(place / "state.json", value, seals)
 
 
-def _resumed(training: Training, folder: Path) -> TrainingState:
+def _resume(training: Training, folder: Path) -> TrainingState:
     """Return the state of the last snapshot, with the learners as they were then; or that of a beginning."""
     if not (folder / "state.json").is_file():
         return TrainingState({name: History() for name in training.groups})

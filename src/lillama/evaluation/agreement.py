@@ -13,10 +13,10 @@ from torch import Tensor
 from lillama.corpus.texts import read_text
 from lillama.errors import DataError, ModelError, ResourceError
 from lillama.evaluation.agreement_summary import Agreement, Measured, summary
-from lillama.evaluation.continuation import GRAM, PROMPT, Continued, continuations, continued, cut_prompts
+from lillama.evaluation.continuation import GRAM, PROMPT, Continued, continuations, continue_prompts, cut_prompts
 from lillama.evaluation.continuation_samples import Sample, samples
 from lillama.evaluation.tally import log_probs, pair_tallies
-from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
+from lillama.evaluation.windows import Texts, Windows, cut_windows, default_length, name_texts
 from lillama.model.kind import refuse_too_long
 from lillama.model.load import refuse_too_large
 from lillama.model.remote import remote_code
@@ -25,7 +25,7 @@ from lillama.model.tokenizer import embeddings_of, load_tokenizer
 from lillama.stream.activations import Shelf
 from lillama.stream.model import StreamedModel, open_streamed
 from lillama.system.progress import Report, silent
-from lillama.system.resources import pick_device, shortage_explained
+from lillama.system.resources import explain_shortage, pick_device
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +100,10 @@ def measure(
     report: Report,
 ) -> dict[str, Measured]:
     """Run both models over all texts; arguments as in `agreement`."""
-    with shortage_explained(), TemporaryDirectory(prefix="lillama-") as scratch:
+    with explain_shortage(), TemporaryDirectory(prefix="lillama-") as scratch:
         chosen = pick_device(device)
         folders = {"model": locate(model), "dense": locate(dense)}
-        contents = {name: read_text(file) for name, file in named(texts).items()}
+        contents = {name: read_text(file) for name, file in name_texts(texts).items()}
         opened = {role: open_streamed(folder, chosen) for role, folder in folders.items()}
         prompt = _prompt_length(opened["dense"], protocol)
         windows = _windows(folders, opened, contents, protocol)
@@ -134,7 +134,7 @@ def _windows(
         refuse_too_long(length, opened[role].kind)
         tokenizer, known = load_tokenizer(folder), embeddings_of(opened[role].skeleton)
         found[role] = {
-            name: cut(name, text, tokenizer, length, protocol.stride, protocol.windows, known)
+            name: cut_windows(name, text, tokenizer, length, protocol.stride, protocol.windows, known)
             for name, text in contents.items()
         }
     sizes = {role: one.skeleton.config.get_text_config().vocab_size for role, one in opened.items()}
@@ -184,4 +184,4 @@ def _written(
     written = continuations(folders, prompts, protocol.new_tokens, device, report)
     tokenizer = load_tokenizer(folders["dense"])
     pairs = {name: (written["model"][name], written["dense"][name]) for name in prompts}
-    return {name: (continued(*pair), samples(tokenizer, prompts[name], *pair)) for name, pair in pairs.items()}
+    return {name: (continue_prompts(*pair), samples(tokenizer, prompts[name], *pair)) for name, pair in pairs.items()}

@@ -14,7 +14,7 @@ from lillama.evaluation.continuation import Continued
 from lillama.evaluation.continuation_samples import Sample, SampleJson
 from lillama.evaluation.intervals import Interval, IntervalJson, Sums, bootstrap
 from lillama.evaluation.perplexity import TextScore
-from lillama.evaluation.tally import PairTally, joined
+from lillama.evaluation.tally import PairTally, join_tallies
 
 
 class ComparedJson(TypedDict):
@@ -50,7 +50,7 @@ class AgreementJson(TypedDict):
 
 
 @dataclass(frozen=True)
-class Compared:
+class AgreementSummary:
     """A figure of the model, that of the dense one, and the difference: model less dense."""
 
     model: float
@@ -77,7 +77,7 @@ class Continuation:
     prompts: int
     leading: Interval
     equal: Interval
-    repetition: Compared
+    repetition: AgreementSummary
     samples: tuple[Sample, ...]
 
     def as_json(self) -> ContinuationJson:
@@ -115,7 +115,7 @@ class Agreement:
     excess_bits: Interval
     kl: Interval
     top1: Interval
-    calibration: Compared
+    calibration: AgreementSummary
     continuation: Continuation | None
 
     @property
@@ -172,12 +172,12 @@ def summary(name: str, texts: Sequence[Measured], seed: int) -> Agreement:
     )
 
 
-def _calibration(sums: Sums) -> Compared:
+def _calibration(sums: Sums) -> AgreementSummary:
     def error(s: Mapping[str, Tensor], role: str) -> Tensor:
         return s[f"{role}_gaps"].abs().sum(-1) / s["tokens"]
 
     difference = sums.interval(lambda s: error(s, "model") - error(s, "dense"))
-    return Compared(error(sums.total, "model").item(), error(sums.total, "dense").item(), difference)
+    return AgreementSummary(error(sums.total, "model").item(), error(sums.total, "dense").item(), difference)
 
 
 def _continuation(texts: Iterable[Continued], samples: tuple[Sample, ...], random: np.random.Generator) -> Continuation:
@@ -185,7 +185,7 @@ def _continuation(texts: Iterable[Continued], samples: tuple[Sample, ...], rando
     columns = {field: torch.cat([getattr(text, field) for text in texts]) for field in fields}
     prompts = len(columns["equal"])
     sums = bootstrap(columns | {"prompts": torch.ones(prompts, dtype=torch.float64)}, random)
-    repetition = Compared(
+    repetition = AgreementSummary(
         columns["model"].mean().item(),
         columns["dense"].mean().item(),
         sums.interval(lambda s: (s["model"] - s["dense"]) / s["prompts"]),
@@ -195,6 +195,6 @@ def _continuation(texts: Iterable[Continued], samples: tuple[Sample, ...], rando
 
 
 def _together(pairs: Sequence[PairTally]) -> PairTally:
-    model, dense = joined([pair.model for pair in pairs]), joined([pair.dense for pair in pairs])
+    model, dense = join_tallies([pair.model for pair in pairs]), join_tallies([pair.dense for pair in pairs])
     parts = (torch.cat([getattr(pair, field) for pair in pairs]) for field in ("bytes", "kl", "same"))
     return PairTally(model, dense, *parts)

@@ -95,7 +95,7 @@ def continuations(
     return written
 
 
-def continued(model: Int[Tensor, "prompts new"], dense: Int[Tensor, "prompts new"]) -> Continued:
+def continue_prompts(model: Int[Tensor, "prompts new"], dense: Int[Tensor, "prompts new"]) -> Continued:
     """Compare two models' continuations of the same prompts."""
     leading = (model == dense).long().cumprod(dim=1).double().mean(dim=1)
     return Continued(leading, (leading == 1).double(), repetition(model), repetition(dense))

@@ -64,14 +64,14 @@ def _sample(
     parted = next((place for place, (a, b) in enumerate(zip(model, dense, strict=True)) if a != b), len(model))
     texts = [prompt, [*prompt, *model[:parted]], [*prompt, *dense], [*prompt, *model]]
     asked, both, theirs, ours = (str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in texts)
-    start, end = (_shared(text, theirs, ours) for text in (asked, both))
+    start, end = (_common_part(text, theirs, ours) for text in (asked, both))
     return Sample(ours[:start], ours[start:end], theirs[end:], ours[end:])
 
 
-def _shared(*texts: str) -> int:
+def _common_part(*texts: str) -> int:
     """Return how many letters all texts begin with.
 
-    >>> _shared("other", "others", "otter")
+    >>> _common_part("other", "others", "otter")
     2
     """
     return sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False)))

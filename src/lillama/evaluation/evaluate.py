@@ -11,7 +11,7 @@ from lillama.errors import RecipeError
 from lillama.evaluation.agreement import Protocol, measure
 from lillama.evaluation.agreement_summary import Agreement, AgreementJson, summary
 from lillama.evaluation.harness import find_tasks
-from lillama.evaluation.perplexity import ScoreJson, TextScore, perplexity, pooled
+from lillama.evaluation.perplexity import ScoreJson, TextScore, perplexity, pool_scores
 from lillama.evaluation.tasks import TaskJson, TaskScore, score_tasks
 from lillama.evaluation.windows import Texts, languages
 from lillama.model.remote import remote_code
@@ -136,7 +136,7 @@ def evaluate(
                 report=report,
             )
             by_name = {score.name: score for score in scores}
-            grouped = [pooled(name, [by_name[part] for part in parts]) for name, parts in languages(texts).items()]
+            grouped = [pool_scores(name, [by_name[part] for part in parts]) for name, parts in languages(texts).items()]
         answers = (
             score_tasks(model, found, against, limit=limit, seed=protocol.seed, device=device, report=report)
             if found

@@ -22,9 +22,9 @@ from yaml import YAMLError
 from lillama.errors import RecipeError, first_line
 from lillama.files.yaml_text import refuse_unbounded
 from lillama.model.load import load, refuse_too_large
-from lillama.model.tokenizer import load_tokenizer, unknown_refused
+from lillama.model.tokenizer import load_tokenizer, refuse_unknown_ids
 from lillama.system.progress import Progress, Report
-from lillama.system.resources import shortage_explained
+from lillama.system.resources import explain_shortage
 
 BATCH = 8
 FEWSHOT_SEED = 1234  # the harness's own
@@ -114,7 +114,7 @@ def find_tasks(tasks: str | Sequence[str]) -> list[Task]:
             _refuse_unknown(name, manager.all_tasks)
         found = []
         for name in names:
-            with _explained(name):
+            with _explain(name):
                 found.append(Task(name, manager.load([name]), metrics.get(name)))
         return found
 
@@ -139,11 +139,11 @@ def ask(
     answers: dict[tuple[str, str], Answers] = {}
     refuse_too_large(folder, device)
     model, tokenizer = load(folder, device), load_tokenizer(folder)
-    with _quiet(), unknown_refused(model, tokenizer, str(folder)):
+    with _quiet(), refuse_unknown_ids(model, tokenizer, str(folder)):
         asked = model_class(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
         for done, task in enumerate(tasks):
             report(Progress("tasks", done, len(tasks), f"{task.name}, {role}"))
-            with _explained(task.name):
+            with _explain(task.name):
                 for leaf in task.loaded["tasks"].values():
                     if leaf.get_config("num_fewshot") is None:
                         leaf.set_config("num_fewshot", 0)
@@ -204,10 +204,10 @@ def _refuse_unknown(name: str, known: Sequence[str]) -> None:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explain(name: str) -> Iterator[None]:
     """Turn what goes wrong in a task into one line."""
     try:
-        with shortage_explained():
+        with explain_shortage():
             yield
     except UNUSABLE as error:
         reason = first_line(error)

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from lillama.corpus.texts import read_text
 from lillama.evaluation.tally import log_probs, tallies
-from lillama.evaluation.windows import Texts, Windows, cut, default_length, named
+from lillama.evaluation.windows import Texts, Windows, cut_windows, default_length, name_texts
 from lillama.files.artefacts import Positive
 from lillama.model.kind import refuse_too_long
 from lillama.model.remote import remote_code
@@ -19,7 +19,7 @@ from lillama.model.tokenizer import embeddings_of, load_tokenizer
 from lillama.stream.activations import Shelf
 from lillama.stream.model import StreamedModel, open_streamed
 from lillama.system.progress import Report, silent
-from lillama.system.resources import pick_device, shortage_explained
+from lillama.system.resources import explain_shortage, pick_device
 
 
 class ScoreJson(TypedDict):
@@ -71,7 +71,7 @@ class TextScore:
         }
 
 
-def pooled(name: str, scores: Sequence[TextScore]) -> TextScore:
+def pool_scores(name: str, scores: Sequence[TextScore]) -> TextScore:
     """Return the score of several texts as one: every token weighs the same, and so does every byte."""
     tokens = sum(score.tokens for score in scores)
     nll = sum(score.nll * score.tokens for score in scores)
@@ -137,14 +137,16 @@ def perplexity(
         ...     print(score.name, score.tokens > 0, 1 < score.perplexity < 1000)
         text True True
     """
-    with remote_code(trust_remote_code), shortage_explained(), TemporaryDirectory(prefix="lillama-") as folder:
+    with remote_code(trust_remote_code), explain_shortage(), TemporaryDirectory(prefix="lillama-") as folder:
         chosen = pick_device(device)
         path = locate(model)
-        contents = {name: read_text(file) for name, file in named(texts).items()}
+        contents = {name: read_text(file) for name, file in name_texts(texts).items()}
         streamed = open_streamed(path, chosen)
         tokenizer = load_tokenizer(path)
         length = default_length(streamed) if seq_len is None else seq_len
         refuse_too_long(length, streamed.kind)
         known = embeddings_of(streamed.skeleton)
-        pieces = {name: cut(name, text, tokenizer, length, stride, windows, known) for name, text in contents.items()}
+        pieces = {
+            name: cut_windows(name, text, tokenizer, length, stride, windows, known) for name, text in contents.items()
+        }
         return score_texts(streamed, pieces, Shelf.on(chosen, Path(folder), activation_memory), report)

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from lillama.errors import ModelError, RecipeError, ResourceError
 from lillama.evaluation import speed_worker as timed
-from lillama.evaluation.speed_worker import TOO_MUCH, Footprint, Run, Setting
+from lillama.evaluation.speed_worker import TOO_MUCH, Footprint, Setting, TimedRun
 from lillama.files.artefacts import Count
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.kind import kind_of
@@ -143,7 +143,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Workload:
     """What was measured at one batch size and one prompt length.
 
     Attributes:
@@ -156,7 +156,7 @@ class Cell:
     batch: int
     prompt: int
     new: int
-    runs: tuple[tuple[Run, ...], ...]
+    runs: tuple[tuple[TimedRun, ...], ...]
 
     def figures(self, index: int) -> dict[str, Spread]:
         """Return the seconds to the first token, and the tokens a second of the prompt and of what is written after."""
@@ -190,7 +190,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class SpeedComparison:
     """Speed, memory and size of a model, and of another one beside it.
 
     Attributes:
@@ -202,7 +202,7 @@ class Benchmark:
 
     subjects: tuple[Subject, ...]
     footprints: tuple[Footprint, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[Workload, ...]
     conditions: dict[str, Any]
 
     @property
@@ -234,7 +234,7 @@ def benchmark(
     seed: int = 0,
     report: Report = silent,
     trust_remote_code: bool = False,
-) -> Benchmark:
+) -> SpeedComparison:
     """Measure how fast a model reads prompts and writes after them, greedily and with a key-value cache.
 
     Each model lives in a fresh process, so that its peak memory is its own. The two take turns, run by run, so that the
@@ -265,17 +265,17 @@ def benchmark(
         subjects = tuple(subject(name, max(prompt), new) for name in names)
     setting = Setting(str(pick_device(device)), dtype, threads or torch.get_num_threads(), seed, trust_remote_code)
     grid = [(rows, length) for rows in batch for length in prompt]
-    cells: list[Cell] = []
+    cells: list[Workload] = []
     with ExitStack() as stack:
         processes = [stack.enter_context(process(one, setting)) for one in subjects]
         for done, (rows, length) in enumerate(grid):
             report(Progress("runs", done, len(grid), f"batch {rows}, prompt {length}"))
-            cells.append(Cell(rows, length, new, in_turn(processes, rows, length, new, repeats)))
+            cells.append(Workload(rows, length, new, in_turn(processes, rows, length, new, repeats)))
         report(Progress("runs", len(grid), len(grid)))
         footprints = tuple(call(timed.footprint) for call in processes)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     conditions = {"device": setting.device, "threads": setting.threads, "seed": seed, "repeats": repeats} | versions
-    return Benchmark(subjects, footprints, tuple(cells), conditions)
+    return SpeedComparison(subjects, footprints, tuple(cells), conditions)
 
 
 def subject(name: str | Path, prompt: int, new: int) -> Subject:
@@ -321,7 +321,9 @@ def process(one: Subject, setting: Setting) -> Iterator[Call]:
         yield call
 
 
-def in_turn(processes: Sequence[Call], batch: int, prompt: int, new: int, repeats: int) -> tuple[tuple[Run, ...], ...]:
+def in_turn(
+    processes: Sequence[Call], batch: int, prompt: int, new: int, repeats: int
+) -> tuple[tuple[TimedRun, ...], ...]:
     """Return the runs of each model, taken round by round after one short run of each to warm up."""
     for call in processes:
         call(timed.run, batch, prompt, WARM_UP)

@@ -17,7 +17,7 @@ from lillama.model.load import load
 from lillama.model.remote import remote_code
 from lillama.model.skeleton import model_class
 from lillama.model.source import load_config
-from lillama.system.resources import peak_memory, shortage_explained
+from lillama.system.resources import explain_shortage, peak_memory
 
 TOO_MUCH = "lower --batch, --prompt or --new, or choose another --device or --dtype"
 
@@ -81,7 +81,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedRun:
     """How long one run took: from the call to the first new token, and from there to the last."""
 
     first: Moment
@@ -109,7 +109,7 @@ def begin() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def run(folder: str, setting: Setting, batch: int, prompt: int, new: int) -> Run:
+def run(folder: str, setting: Setting, batch: int, prompt: int, new: int) -> TimedRun:
     """Let a model write `new` tokens after random prompts, greedily, and return the time it took; ends are ignored.
 
     Raises:
@@ -117,14 +117,14 @@ def run(folder: str, setting: Setting, batch: int, prompt: int, new: int) -> Run
         ResourceError: memory does not suffice.
     """
     try:
-        with shortage_explained():
-            return _timed(loaded(folder, setting).model, setting.seed, batch, prompt, new)
+        with explain_shortage():
+            return _time_run(load_subject(folder, setting).model, setting.seed, batch, prompt, new)
     except ResourceError:
         raise ResourceError(f"{folder}: out of memory at batch {batch}, prompt {prompt}; {TOO_MUCH}") from None
 
 
 @torch.inference_mode()
-def _timed(model: PreTrainedModel, seed: int, batch: int, prompt: int, new: int) -> Run:
+def _time_run(model: PreTrainedModel, seed: int, batch: int, prompt: int, new: int) -> TimedRun:
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt), generator=generator).to(model.device)
@@ -132,11 +132,11 @@ def _timed(model: PreTrainedModel, seed: int, batch: int, prompt: int, new: int)
     start = Moment.now()
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, streamer=watch)  # pyright: ignore[reportCallIssue]
     _, first, *rest = watch.moments
-    return Run(first - start, rest[-1] - first)
+    return TimedRun(first - start, rest[-1] - first)
 
 
 @cache
-def loaded(folder: str, setting: Setting) -> Loaded:
+def load_subject(folder: str, setting: Setting) -> Loaded:
     """Return the model of a folder, loaded once in a process.
 
     Raises:
@@ -154,7 +154,7 @@ def loaded(folder: str, setting: Setting) -> Loaded:
 
 def footprint(folder: str, setting: Setting) -> Footprint:
     """Return what the model of a folder took in this process so far."""
-    state = loaded(folder, setting)
+    state = load_subject(folder, setting)
     dtype = str(state.model.dtype).removeprefix("torch.")
     return Footprint(dtype, _peak(setting.device), state.idle_bytes)
 

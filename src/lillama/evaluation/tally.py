@@ -137,7 +137,7 @@ def tallies(model: LogProbs, windows: Windows, vocabulary: int) -> Tally:
         tally(model(windows.name, rows), windows.ids[rows, 1:], windows.predicted(rows))
         for rows in _slices(windows, vocabulary)
     ]
-    return joined(parts)
+    return join_tallies(parts)
 
 
 @torch.no_grad()
@@ -153,11 +153,11 @@ def pair_tallies(model: LogProbs, dense: LogProbs, windows: Windows, vocabulary:
         same.append((agree & predicted).sum(1).double())
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).cpu().double()
         kl.append(divergence.where(predicted, 0).sum(1))
-    student, teacher = joined(ours), joined(theirs)
+    student, teacher = join_tallies(ours), join_tallies(theirs)
     return PairTally(student, teacher, student.tokens / windows.tokens_per_byte, torch.cat(kl), torch.cat(same))
 
 
-def joined(parts: list[Tally]) -> Tally:
+def join_tallies(parts: list[Tally]) -> Tally:
     """Put tallies of consecutive windows together."""
     return Tally(*(torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "nll", "gaps")))
 

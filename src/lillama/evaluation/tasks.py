@@ -18,7 +18,7 @@ from lillama.evaluation.harness import KINDS, Answers, Task, ask
 from lillama.evaluation.intervals import Interval, IntervalJson, bootstrap
 from lillama.model.source import locate
 from lillama.system.progress import Report, silent
-from lillama.system.resources import pick_device, shortage_explained
+from lillama.system.resources import explain_shortage, pick_device
 
 AVERAGE = "average"
 
@@ -120,7 +120,7 @@ def score_tasks(
     """
     if limit is not None and limit < 1:
         raise RecipeError(f"limit is {limit}; at least one document is needed")
-    with shortage_explained():
+    with explain_shortage():
         chosen = pick_device(device)
         folders = {"model": locate(model)} | ({} if against is None else {"dense": locate(against)})
         answers = {role: ask(folder, tasks, limit, chosen, role, report) for role, folder in folders.items()}

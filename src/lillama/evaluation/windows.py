@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lillama.errors import DataError
-from lillama.model.tokenizer import encoded
+from lillama.model.tokenizer import encode_text
 from lillama.stream.model import StreamedModel
 
 LONGEST = 2048
@@ -57,7 +57,7 @@ def default_length(model: StreamedModel) -> int:
     return min(model.kind.max_positions or LONGEST, LONGEST)
 
 
-def cut(
+def cut_windows(
     name: str,
     text: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -86,7 +86,7 @@ def cut(
         raise DataError(f"stride is {stride}; it must lie between 1 and the window's {length} tokens")
     if most is not None and most < 1:
         raise DataError(f"windows is {most}; at least one is needed")
-    (ids,) = encoded(tokenizer, [text], embeddings, name, add_special_tokens=False)["input_ids"]
+    (ids,) = encode_text(tokenizer, [text], embeddings, name, add_special_tokens=False)["input_ids"]
     if len(ids) < 2:
         raise DataError(f"{name}: {len(ids)} tokens; a text of at least two is needed to measure perplexity")
     length = min(length, len(ids))
@@ -105,17 +105,17 @@ def spread(total: int, most: int | None) -> Int[Tensor, " chosen"]:
     return torch.arange(count) * total // max(count, 1)
 
 
-def named(texts: Texts) -> dict[str, Path]:
+def name_texts(texts: Texts) -> dict[str, Path]:
     """Return name -> path of text files; the name is the file's, or the whole path where two files share one."""
-    paths = [path for _, path in labelled(texts)]
+    paths = [path for _, path in label_texts(texts)]
     stems = [path.name.split(".txt")[0] for path in paths]
     return {stem if stems.count(stem) == 1 else str(path): path for stem, path in zip(stems, paths, strict=True)}
 
 
-def labelled(texts: Texts) -> list[tuple[str | None, Path]]:
+def label_texts(texts: Texts) -> list[tuple[str | None, Path]]:
     """Part `language=path` into both; a path without a label, or a file whose name has one in it, has no language.
 
-    >>> [language for language, _ in labelled(["fra=livre.txt", "novel.txt"])]
+    >>> [language for language, _ in label_texts(["fra=livre.txt", "novel.txt"])]
     ['fra', None]
     """
     found: list[tuple[str | None, Path]] = []
@@ -134,9 +134,9 @@ def _is_there(text: str | Path) -> bool:
 
 def languages(texts: Texts) -> dict[str, list[str]]:
     """Return language -> names of its texts, in order; texts without a language are in none."""
-    names = {path: name for name, path in named(texts).items()}
+    names = {path: name for name, path in name_texts(texts).items()}
     found: dict[str, list[str]] = {}
-    for language, path in dict.fromkeys(labelled(texts)):
+    for language, path in dict.fromkeys(label_texts(texts)):
         if language is not None:
             found.setdefault(language, []).append(names[path])
     return found

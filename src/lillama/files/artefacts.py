@@ -69,7 +69,7 @@ def load_whole(path: Path) -> dict[str, Any]:
     """
     value = load_json(path)
     for name, seal in value.get(TENSORS, {}).items():
-        if checked(path.with_name(name)) != seal:
+        if check_seal(path.with_name(name)) != seal:
             raise DamagedError(path.with_name(name), f"does not belong to {path.name}")
     return value
 
@@ -89,20 +89,20 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         DamagedError: the file is missing, or is not what was written.
     """
-    with _opened(path) as file:
+    with _open(path) as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no dict)
         if seal_of(path.name, tensors) != _seal(file):
             raise DamagedError(path)
     return tensors
 
 
-def checked(path: Path) -> str:
+def check_seal(path: Path) -> str:
     """Return the seal of a file of tensors; one tensor is in memory at a time.
 
     Raises:
         DamagedError: the file is missing, or is not what was written.
     """
-    with _opened(path) as file:
+    with _open(path) as file:
         seal = _digest(path.name, ((name, file.get_tensor(name)) for name in sorted(file.keys())))
         if seal != _seal(file):
             raise DamagedError(path)
@@ -138,7 +138,7 @@ def _seal(file: safe_open) -> str | None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+def _open(path: Path) -> Iterator[safe_open]:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not path.is_file():  # a pipe would never end

@@ -42,7 +42,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def resolved(path: Path) -> Path:
+def resolve_path(path: Path) -> Path:
     """Return where a path leads, links followed.
 
     Raises:
@@ -78,7 +78,7 @@ def made_folder(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(file: Path, refusal: str) -> Iterator[None]:
+def lock_file(file: Path, refusal: str) -> Iterator[None]:
     """Hold a lock on a file, made if need be; the lock ends with the process, however that ends.
 
     Raises:
@@ -131,7 +131,7 @@ class Claim:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[Claim]:
+def claim_place(path: Path) -> Iterator[Claim]:
     """Claim the place of a folder, and end what a killed process began there.
 
     Beside the folder stands another one, `.NAME.lillama`, meanwhile; nothing else around it is touched.
@@ -139,7 +139,7 @@ def claimed(path: Path) -> Iterator[Claim]:
     Raises:
         OutputError: another process has claimed it, or something else stands where the folder beside it would.
     """
-    path = resolved(path)  # a link keeps leading to the folder, and the folder stays on its disk
+    path = resolve_path(path)  # a link keeps leading to the folder, and the folder stays on its disk
     aside = path.with_name(f".{path.name}{ASIDE}")
     lock = aside / LOCK
     with made_folder(path.parent):
@@ -151,7 +151,7 @@ def claimed(path: Path) -> Iterator[Claim]:
                 f"{aside}: holds {strange[0]}, which is not of lillama; move it, or choose another folder"
             )
         try:
-            with locked(lock, f"{path}: another process works on it; wait for it, or choose another folder"):
+            with lock_file(lock, f"{path}: another process works on it; wait for it, or choose another folder"):
                 try:
                     _settle(path, aside)
                     yield Claim(path, aside)
@@ -181,14 +181,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     A folder that stood at `path` before is kept until the new one is complete.
     """
-    with claimed(path) as claim, claim.folder() as folder:
+    with claim_place(path) as claim, claim.folder() as folder:
         yield folder
 
 
-def settled(folder: Path) -> None:
+def settle_leftovers(folder: Path) -> None:
     """End what a killed process began with the folders in `folder`, at any depth."""
     for aside in [*folder.rglob(f".*{ASIDE}")]:
-        with claimed(aside.with_name(aside.name.removeprefix(".").removesuffix(ASIDE))):
+        with claim_place(aside.with_name(aside.name.removeprefix(".").removesuffix(ASIDE))):
             pass
 
 

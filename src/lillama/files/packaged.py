@@ -10,7 +10,7 @@ _unpacked: list[TemporaryDirectory[str]] = []  # kept until the process ends, wh
 
 
 @cache
-def packaged(folder: str) -> Path:
+def package_folder(folder: str) -> Path:
     """Return a folder of the package, by its path within it; one in an archive is unpacked for as long as the process lives."""
     found = files("lillama").joinpath(*folder.split("/"))
     if isinstance(found, Path):

@@ -25,12 +25,12 @@ def plain(text: object) -> str:
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
 
 
-def escaped(text: object) -> str:
+def escape_markdown(text: object) -> str:
     r"""Return text as Markdown that shows just this text: no heading, link, emphasis, table, HTML.
 
-    >>> escaped("[a](https://b.c) | <b> *d* e_f -1.5")
+    >>> escape_markdown("[a](https://b.c) | <b> *d* e_f -1.5")
     '\\[a\\](https&#58;//b.c) \\| &lt;b&gt; \\*d\\* e_f -1.5'
-    >>> escaped("# a"), escaped("- a"), escaped("1. a")
+    >>> escape_markdown("# a"), escape_markdown("- a"), escape_markdown("1. a")
     ('\\# a', '\\- a', '1\\. a')
     """
     line = plain(text)
@@ -43,21 +43,21 @@ def escaped(text: object) -> str:
     return f"{start[0]}\\{line[start.end() :]}" if start[0].isdigit() else f"\\{line}"
 
 
-def unescaped(markdown: str) -> str:
+def unescape_markdown(markdown: str) -> str:
     r"""Return the text that `escaped` was given, as one line.
 
-    >>> unescaped(escaped("a_[b] & <c>"))
+    >>> unescape_markdown(escape_markdown("a_[b] & <c>"))
     'a_[b] & <c>'
     """
     return unescape(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown))
 
 
-def coded(text: object) -> Markup:
+def as_code(text: object) -> Markup:
     """Return text for a span of code: backticks would end it."""
     return Markup(plain(text).replace("`", "'"))
 
 
-def fenced(text: str, language: str) -> Markup:
+def as_code_block(text: str, language: str) -> Markup:
     """Return lines as a block of code, whose fence is longer than any in them."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -69,7 +69,7 @@ def markdown_templates(package: str) -> Environment:
     """Return an environment for Markdown: every value is escaped that is not marked as Markdown already."""
 
     def told(value: object) -> Markup:
-        return value if isinstance(value, Markup) else Markup(escaped(value))
+        return value if isinstance(value, Markup) else Markup(escape_markdown(value))
 
     environment = Environment(
         loader=PackageLoader(package, ""),
@@ -79,7 +79,7 @@ def markdown_templates(package: str) -> Environment:
         autoescape=True,
         finalize=told,
     )
-    environment.filters |= {"told": told, "coded": coded, "fenced": fenced}
+    environment.filters |= {"told": told, "coded": as_code, "fenced": as_code_block}
     return environment
 
 

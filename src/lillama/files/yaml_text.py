@@ -39,7 +39,7 @@ def load_yaml(text: str, name: str, kind: type[LillamaError] = RecipeError) -> A
         lillama.errors.RecipeError: r.yaml: not readable as YAML: line 1, column 7: '2024-13-45' is no timestamp
     """
     try:
-        loader = _Loader(_bounded(text))
+        loader = _Loader(_bound(text))
         node = loader.get_single_node()
         if node is None:
             return None
@@ -65,7 +65,7 @@ def refuse_unbounded(path: Path, kind: type[LillamaError] = RecipeError) -> None
         LillamaError: of the kind given.
     """
     try:
-        node = _Loader(_bounded(_read(path, kind))).get_single_node()
+        node = _Loader(_bound(_read(path, kind))).get_single_node()
         if node is not None:
             _written_out(node, {})
     except yaml.YAMLError as error:
@@ -139,7 +139,7 @@ def _read(path: Path, kind: type[LillamaError]) -> str:
         raise kind(f"{path}: not readable as YAML: byte 0x{byte:02x} is not UTF-8; convert it") from None
 
 
-def _bounded(text: str) -> str:
+def _bound(text: str) -> str:
     if len(text) > LONGEST:
         raise yaml.YAMLError(f"{len(text)} characters, more than the {LONGEST} that are read; shorten it")
     return text

@@ -85,7 +85,7 @@ def assemble(
             stored, natives = _native(own, inside, stored), native_names(own)
             originals = {name: _original(name, inside) for name in stored}
             types = {name: weights.dtype(dot + natives.get(old, old)) for name, old in originals.items()}
-            for name, tensor in _stored(stored, inside, rows, storage, types):
+            for name, tensor in _storage_of(stored, inside, rows, storage, types):
                 writer.write(f"{dot}{name}", tensor)
             how |= {f"{dot}{name}": value for name, value in found.items()}
             absorbed += [
@@ -118,7 +118,7 @@ def _native(template: nn.Module, ranks: Mapping[str, int], state: Mapping[str, T
     return {name: tensor for name, tensor in native.items() if not tensor.is_meta}
 
 
-def _stored(
+def _storage_of(
     state: Mapping[str, Tensor],
     ranks: Mapping[str, int],
     rows: Mapping[str, Tensor],

@@ -78,7 +78,7 @@ def without_code(settings: Mapping[str, Any], source: Path, code: bool = False) 
         source: the model's folder.
         code: whether code is carried along.
     """
-    if code and set(_named(settings)) <= set(code_files(source)):
+    if code and set(_by_name(settings)) <= set(code_files(source)):
         return dict(settings)
     return {key: value for key, value in settings.items() if key not in CODE_KEYS}
 
@@ -86,13 +86,13 @@ def without_code(settings: Mapping[str, Any], source: Path, code: bool = False) 
 def code_files(source: Path) -> tuple[str, ...]:
     """Return the files of code that the settings of a model name, and those in its folder that these import relatively."""
     found: list[str] = []
-    wanted = [name for file in sorted(source.glob("*config.json")) for name in _named(_settings(file))]
+    wanted = [name for file in sorted(source.glob("*config.json")) for name in _by_name(_settings(file))]
     while wanted:
         name = wanted.pop()
         file = source / name
         if name not in found and file.is_file() and file.stat().st_size <= LARGEST and is_inside(file, source):
             found.append(name)
-            wanted += _imported(file.read_text(encoding="utf-8", errors="replace"), PurePosixPath(name).parent)
+            wanted += _find_imports(file.read_text(encoding="utf-8", errors="replace"), PurePosixPath(name).parent)
     return tuple(sorted(found))
 
 
@@ -179,7 +179,7 @@ def _json(file: Path) -> Any:
         return None
 
 
-def _named(settings: Mapping[str, Any]) -> list[str]:
+def _by_name(settings: Mapping[str, Any]) -> list[str]:
     """Return the files of code that settings name; that of other repositories (`org/name--module.Class`) is no file here."""
     auto, pipelines = (settings.get(key) for key in CODE_KEYS)
     values = list(auto.values()) if isinstance(auto, dict) else []
@@ -190,7 +190,7 @@ def _named(settings: Mapping[str, Any]) -> list[str]:
     return [f"{module}.py" for module in modules if module.isidentifier()]
 
 
-def _imported(text: str, folder: PurePosixPath) -> Iterator[str]:
+def _find_imports(text: str, folder: PurePosixPath) -> Iterator[str]:
     """Yield the files that code in a folder may import relatively: `from .x import y`, `from . import x`."""
     for module, names in RELATIVE.findall(text):
         words = [module.replace(".", "/")] if module else re.findall(r"\w+", names)

@@ -18,7 +18,7 @@ from lillama.hub.usage import Loading, with_loading
 from lillama.model.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter
 from lillama.model.remote import remote_code
 from lillama.model.source import refuse_adapter, stored_dtype
-from lillama.model.weights import Weights, stored
+from lillama.model.weights import Weights, store_names
 from lillama.modeling.linear import low_rank_linears, merge
 from lillama.stream.model import StreamedModel, open_streamed
 
@@ -112,7 +112,7 @@ def _multiply_out(source: Path, folder: Path) -> None:
             for inner, layer in low_rank_linears(block):
                 layer.weight = layer.weight.to(_stored_type(weights, f"{name}.{inner}"))
             merge(block)
-            _write(writer, model, {f"{name}.{inner}": tensor for inner, tensor in stored(block)})
+            _write(writer, model, {f"{name}.{inner}": tensor for inner, tensor in store_names(block)})
 
 
 def _write(writer: CheckpointWriter, model: StreamedModel, tensors: dict[str, Tensor]) -> None:

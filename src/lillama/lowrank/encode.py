@@ -5,8 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lillama.errors import ModelError
-from lillama.lowrank.pivot import in_order, pivoted, refitted
-from lillama.lowrank.quantize import dequantized, quantized
+from lillama.lowrank.pivot import in_order, refit, to_pivots
+from lillama.lowrank.quantize import dequantize, quantize
 from lillama.lowrank.storage import Storage
 
 
@@ -35,7 +35,7 @@ def stored_factors(
         raise ModelError(f"a weight of {right.shape[1]} inputs cannot be stored in 4 bits: two numbers make a byte")
     if rows is None:
         return _written("left", left, storage, dtype) | _written("right", right, storage, dtype)
-    pivots = pivoted(left, right, rows)
+    pivots = to_pivots(left, right, rows)
     tensors = _written("right", pivots.right, storage, dtype)
     if not in_order(rows):
         tensors["order"] = pivots.order.to(torch.int32)
@@ -43,7 +43,7 @@ def stored_factors(
         return tensors
     coefficients = pivots.left
     if storage.bits:
-        coefficients = refitted(pivots, dequantized(pivots.right, storage.bits, storage.group_size))
+        coefficients = refit(pivots, dequantize(pivots.right, storage.bits, storage.group_size))
     return tensors | _written("left", coefficients, storage, dtype)
 
 
@@ -52,4 +52,4 @@ def _written(
 ) -> dict[str, Tensor]:
     if not storage.bits:
         return {f"{side}.weight": factor.to(dtype)}
-    return {f"{side}.{leaf}": tensor for leaf, tensor in quantized(factor, storage.bits, storage.group_size).items()}
+    return {f"{side}.{leaf}": tensor for leaf, tensor in quantize(factor, storage.bits, storage.group_size).items()}

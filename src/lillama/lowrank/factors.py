@@ -51,7 +51,7 @@ def scaled_svd(weight: Float[Tensor, "out in"], scales: Float[Tensor, " in"], ra
     """
     scales = _exact(scales)
     factors = truncated_svd(_exact(weight) * scales, rank)
-    return _balanced(factors.left, factors.right / scales)
+    return _balance(factors.left, factors.right / scales)
 
 
 def whitened_svd(
@@ -95,17 +95,17 @@ def two_sided_svd(
     w = _exact(weight)
     if gram_out is None:
         left = leading(_seen(w, gram_in, damping), rank)
-        return _balanced(left, left.mT @ w)
+        return _balance(left, left.mT @ w)
     gram_out = _sum(gram_out)
     if gram_out.dim() < w.dim():
         scales = (gram_out + _floor(gram_out, damping_out, diagonal=True)).sqrt()[..., None]
         white = scales * w
         u = leading(_seen(white, gram_in, damping), rank)
-        return _balanced(u / scales, u.mT @ white)
+        return _balance(u / scales, u.mT @ white)
     scales, q = _root(gram_out, damping_out)
     white = scales * (q.mT @ w)
     u = leading(_seen(white, gram_in, damping), rank)
-    return _balanced(q @ (u / scales), u.mT @ white)
+    return _balance(q @ (u / scales), u.mT @ white)
 
 
 def spectrum(
@@ -187,7 +187,7 @@ def _eigvalsh(matrix: Float[Tensor, "... n n"]) -> Tensor:
     return cast(Tensor, result)
 
 
-def _balanced(left: Float[Tensor, "... out rank"], right: Float[Tensor, "... rank in"]) -> Factors:
+def _balance(left: Float[Tensor, "... out rank"], right: Float[Tensor, "... rank in"]) -> Factors:
     tiny = torch.finfo(left.dtype).tiny
     left_norms, right_norms = left.square().sum(dim=-2).sqrt(), right.square().sum(dim=-1).sqrt()
     ratio = (right_norms.clamp(min=tiny) / left_norms.clamp(min=tiny)).sqrt()

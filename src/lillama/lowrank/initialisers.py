@@ -53,7 +53,7 @@ class Scaled:
         self, weight: Float[Tensor, "... out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
-        inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
+        inputs = _require(moments.inputs, "Gram matrix of the inputs", self.name)
         return scaled_svd(weight, (inputs.absolute / max(1, inputs.count)) ** self.alpha + LEAST_SCALE, rank)
 
 
@@ -76,7 +76,7 @@ class Whitened:
         self, weight: Float[Tensor, "... out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
-        inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
+        inputs = _require(moments.inputs, "Gram matrix of the inputs", self.name)
         return whitened_svd(weight, inputs, rank, self.damping)
 
 
@@ -101,8 +101,8 @@ class TwoSided:
         self, weight: Float[Tensor, "... out in"], rank: int, moments: Moments, generator: torch.Generator
     ) -> Factors:
         """Return the factors of a weight at a rank."""
-        inputs = _measured(moments.inputs, "Gram matrix of the inputs", self.name)
-        gradients = _measured(moments.gradients, "Gram matrix of the gradients at the outputs", self.name)
+        inputs = _require(moments.inputs, "Gram matrix of the inputs", self.name)
+        gradients = _require(moments.gradients, "Gram matrix of the gradients at the outputs", self.name)
         if self.identity == 1:
             return whitened_svd(weight, inputs, rank, self.damping)
         mixed = (self.identity + self.damping) / (1 - self.identity)  # of a Gram only the scale is lost
@@ -161,7 +161,7 @@ class OwnInitialiser(Protocol):
 Initialiser = Known | OwnInitialiser
 
 
-def _measured(gram: Gram | None, what: str, name: str) -> Gram:
+def _require(gram: Gram | None, what: str, name: str) -> Gram:
     if gram is None:
         raise ValueError(f"the initialisation {name} needs the {what}")
     return gram

@@ -37,7 +37,7 @@ def absorb(
         if not open_orders:
             continue
         order = rows[max(open_orders, key=lambda name: ranks[name])]
-        permuted = _permuted(state, order, siblings, reader)
+        permuted = _permute(state, order, siblings, reader)
         if _same(template, parent, ranks, state, state | permuted):
             state |= permuted
             rows |= {name: order.argsort()[rows[name]] for name in siblings if name in rows}
@@ -56,7 +56,7 @@ def _candidates(template: nn.Module) -> Iterator[tuple[str, str, tuple[str, ...]
                 yield parent, reader, tuple(siblings)
 
 
-def _permuted(
+def _permute(
     state: Mapping[str, Tensor], order: Int[Tensor, " out"], siblings: tuple[str, ...], reader: str
 ) -> dict[str, Tensor]:
     """Return what changes when the siblings write, and the reader reads, in another order."""

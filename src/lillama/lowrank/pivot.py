@@ -63,7 +63,7 @@ def pivot_rows(left: Float[Tensor, "out rank"]) -> tuple[Int[Tensor, " out"], Pi
         return torch.arange(out_features), Pivoting(1.0, 0.0)
     chosen = cast(Any, linalg).qr(basis.T.numpy(), mode="r", pivoting=True)[1]
     rows = torch.tensor(chosen, dtype=torch.long)
-    coefficients = _solved(basis, rows, rank)
+    coefficients = _solve(basis, rows, rank)
     while coefficients.abs().max() > LARGEST:
         other, pivot = divmod(int(coefficients.abs().argmax()), rank)
         rows[pivot], rows[rank + other] = rows[rank + other].clone(), rows[pivot].clone()
@@ -72,7 +72,7 @@ def pivot_rows(left: Float[Tensor, "out rank"]) -> tuple[Int[Tensor, " out"], Pi
     return rows, Pivoting(float(condition), float(coefficients.abs().max()))
 
 
-def pivoted(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"], rows: Int[Tensor, " out"]) -> Pivots:
+def to_pivots(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"], rows: Int[Tensor, " out"]) -> Pivots:
     """Return `left @ right` as pivot rows and coefficients in fp64.
 
     Args:
@@ -82,7 +82,7 @@ def pivoted(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"], ro
     """
     rank = left.shape[1]
     pivots = left.detach().double().cpu()[rows[:rank]] @ right.detach().double().cpu()
-    return Pivots(pivots, _solved(_basis(left), rows, rank), rows.argsort())
+    return Pivots(pivots, _solve(_basis(left), rows, rank), rows.argsort())
 
 
 def in_order(rows: Int[Tensor, " out"]) -> bool:
@@ -90,7 +90,7 @@ def in_order(rows: Int[Tensor, " out"]) -> bool:
     return bool((rows == torch.arange(len(rows))).all())
 
 
-def refitted(pivots: Pivots, rounded: Float[Tensor, "rank in"]) -> Float64[Tensor, "others rank"]:
+def refit(pivots: Pivots, rounded: Float[Tensor, "rank in"]) -> Float64[Tensor, "others rank"]:
     """Return the coefficients of the other rows in pivot rows that have been rounded: those of the least squared error."""
     others = pivots.left @ pivots.right
     fit = cast(Any, torch.linalg).lstsq(rounded.double().cpu().T, others.T)
@@ -109,9 +109,7 @@ def _basis(left: Float[Tensor, "out rank"]) -> Float64[Tensor, "out width"]:
     return vectors[:, values > DEPENDENT * values[:1]]
 
 
-def _solved(
-    basis: Float64[Tensor, "out width"], rows: Int[Tensor, " out"], rank: int
-) -> Float64[Tensor, "others rank"]:
+def _solve(basis: Float64[Tensor, "out width"], rows: Int[Tensor, " out"], rank: int) -> Float64[Tensor, "others rank"]:
     """Return the coefficients of the other rows in the pivots, which come first."""
     width = basis.shape[1]
     found = cast(Any, torch.linalg).solve(basis[rows[:width]].T, basis[rows[rank:]].T).T.contiguous()

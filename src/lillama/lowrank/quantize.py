@@ -27,7 +27,7 @@ def refuse_without_torchao() -> None:
         raise RecipeError("storage.bits is set and torchao is not installed: pip install 'lillama[quant]'")
 
 
-def quantized(weight: Float[Tensor, "out in"], bits: int, group_size: int) -> dict[str, Tensor]:
+def quantize(weight: Float[Tensor, "out in"], bits: int, group_size: int) -> dict[str, Tensor]:
     """Return `qweight` and `scale` of a weight as `QuantizedLinear` stores them.
 
     Integers are symmetric about 0. At 8 bits the scale is the smallest with which no number of the row is off by more than
@@ -55,10 +55,10 @@ def quantized(weight: Float[Tensor, "out in"], bits: int, group_size: int) -> di
     return {"qweight": nibbles[:, 0::2] | nibbles[:, 1::2] << 4, "scale": _bits(scale)}
 
 
-def dequantized(weight: Float[Tensor, "out in"], bits: int, group_size: int) -> Float[Tensor, "out in"]:
+def dequantize(weight: Float[Tensor, "out in"], bits: int, group_size: int) -> Float[Tensor, "out in"]:
     """Return a weight as it is, in fp32, after it has been stored in few bits."""
     layer = QuantizedLinear(weight.shape[1], weight.shape[0], bits, group_size)
-    layer.load_state_dict(quantized(weight, bits, group_size))
+    layer.load_state_dict(quantize(weight, bits, group_size))
     return layer.weight
 
 

@@ -35,7 +35,7 @@ FETCH_AGAIN = "fetch the model again"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where a tensor lies: its file, shape and type as the file's header tells."""
 
     file: Path
@@ -77,16 +77,16 @@ class CheckpointReader:
         raise ModelError(f"{self.folder}: no {SINGLE} and no {INDEX} found; a model folder with weights is needed")
 
     @cached_property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, TensorEntry]:
         """Name of every stored tensor -> its entry."""
         index = self._index or {}
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorEntry] = {}
         for file in self.files:
-            with _opened(file, FETCH_AGAIN) as shard:
+            with _open(file, FETCH_AGAIN) as shard:
                 for name in shard.keys():  # noqa: SIM118  (a safetensors handle, not a dict)
                     if index.get(name, file.name) == file.name:
                         view = shard.get_slice(name)
-                        entries[name] = Entry(file, tuple(view.get_shape()), view.get_dtype())
+                        entries[name] = TensorEntry(file, tuple(view.get_shape()), view.get_dtype())
         for name, file in index.items():
             if name not in entries:
                 raise ModelError(f"{self._chosen}: tensor {name} is not in {file}; {FETCH_AGAIN}")
@@ -172,7 +172,7 @@ class CheckpointReader:
             ModelError: the tensor is missing, not floating-point, or holds NaN or infinite values.
         """
         self.check(name, dtype)
-        with _opened(self._entry(name).file, FETCH_AGAIN) as shard:
+        with _open(self._entry(name).file, FETCH_AGAIN) as shard:
             tensor = shard.get_tensor(name)
         if not all(piece.isfinite().all() for piece in tensor.flatten().split(CHECKED_AT_ONCE)):
             raise ModelError(
@@ -185,7 +185,7 @@ class CheckpointReader:
         code = sorted(self.folder.glob("*.py")) if runs_code() else []
         return digest({file.name: file_digest(file) for file in (self.folder / "config.json", *self.files, *code)})
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
             raise ModelError(f"{self.folder}: tensor {name} is missing{suggestion(name, self.entries)}")
         return self.entries[name]
@@ -241,7 +241,7 @@ class CheckpointWriter:
         self._pending = {}
 
 
-def _opened(file: Path, remedy: str) -> safe_open:
+def _open(file: Path, remedy: str) -> safe_open:
     if not file.is_file():  # a pipe would never end
         raise ModelError(f"{file}: this file of weights is missing; {remedy}")
     try:

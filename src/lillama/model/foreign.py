@@ -36,7 +36,7 @@ LINE = 4 * SHOWN  # characters of a reason
 
 
 @contextmanager
-def explained(what: str, remedy: str = "") -> Iterator[None]:
+def explain_errors(what: str, remedy: str = "") -> Iterator[None]:
     """Turn what foreign code raises into a `ModelError` of one line.
 
     Where weights are read, put `shortage_explained` inside: a full disk or memory then keeps its own line.
@@ -46,7 +46,7 @@ def explained(what: str, remedy: str = "") -> Iterator[None]:
         remedy: ends it.
 
     Examples:
-        >>> with explained("my-model: cannot be loaded", "get a sound copy"):
+        >>> with explain_errors("my-model: cannot be loaded", "get a sound copy"):
         ...     raise KeyError("vocab_size")
         Traceback (most recent call last):
         lillama.errors.ModelError: my-model: cannot be loaded (KeyError: 'vocab_size'); get a sound copy

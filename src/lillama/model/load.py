@@ -11,13 +11,13 @@ from transformers.utils import logging as reports
 
 from lillama.errors import ResourceError
 from lillama.model.checkpoint import CheckpointReader
-from lillama.model.foreign import explained
+from lillama.model.foreign import explain_errors
 from lillama.model.remote import runs_code
 from lillama.model.skeleton import skeleton
 from lillama.model.source import computed_dtype, load_config, quantization
 from lillama.model.weights import Weights, missing, warn_of_unused
 from lillama.system.memory import MemoryBudget
-from lillama.system.resources import readable, shortage_explained
+from lillama.system.resources import explain_shortage, readable
 
 
 def load(
@@ -56,7 +56,7 @@ def load(
     spread = {} if offload is None else {"device_map": "auto", "offload_folder": str(offload)}
     wanted = dtype or ("auto" if offload is not None else computed_dtype(config, device))
     model: Any
-    with explained(f"{folder}: transformers cannot load this model"), shortage_explained(), _own_words():
+    with explain_errors(f"{folder}: transformers cannot load this model"), explain_shortage(), _own_words():
         model, found = kind.from_pretrained(
             folder,
             use_safetensors=True,
@@ -98,7 +98,7 @@ def weight_bytes(folder: Path, device: torch.device) -> int:
 def _refuse_generation_config(file: Path) -> None:
     """Refuse a model's settings for writing where transformers cannot read them; they count in tasks that let it write."""
     if file.is_file():
-        with explained(f"{file}: transformers cannot use it", "mend it, or remove it for transformers' defaults"):
+        with explain_errors(f"{file}: transformers cannot use it", "mend it, or remove it for transformers' defaults"):
             GenerationConfig.from_pretrained(file.parent)
 
 

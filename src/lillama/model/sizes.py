@@ -25,7 +25,7 @@ def as_stored(spec: ModelSpec, weights: Weights, template: Callable[[int], nn.Mo
         if name not in weights.integers:
             numbers[weights.dtype(name)] += weights.numbers(name)
     usual = max(numbers, key=lambda dtype: (numbers[dtype], str(dtype)))
-    blocks = spec.blocks if len(numbers) == 1 else tuple(_typed(block, weights, template, usual) for block in spec)
+    blocks = spec.blocks if len(numbers) == 1 else tuple(_with_types(block, weights, template, usual) for block in spec)
     return replace(
         spec,
         dtype=str(usual).removeprefix("torch."),
@@ -35,7 +35,9 @@ def as_stored(spec: ModelSpec, weights: Weights, template: Callable[[int], nn.Mo
     )
 
 
-def _typed(block: BlockSpec, weights: Weights, template: Callable[[int], nn.Module], usual: torch.dtype) -> BlockSpec:
+def _with_types(
+    block: BlockSpec, weights: Weights, template: Callable[[int], nn.Module], usual: torch.dtype
+) -> BlockSpec:
     """Return a block with the bytes a number of those linears that are stored in another type than is usual."""
     natives = native_names(template(block.index))
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lillama.errors import ModelError, shown, suggestion
-from lillama.model.foreign import explained
+from lillama.model.foreign import explain_errors
 from lillama.model.remote import needs_code, runs_code
 
 LARGE = 1 << 28  # numbers; no buffer has so many
@@ -66,7 +66,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
         ModelError: transformers has no such class, or it cannot be built with these values.
     """
     kind = model_class(config)
-    with explained(f"config.json: {kind.__name__} cannot be built with these values"):
+    with explain_errors(f"config.json: {kind.__name__} cannot be built with these values"):
         with init_empty_weights(include_buffers=False), _LargeOnMeta():
             model = kind(copy.deepcopy(config))
         model.tie_weights()
@@ -87,9 +87,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     references = (getattr(config, "auto_map", None) or {}).values()
     own = next((one for one in references if isinstance(one, str) and one.rpartition(".")[2] == architecture), None)
     if own is not None and runs_code():
-        with explained(f"config.json: the code of {architecture} ({own}) cannot be used"):
+        with explain_errors(f"config.json: the code of {architecture} ({own}) cannot be used"):
             return get_class_from_dynamic_module(own, config._name_or_path)
-    with explained(f"config.json: {shown(architecture)} of transformers cannot be imported"):
+    with explain_errors(f"config.json: {shown(architecture)} of transformers cannot be imported"):
         found = getattr(transformers, architecture, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found

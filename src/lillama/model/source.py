@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lillama.errors import ModelError, shown
 from lillama.files.atomic import read_json
-from lillama.model.foreign import explained, reason
+from lillama.model.foreign import explain_errors, reason
 from lillama.model.remote import announce, needs_code, runs_code
 
 WANTED = [
@@ -108,7 +108,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     _refuse_endless(path, raw)
     _refuse_code(path, raw)
     announce(folder, raw)
-    with explained(f"{path}: transformers cannot use this configuration"):
+    with explain_errors(f"{path}: transformers cannot use this configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=runs_code())
         text = config.get_text_config()
     _refuse_senseless(path, config, text)

@@ -26,7 +26,7 @@ def untie(model: PreTrainedModel, reader: CheckpointReader) -> None:
         reader: of its weights.
     """
     tied: Mapping[str, str] = model.all_tied_weights_keys  # name -> the one that it is tied to
-    stored = _stored(model, reader, {*tied, *tied.values()}) if tied else {}
+    stored = _storage_of(model, reader, {*tied, *tied.values()}) if tied else {}
     for target, source in tied.items():
         if target not in stored:
             continue
@@ -42,7 +42,7 @@ def untie(model: PreTrainedModel, reader: CheckpointReader) -> None:
             )
 
 
-def _stored(model: PreTrainedModel, reader: CheckpointReader, names: set[str]) -> dict[str, str]:
+def _storage_of(model: PreTrainedModel, reader: CheckpointReader, names: set[str]) -> dict[str, str]:
     """Return tied name in the model -> tensor in the checkpoint, for those that are there."""
     shapes = {
         tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False) if name in names

@@ -20,7 +20,7 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
 
 
 @contextmanager
-def failures_explained(explain: Callable[[str], LillamaError]) -> Iterator[None]:
+def explain_failures(explain: Callable[[str], LillamaError]) -> Iterator[None]:
     """Turn whatever the code of a tokenizer or of a chat template raises into one line.
 
     Tokenizers raise bare `Exception`s and, where their Rust code panics, what is none; templates raise what they like. Lack
@@ -52,7 +52,7 @@ def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
             remedy = "read that code, and if you trust it give --trust-remote-code"
         return ModelError(f"{model_path}: no usable tokenizer ({why}); {remedy}")
 
-    with failures_explained(explain):
+    with explain_failures(explain):
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=runs_code())
         tokenizer(["a"], truncation=False, padding=False, verbose=False)  # not as its file has it, from now on
         wrong = next((name for name in SPECIAL if not isinstance(getattr(tokenizer, name), int | None)), None)
@@ -63,7 +63,7 @@ def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encoded(
+def encode_text(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], embeddings: int | None, where: str, **options: Any
 ) -> dict[str, list[list[int]]]:
     """Tokenise texts: all of each, whatever truncation and padding the tokenizer's file asks for.
@@ -88,7 +88,7 @@ def encoded(
     def explain(why: str) -> DataError:
         return DataError(f"{where}: the tokenizer fails on this text ({why}); give other text or mend tokenizer.json")
 
-    with failures_explained(explain):
+    with explain_failures(explain):
         found: Any = tokenizer(list(texts), truncation=False, padding=False, verbose=False, **options)
     for ids in found["input_ids"]:
         refuse_unknown(tokenizer, ids, embeddings, where)
@@ -130,7 +130,7 @@ def embeddings_of(model: PreTrainedModel) -> int | None:
 
 
 @contextmanager
-def unknown_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> Iterator[None]:
+def refuse_unknown_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> Iterator[None]:
     """Refuse tokens without an embedding while others call the model."""
 
     def check(layer: nn.Module, inputs: tuple[Any, ...]) -> None:

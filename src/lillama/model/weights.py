@@ -36,7 +36,7 @@ WRAPPED = re.compile("|".join(rf"(?<![^.]){re.escape(part)}" for part in WRAPPER
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """What one tensor of a model, or several of them, are made of.
 
     Attributes:
@@ -81,7 +81,7 @@ class Weights:
 
     model: PreTrainedModel
     reader: CheckpointReader
-    sources: Mapping[str, tuple[Source, str]]
+    sources: Mapping[str, tuple[TensorSource, str]]
     integers: Mapping[str, torch.dtype]
 
     @classmethod
@@ -94,9 +94,9 @@ class Weights:
             ModelError: a tensor is missing, has another shape, or a type that cannot be read.
         """
         prefix, present = f"{model.base_model_prefix}.", _present(model, reader)
-        found: dict[str, tuple[Source, str]] = {}
-        tied = {names[0]: names for names in _shared(model)}
-        for name, wanted in stored(model):
+        found: dict[str, tuple[TensorSource, str]] = {}
+        tied = {names[0]: names for names in _common_part(model)}
+        for name, wanted in store_names(model):
             candidates = (name, name.removeprefix(prefix), prefix + name, *tied.get(name, ()))
             known = next((n for n in candidates if n in present), None)
             if known is None:
@@ -110,7 +110,7 @@ class Weights:
             for key, _ in source.keys:
                 reader.check(key, wanted.dtype)
             found[name] = source, known
-        integers = {name: tensor.dtype for name, tensor in stored(model) if not tensor.is_floating_point()}
+        integers = {name: tensor.dtype for name, tensor in store_names(model) if not tensor.is_floating_point()}
         _warn_of_unused(model, reader, present)
         return cls(model, reader, found, integers)
 
@@ -153,7 +153,7 @@ class Weights:
             yield name, made[id(source)].pop(known)
 
 
-def filled(
+def fill_module(
     template: nn.Module,
     prefix: str,
     weights: Weights,
@@ -173,9 +173,9 @@ def filled(
     """
     module, dot = copy.deepcopy(template), f"{prefix}." if prefix else ""
     chosen = weights.sources.keys() if wanted is None else frozenset(wanted)
-    names = [dot + name for name, _ in stored(module) if dot + name in chosen]
+    names = [dot + name for name, _ in store_names(module) if dot + name in chosen]
     state = {name.removeprefix(dot): tensor for name, tensor in weights.read(names, device, dtype)}
-    shared = _shared(module)
+    shared = _common_part(module)
     module.load_state_dict(state, strict=False, assign=True)
     for first, *others in shared:
         for name in others:
@@ -189,7 +189,7 @@ def filled(
     return module.requires_grad_(False)
 
 
-def stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def store_names(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield what a checkpoint stores of a module: parameters, shared ones once, and persistent, non-empty buffers."""
     yield from module.named_parameters()
     kept = set(module.state_dict(keep_vars=True))
@@ -223,7 +223,7 @@ def warn_of_unused(folder: Path, names: Iterable[str]) -> None:
 
 
 def _warn_of_unused(
-    model: PreTrainedModel, reader: CheckpointReader, present: Mapping[str, tuple[Source, tuple[int, ...]]]
+    model: PreTrainedModel, reader: CheckpointReader, present: Mapping[str, tuple[TensorSource, tuple[int, ...]]]
 ) -> None:
     """Find the stored tensors that have no place in a model, and that its class does not leave out by itself."""
     prefix, known = f"{model.base_model_prefix}.", set(model.state_dict())
@@ -244,11 +244,11 @@ def _warn_of_unused(
 
 def plain_targets(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Return name that transformers gives it -> tensor in the checkpoint, for tensors that it takes as they are."""
-    renamed, _ = _renamed(model, keys)
+    renamed, _ = _rename(model, keys)
     return {target: key for key, (target, pattern) in renamed.items() if pattern is None}
 
 
-def _renamed(
+def _rename(
     model: PreTrainedModel, keys: Iterable[str]
 ) -> tuple[dict[str, tuple[str, str | None]], dict[str, WeightConverter]]:
     """Return what transformers makes of the checkpoint's names.
@@ -267,24 +267,26 @@ def _renamed(
     return found, {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
 
-def _present(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, tuple[Source, tuple[int, ...]]]:
+def _present(model: PreTrainedModel, reader: CheckpointReader) -> dict[str, tuple[TensorSource, tuple[int, ...]]]:
     """Map every name under which the checkpoint's tensors can be found to their source and shape."""
-    renamed, by_pattern = _renamed(model, reader.entries)
+    renamed, by_pattern = _rename(model, reader.entries)
     groups: dict[str, list[tuple[str, str]]] = {}
-    found: dict[str, tuple[Source, tuple[int, ...]]] = {}
+    found: dict[str, tuple[TensorSource, tuple[int, ...]]] = {}
     for key, (target, pattern) in renamed.items():
         if pattern is None:
-            found[target] = Source(target, ((key, ""),)), reader.shape(key)
+            found[target] = TensorSource(target, ((key, ""),)), reader.shape(key)
         else:
             groups.setdefault(target, []).append((key, pattern))
     for target, keys in groups.items():
-        source = Source(target, tuple(keys), by_pattern[keys[0][1]])
+        source = TensorSource(target, tuple(keys), by_pattern[keys[0][1]])
         shapes = {key: torch.empty(reader.shape(key), device="meta") for key, _ in keys}
         found |= {name: (source, tuple(tensor.shape)) for name, tensor in source.made(model, shapes).items()}
-    return found | {key: (Source(key, ((key, ""),)), reader.shape(key)) for key in reader.entries if key not in found}
+    return found | {
+        key: (TensorSource(key, ((key, ""),)), reader.shape(key)) for key in reader.entries if key not in found
+    }
 
 
-def _shared(module: nn.Module) -> Iterable[list[str]]:
+def _common_part(module: nn.Module) -> Iterable[list[str]]:
     """Return, for each parameter, all of its names; it may be saved under any of them."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -135,7 +135,7 @@ class Experts(nn.Module):
         shell: Any = self._shell[0]
         ups = [self.get_submodule(f"{index}.{leaf}")(x) for leaf in self.leaves[:-1]]
         x = torch.cat(ups, dim=-1) if self.split else ups[0]
-        x = _gated(shell, x) if self.up_name == UPS[0] else shell.act_fn(x)
+        x = _gate(shell, x) if self.up_name == UPS[0] else shell.act_fn(x)
         x = self.get_submodule(f"{index}.{_short(DOWN)}")(x)
         return shell.post_expert_norm(x) if getattr(shell, "has_post_expert_norm", False) else x
 
@@ -228,7 +228,7 @@ def routers(block: nn.Module) -> list[str]:
     return found
 
 
-def _gated(shell: Any, x: torch.Tensor) -> torch.Tensor:
+def _gate(shell: Any, x: torch.Tensor) -> torch.Tensor:
     if hasattr(shell, "_apply_gate"):
         return shell._apply_gate(x)
     gate, up = x.chunk(2, dim=-1)

@@ -59,7 +59,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` (..., in) to (..., out)."""
-        return biased(self.left(self.right(x)), self.bias)
+        return add_bias(self.left(self.right(x)), self.bias)
 
     def product(self) -> torch.Tensor:
         """Return the dense weight (out x in), see `multiply`."""
@@ -67,7 +67,7 @@ class LowRankLinear(nn.Module):
 
     def dense(self) -> nn.Linear:
         """Return the `nn.Linear` that computes the same, of this layer's type, with its very bias."""
-        return densified(self)
+        return densify(self)
 
     def extra_repr(self) -> str:
         """Describe the shape for `print(model)`."""
@@ -132,7 +132,7 @@ class PivotLinear(nn.Module):
         if self.order is not None:
             flat = y.reshape(-1, self.out_features)  # a matrix: on more dimensions index_select is ten times slower
             y = flat.index_select(-1, self.order).view(y.shape)
-        return biased(y, self.bias)
+        return add_bias(y, self.bias)
 
     def product(self) -> torch.Tensor:
         """Return the dense weight (out x in), see `multiply`."""
@@ -143,7 +143,7 @@ class PivotLinear(nn.Module):
 
     def dense(self) -> nn.Linear:
         """Return the `nn.Linear` that computes the same, of this layer's type, with its very bias."""
-        return densified(self)
+        return densify(self)
 
     def extra_repr(self) -> str:
         """Describe the shape for `print(model)`."""
@@ -258,7 +258,7 @@ def mark(model: nn.Module) -> None:
             module.mark()
 
 
-def biased(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `y + bias` in the type of `y`; without gradients `y` itself is changed, which spares a copy.
 
     With gradients a backward hook may have made `y` a view that must not be changed.
@@ -274,7 +274,7 @@ def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (left.to(wide) @ right.to(wide)).to(left.dtype)
 
 
-def densified(layer: Factorised) -> nn.Linear:
+def densify(layer: Factorised) -> nn.Linear:
     """Return the dense form of a layer, see `LowRankLinear.dense`."""
     dense = layer.dense_class(layer.in_features, layer.out_features, False, "meta", layer.weight.dtype)
     weight = layer.product().detach().to(layer.weight.dtype)
@@ -299,5 +299,5 @@ def merge(model: nn.Module) -> None:
         Linear(in_features=64, out_features=96, bias=False)
     """
     for name, layer in list(low_rank_linears(model)):
-        model.set_submodule(name, densified(layer))
+        model.set_submodule(name, densify(layer))
     fuse(model)

@@ -33,7 +33,7 @@ def refusal(section: Any) -> str | None:
             f"{FORMAT_VERSION})"
         )
     ranks, storage = section.get("ranks"), section.get("storage")
-    return _ranks(ranks) or _storage(storage) or _absorbed(section.get("absorbed"), ranks, storage)
+    return _ranks(ranks) or _storage(storage) or _absorb(section.get("absorbed"), ranks, storage)
 
 
 def misfit(name: str, rank: int, linear: nn.Linear) -> str | None:
@@ -113,7 +113,7 @@ def _storage(storage: Any) -> str | None:
     return None
 
 
-def _absorbed(absorbed: Any, ranks: Mapping[str, Any], storage: Any) -> str | None:
+def _absorb(absorbed: Any, ranks: Mapping[str, Any], storage: Any) -> str | None:
     if absorbed is None:
         return None
     names = cast(list[Any], absorbed) if isinstance(absorbed, list | tuple) else [None]

@@ -22,7 +22,7 @@ from lillama.moments.probes import Probes
 from lillama.stream.activations import ActivationStore, Shelf, Stores
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockArgs, BlockInputs, Rowwise, tree_leaves
-from lillama.stream.capture import advance, begin, entered, overflow, row_leaves, row_slices
+from lillama.stream.capture import advance, begin, embed_with_grad, overflow, row_leaves, row_slices
 from lillama.stream.head import Head
 from lillama.stream.model import StreamedModel
 from lillama.system.progress import Progress, Report
@@ -105,7 +105,7 @@ class GradientCache:
             store.remove()
 
 
-Visit = Callable[[int, nn.Module, dict[str, Moments]], None]
+GradientVisit = Callable[[int, nn.Module, dict[str, Moments]], None]
 
 
 def collect_gradient_moments(
@@ -116,7 +116,7 @@ def collect_gradient_moments(
     micro_batch: int,
     generator: torch.Generator,
     names: Callable[[int], Iterable[str]],
-    visit: Visit,
+    visit: GradientVisit,
     report: Report,
 ) -> GradientCache:
     """Run some sequences forward and backward through a model, and collect the second moments at its linears block by block.
@@ -322,7 +322,7 @@ def _cross(
         before = {earlier: stores[earlier][-1].read(rows) for earlier in range(stack - 1)}
         leaf = end.read(rows).requires_grad_()
         with torch.enable_grad():
-            hidden, calls = entered(model, outside, batch[rows], stack, before | {stack - 1: leaf})
+            hidden, calls = embed_with_grad(model, outside, batch[rows], stack, before | {stack - 1: leaf})
         ends = [(hidden, source.read(rows))]
         for mark, given in row_leaves(crossing.table.calls, calls).items():
             if mark.key in crossing.found:

@@ -18,7 +18,7 @@ from lillama.stream.calls import BlockArgs, tree_leaves
 
 logger = logging.getLogger(__name__)
 
-Run = tuple[BlockArgs, Float[Tensor, "_ _ width"], Bool[Tensor, "_ _"] | None]  # sequences x length (x width)
+WatchedRun = tuple[BlockArgs, Float[Tensor, "_ _ width"], Bool[Tensor, "_ _"] | None]  # sequences x length (x width)
 
 
 @dataclass
@@ -184,7 +184,7 @@ def _drawn(own: Gram | None, mean: Gram) -> Gram:
 
 
 @torch.no_grad()
-def collect_input_moments(block: nn.Module, names: Iterable[str], runs: Iterable[Run]) -> dict[str, Gram]:
+def collect_input_moments(block: nn.Module, names: Iterable[str], runs: Iterable[WatchedRun]) -> dict[str, Gram]:
     """Run a block and accumulate the Grams of the real tokens that enter the named linears.
 
     Args:

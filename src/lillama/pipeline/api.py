@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Unpack
 
 from lillama.errors import OutputError
-from lillama.files.atomic import resolved
+from lillama.files.atomic import resolve_path
 from lillama.model.remote import remote_code
 from lillama.pipeline.compress import claim_target, compress_model, read_texts
 from lillama.pipeline.job import Planned, build_job, plan
@@ -14,7 +14,7 @@ from lillama.recipes.options import Machine, Overrides, OverridesDict, refuse_tw
 from lillama.recipes.recipe import Recipe, override, recipe_name
 from lillama.runs.result import Result
 from lillama.system.progress import Report, silent
-from lillama.system.resources import shortage_explained
+from lillama.system.resources import explain_shortage
 
 
 def compress(
@@ -70,7 +70,7 @@ def compress(
         refuse_search(max_loss, folder)
     with (
         remote_code(trust_remote_code),
-        shortage_explained(),
+        explain_shortage(),
         claim_target(out, folder, restart, read_texts(texts)) as target,
     ):
         job = build_job(model, wanted, machine or Machine(), rank_plan, recipe_name(recipe))
@@ -105,7 +105,7 @@ def preview(
     overrides = Overrides.of(**options)
     refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes)
     wanted, machine = override(recipe, overrides), machine or Machine()
-    with remote_code(trust_remote_code), shortage_explained():
+    with remote_code(trust_remote_code), explain_shortage():
         planned = plan(model, recipe=wanted, machine=machine)
         job = build_job(model, wanted, machine)
         return preview_ranks(job, planned, wanted, report)
@@ -116,7 +116,7 @@ def _run_folder(out: Path, run: str | Path | None) -> Path:
     if out.name in ("", ".."):
         raise OutputError(f"{out}: OUT is a folder to make; give it a name")
     folder = Path(run).expanduser() if run is not None else out.with_name(f"{out.name}.run")
-    inner, outer = resolved(folder), resolved(out)
+    inner, outer = resolve_path(folder), resolve_path(out)
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise OutputError(f"{folder}: run folder and OUT lie in each other; choose another --run")
     return folder

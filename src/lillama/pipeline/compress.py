@@ -15,10 +15,10 @@ from lillama.calibration.pack import CalibrationSet
 from lillama.calibration.sample import sample_calibration
 from lillama.corpus.texts import read_text
 from lillama.errors import DamagedError
-from lillama.evaluation.perplexity import Windows, cut, default_length, named, score_texts
+from lillama.evaluation.perplexity import score_texts
 from lillama.evaluation.tally import refuse_other_models
-from lillama.evaluation.windows import Texts
-from lillama.files.atomic import Claim, claimed, write_json
+from lillama.evaluation.windows import Texts, Windows, cut_windows, default_length, name_texts
+from lillama.files.atomic import Claim, claim_place, write_json
 from lillama.hub.assemble import assemble
 from lillama.hub.card import card
 from lillama.hub.rights import rights_of
@@ -34,7 +34,7 @@ from lillama.pipeline.schedules import distill_jointly, distill_sequentially
 from lillama.ranks.spectra import Spectra
 from lillama.report.card_plot import PLOT, kept_plot
 from lillama.runs.result import FILE, Result, Stored, TextPair, file_digests, refuse_foreign
-from lillama.runs.run_dir import RunDir, opened
+from lillama.runs.run_dir import RunDir, open_run
 from lillama.stream.activations import Shelf, Stores
 from lillama.stream.forward import through
 from lillama.stream.head import Change, change
@@ -75,7 +75,7 @@ def claim_target(out: Path, run: Path, restart: bool, texts: Mapping[str, str]) 
     Raises:
         OutputError: another process works on it, or it holds what would be lost.
     """
-    with claimed(out) as claim:
+    with claim_place(out) as claim:
         refuse_foreign(out)
         yield Target(out, claim, run, restart, texts)
 
@@ -91,7 +91,7 @@ def compress_model(job: Job, target: Target, report: Report, lent: RunDir | None
     """
     windows = _cut_texts(job, target.texts)
     check_resources(job, target.out, target.run, _size(target.run))
-    with opened(target.run, job.identity(), target.restart) as run_dir:
+    with open_run(target.run, job.identity(), target.restart) as run_dir:
         ctx = open_context(job, run_dir, report, lent)
         ctx = select_ranks(ctx)
         ctx = distill_blocks(ctx)
@@ -101,7 +101,7 @@ def compress_model(job: Job, target: Target, report: Report, lent: RunDir | None
 
 def read_texts(texts: Texts) -> dict[str, str]:
     """Return name -> content of text files."""
-    return {name: read_text(path) for name, path in named(texts).items()}
+    return {name: read_text(path) for name, path in name_texts(texts).items()}
 
 
 def open_context(job: Job, run_dir: RunDir, report: Report, lent: RunDir | None = None) -> RunContext:
@@ -156,7 +156,7 @@ def export_model(ctx: RunContext, target: Target, windows: Mapping[str, Windows]
             runs_code(),
         )
         texts, change = _measure_texts(ctx, folder, windows), _measure_change(ctx, folder)
-        seconds, size = time.monotonic() - target.started, _stored(folder)
+        seconds, size = time.monotonic() - target.started, _storage_of(folder)
         result = Result(target.out, run_dir.path, plan, size, job.recipe, texts, change, seconds, peak_memory(), pivots)
         _write_extra(folder / PLOT, lambda: kept_plot(run_dir.path))
         _write_extra(folder / "README.md", lambda: _card(ctx, result))
@@ -268,7 +268,7 @@ def _measure_change(ctx: RunContext, folder: Path) -> Change:
     return change(ctx.teacher, open_streamed(folder, ctx.job.device), batch, ctx.shelf(), rate)
 
 
-def _stored(folder: Path) -> Stored:
+def _storage_of(folder: Path) -> Stored:
     reader = CheckpointReader(folder)
     params = sum(math.prod(reader.shape(name)) for name in reader.names)
     return Stored(params, sum(reader.nbytes(name) for name in reader.names))
@@ -281,7 +281,7 @@ def _cut_texts(job: Job, texts: Mapping[str, str]) -> dict[str, Windows]:
     length = default_length(job.teacher)
     assert job.tokenizer is not None  # every causal language model has one
     known = embeddings_of(job.teacher.skeleton)
-    return {name: cut(name, text, job.tokenizer, length, embeddings=known) for name, text in texts.items()}
+    return {name: cut_windows(name, text, job.tokenizer, length, embeddings=known) for name, text in texts.items()}
 
 
 def _size(folder: Path) -> int:

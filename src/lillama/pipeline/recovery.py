@@ -55,7 +55,7 @@ def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = S
     if not config.epochs or not trained or ctx.run_dir.is_recovered:
         return
     made = [Stores(ctx.shelf(), ctx.teacher.dtype, f"recovery-{name}", 2) for name in ("original", "own")]
-    calls, inputs, targets = _streamed(ctx, min(trained), *made)
+    calls, inputs, targets = _stream_both(ctx, min(trained), *made)
     head = Head(ctx.teacher, ctx.teacher.outside(head=True), calls)
     data = RecoveryData(ctx.batch, targets, ctx.rows, ctx.job.micro_batch)
 
@@ -114,7 +114,7 @@ def _largest(state: Mapping[str, Tensor], name: str) -> float:
     return largest_singular_value(state[f"{name}.left.weight"].cpu(), state[f"{name}.right.weight"].cpu())
 
 
-def _streamed(
+def _stream_both(
     ctx: RunContext, first: int, targets: Stores, own: Stores
 ) -> tuple[BlockInputs, ActivationStore, ActivationStore]:
     """Run the original over all sequences, and the compressed model as far as recovery does not reach.

@@ -17,7 +17,7 @@ from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 from lillama.recipes.recipe import Recipe
 from lillama.runs.result import Result, refuse_foreign
-from lillama.runs.run_dir import MARKER, RunDir, opened
+from lillama.runs.run_dir import MARKER, RunDir, open_run
 from lillama.system.progress import Report
 
 SHOWN = tuple(round(0.95 - 0.05 * index, 2) for index in range(14))
@@ -75,7 +75,7 @@ def preview_ranks(job: Job, planned: Planned, recipe: Recipe, report: Report) ->
 
 def _measure(job: Job, run: Path, restart: bool, report: Report) -> Spectra:
     """Measure the spectra of a model; nothing but the run folder is written."""
-    with opened(run, job.identity(), restart) as run_dir:
+    with open_run(run, job.identity(), restart) as run_dir:
         return measure_spectra(open_context(job, run_dir, report))
 
 

@@ -82,7 +82,7 @@ class Accuracy:
         }
 
 
-def averaged(benchmark: Benchmark, trials: Sequence[Trial]) -> tuple[Item, ...]:
+def average_groups(benchmark: Benchmark, trials: Sequence[Trial]) -> tuple[Item, ...]:
     """Return what a benchmark averages last, in the order of its names; numbers are ordered as numbers."""
     items = [Item(trial.pair.fields, trial.score) for trial in trials]
     for columns in benchmark.average:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, with_config
 
 from lillama.errors import ProbeError, suggestion
-from lillama.files.packaged import packaged
+from lillama.files.packaged import package_folder
 from lillama.files.yaml_text import read_yaml
 
 Unit = Literal["token", "char", "word", "phoneme"]
@@ -164,10 +164,10 @@ def load_benchmark(benchmark: str | Path) -> Benchmark:
     tree = read_yaml(path, ProbeError)
     if not isinstance(tree, dict):
         raise ProbeError(f"{path}: a benchmark is a mapping of keys to values, found {type(tree).__name__}")
-    return _validated(tree, path)
+    return _validate(tree, path)
 
 
-def _validated(tree: dict[str, Any], path: Path) -> Benchmark:
+def _validate(tree: dict[str, Any], path: Path) -> Benchmark:
     try:
         found: Benchmark = _adapter().validate_python(tree)
     except ValidationError as error:
@@ -211,7 +211,7 @@ def _stays(glob: str) -> bool:
 
 
 def _inside(folder: str) -> Path:
-    return packaged(f"probing/{folder}")
+    return package_folder(f"probing/{folder}")
 
 
 @cache

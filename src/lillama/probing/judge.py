@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lillama.errors import ProbeError
-from lillama.probing.average import Accuracy, averaged, breakdown, overall
+from lillama.probing.average import Accuracy, average_groups, breakdown, overall
 from lillama.probing.benchmark import Benchmark, load_benchmark
 from lillama.probing.pairs import pair_name
 from lillama.probing.result import Asked, ProbeResult
@@ -52,8 +52,8 @@ def result(
     seed: int,
 ) -> ProbeResult:
     """Average trials, and those of a dense model beside them."""
-    items = averaged(benchmark, trials)
-    others = None if dense is None else averaged(benchmark, dense)
+    items = average_groups(benchmark, trials)
+    others = None if dense is None else average_groups(benchmark, dense)
     columns = set.intersection(*(set(item.fields) for item in items))
     groupings = {name: grouping for name, grouping in benchmark.groups.items() if (grouping.column or name) in columns}
     breakdowns = {name: breakdown(name, grouping, items, others, seed) for name, grouping in groupings.items()}

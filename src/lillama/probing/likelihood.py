@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lillama.errors import ModelError, ProbeError
 from lillama.model.tokenizer import embeddings_of, refuse_unknown
-from lillama.model.tokenizer import encoded as tokenised
+from lillama.model.tokenizer import encode_text as tokenised
 from lillama.probing.benchmark import ScoreName, Unit
 from lillama.probing.scorer import Scorer
 from lillama.system.progress import Progress, Report
@@ -64,7 +64,7 @@ def likelihoods(scorer: Scorer, texts: Sequence[str], report: Report) -> dict[st
         ModelError: a log-probability is not finite.
     """
     distinct = list(dict.fromkeys(texts))
-    tokens = dict(zip(distinct, encoded(scorer, distinct), strict=True))
+    tokens = dict(zip(distinct, encode_pairs(scorer, distinct), strict=True))
     _refuse(scorer, tokens)
     totals = _totals(scorer, set(tokens.values()), report)
     wrong = [text for text in distinct if not math.isfinite(totals[tokens[text]])]
@@ -76,20 +76,20 @@ def likelihoods(scorer: Scorer, texts: Sequence[str], report: Report) -> dict[st
     return {text: Likelihood(totals[tokens[text]], tokens[text]) for text in distinct}
 
 
-def encoded(scorer: Scorer, texts: Sequence[str]) -> list[Tokens]:
+def encode_pairs(scorer: Scorer, texts: Sequence[str]) -> list[Tokens]:
     """Tokenise texts and mark what is scored."""
     if scorer.masked:
-        found = _tokenised(scorer, texts, return_special_tokens_mask=True)
+        found = _tokenise(scorer, texts, return_special_tokens_mask=True)
         rows = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
         return [Tokens(tuple(ids), tuple(i for i, mark in enumerate(special) if not mark)) for ids, special in rows]
     first: Any = scorer.tokenizer.bos_token_id
     start = () if first is None else (first,)
     refuse_unknown(scorer.tokenizer, start, embeddings_of(scorer.model), "tokenizer's beginning-of-text token")
-    found = _tokenised(scorer, texts, add_special_tokens=False)
+    found = _tokenise(scorer, texts, add_special_tokens=False)
     return [Tokens((*start, *ids), tuple(range(1, len(start) + len(ids)))) for ids in found["input_ids"]]
 
 
-def _tokenised(scorer: Scorer, texts: Sequence[str], **options: bool) -> dict[str, list[list[int]]]:
+def _tokenise(scorer: Scorer, texts: Sequence[str], **options: bool) -> dict[str, list[list[int]]]:
     return tokenised(scorer.tokenizer, texts, embeddings_of(scorer.model), "probed texts", **options)
 
 
@@ -133,7 +133,7 @@ def _totals(scorer: Scorer, sequences: set[Tokens], report: Report) -> dict[Toke
     done = tokens = 0
     for batch in _batches(rows, scorer.batch_tokens):
         ids = torch.tensor([one.ids for one, _ in batch], device=scorer.model.device)
-        values = _masked(scorer, ids, [place for _, place in batch]) if scorer.masked else _causal(scorer, ids)
+        values = _mask_each(scorer, ids, [place for _, place in batch]) if scorer.masked else _causal(scorer, ids)
         for (one, _), value in zip(batch, values.tolist(), strict=True):
             totals[one] += value
         done, tokens = done + len(batch), tokens + ids.numel()
@@ -147,7 +147,7 @@ def _causal(scorer: Scorer, ids: Int[Tensor, "rows length"]) -> Float[Tensor, " 
     return chosen.double().sum(1)
 
 
-def _masked(scorer: Scorer, ids: Int[Tensor, "rows length"], places: list[int]) -> Float[Tensor, " rows"]:
+def _mask_each(scorer: Scorer, ids: Int[Tensor, "rows length"], places: list[int]) -> Float[Tensor, " rows"]:
     """Return the log-probability of the token at one place of each row, which is masked there."""
     rows = torch.arange(len(places), device=ids.device)
     wanted = ids[rows, places]

@@ -23,7 +23,7 @@ from lillama.probing.result import Asked, ProbeResult
 from lillama.probing.scorer import load_scorer
 from lillama.probing.trials import Trial
 from lillama.system.progress import Report, silent
-from lillama.system.resources import pick_device, shortage_explained
+from lillama.system.resources import explain_shortage, pick_device
 
 
 def probe(
@@ -97,10 +97,10 @@ def probe_all(
     """Probe a model with several benchmarks, as `probe` does with one; each model is loaded once."""
     rules = [load_benchmark(benchmark) for benchmark in benchmarks]
     pairs = [read_pairs(one, data_folder(name, data)) for one, name in zip(rules, benchmarks, strict=True)]
-    texts = [text for one, its in zip(rules, pairs, strict=True) for pair in its for text in presented(one, pair)]
+    texts = [text for one, its in zip(rules, pairs, strict=True) for pair in its for text in present_pairs(one, pair)]
 
     def asked(name: str | Path) -> dict[str, Likelihood]:
-        with remote_code(trust_remote_code), shortage_explained():
+        with remote_code(trust_remote_code), explain_shortage():
             return likelihoods(load_scorer(name, pick_device(device), batch_tokens), texts, report)
 
     mine = asked(model)
@@ -108,24 +108,24 @@ def probe_all(
     results = []
     for one, its in zip(rules, pairs, strict=True):
         how = Asked(str(model), str(against or ""), score or one.score, unit or one.unit)
-        trials, identical = judged(one, how, its, mine)
-        others = None if dense is None else judged(one, how, its, dense)[0]
+        trials, identical = judge_pairs(one, how, its, mine)
+        others = None if dense is None else judge_pairs(one, how, its, dense)[0]
         results.append(result(one, trials, others, how, identical, seed))
     return results
 
 
-def presented(benchmark: Benchmark, pair: Pair) -> tuple[str, str]:
+def present_pairs(benchmark: Benchmark, pair: Pair) -> tuple[str, str]:
     """Return the right and the wrong text as the model sees them."""
     return benchmark.template.replace("{}", pair.good), benchmark.template.replace("{}", pair.bad)
 
 
-def judged(
+def judge_pairs(
     benchmark: Benchmark, asked: Asked, pairs: Sequence[Pair], found: Mapping[str, Likelihood]
 ) -> tuple[tuple[Trial, ...], int]:
     """Return the trials of a model, and in how many both texts are the same tokens; these are ties."""
     trials, identical = [], 0
     for pair in pairs:
-        good, bad = (found[text] for text in presented(benchmark, pair))
+        good, bad = (found[text] for text in present_pairs(benchmark, pair))
         first = scored(asked.score, asked.unit, pair.good, good)
         same = good.tokens == bad.tokens
         identical += same

@@ -79,7 +79,7 @@ def read_stimuli(benchmark: Benchmark, stimuli: Stimuli, path: Path) -> Table:
     return Table(path, table.columns, rows, table.lines)
 
 
-def matched(stimuli: Stimuli, path: Path, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+def match_pairs(stimuli: Stimuli, path: Path, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
     """Yield the places of right texts and of their wrong ones, in the order of the right texts.
 
     Several rows may share what names a pair: as many wrong ones as right ones match in order, one right text matches all.
@@ -108,17 +108,17 @@ def couple(benchmark: Benchmark, stimuli: Stimuli, good: Row, bad: Row) -> Pair:
 
 def _pairs_of(benchmark: Benchmark, path: Path) -> Iterator[Pair]:
     if benchmark.stimuli is not None:
-        return _coupled(benchmark, benchmark.stimuli, path)
+        return _couple(benchmark, benchmark.stimuli, path)
     named = _from_name(benchmark, path)
     return (Pair(row[benchmark.good], row[benchmark.bad], row) for row in _rows(benchmark, path, named))
 
 
-def _coupled(benchmark: Benchmark, stimuli: Stimuli, path: Path) -> Iterator[Pair]:
+def _couple(benchmark: Benchmark, stimuli: Stimuli, path: Path) -> Iterator[Pair]:
     """Yield the pairs of the first voice."""
     table = read_stimuli(benchmark, stimuli, path)
     voice = table.rows[0].get(stimuli.voice)
     rows = [row for row in table.rows if row.get(stimuli.voice) == voice]
-    for good, bad in matched(stimuli, path, rows):
+    for good, bad in match_pairs(stimuli, path, rows):
         yield couple(benchmark, stimuli, rows[good], rows[bad])
 
 

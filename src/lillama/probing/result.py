@@ -24,7 +24,7 @@ class AskedJson(TypedDict, total=False):
     unit: Unit
 
 
-class ChangeJson(TypedDict):
+class OverallJson(TypedDict):
     """The overall comparison with the dense model, in JSON."""
 
     dense: Share
@@ -47,7 +47,7 @@ class ProbeJson(AskedJson):
     ties: int
     identical: int
     breakdowns: dict[str, list[AccuracyJson]]
-    compared: ChangeJson | None
+    compared: OverallJson | None
     notes: list[str]
 
 
@@ -138,12 +138,12 @@ class ProbeResult:
             "ties": self.ties,
             "identical": self.identical,
             "breakdowns": {name: [group.as_json() for group in groups] for name, groups in self.breakdowns.items()},
-            "compared": _compared(self.total),
+            "compared": _compare(self.total),
             "notes": list(self.notes),
         }
 
 
-def _compared(total: Accuracy) -> ChangeJson | None:
+def _compare(total: Accuracy) -> OverallJson | None:
     """Return the overall comparison with the dense model, if there was one."""
     if total.dense is None:
         return None

@@ -9,7 +9,7 @@ from lillama.corpus.paths import whole_text
 from lillama.errors import ProbeError
 from lillama.files.atomic import atomic_file
 from lillama.probing.benchmark import Benchmark
-from lillama.probing.pairs import Pair, couple, matched, read_stimuli, without_optional
+from lillama.probing.pairs import Pair, couple, match_pairs, read_stimuli, without_optional
 from lillama.probing.table import Row, read_table
 
 SCORE = "score"
@@ -97,7 +97,7 @@ def join_probabilities(probabilities: Path, gold: Path, benchmark: Benchmark) ->
     heard = [row for row in table.rows if row.get(stimuli.voice) == table.rows[0].get(stimuli.voice)]
     rows = heard if names <= {row[stimuli.filename] for row in heard} else list(table.rows)
     scores = _by_row(probabilities, gold, given, [row[stimuli.filename] for row in rows])
-    couples = matched(stimuli, gold, rows)
+    couples = match_pairs(stimuli, gold, rows)
     return tuple(Trial(couple(benchmark, stimuli, rows[g], rows[b]), scores[g], scores[b]) for g, b in couples)
 
 

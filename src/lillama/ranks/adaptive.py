@@ -17,7 +17,7 @@ from lillama.lowrank.storage import Storage
 from lillama.model.spec import LinearSpec, ModelSpec
 from lillama.ranks.allocators import Published, Ranks, Shape, Uniform, shape_of, worthwhile
 from lillama.ranks.budget import Budget
-from lillama.ranks.greedy import fitted, spent
+from lillama.ranks.greedy import fit_ranks, spend_budget
 from lillama.ranks.plan import PLAIN, RankPlan, Scope
 from lillama.ranks.spectra import Spectra
 
@@ -93,8 +93,8 @@ class Adaptive:
         budget = Budget.of(spec, keep, scope, storage, nbytes)
         choices = self._choices(even, spectra, budget)
         budget.refuse(RankPlan(spec, _at(math.inf, choices), storage), keep, scope)
-        plan = spent(RankPlan(spec, _priced(choices, budget), storage), spectra, budget, self.multiple_of)
-        return fitted(_shifted(plan, self.shift), spectra, budget, self.multiple_of)
+        plan = spend_budget(RankPlan(spec, _price(choices, budget), storage), spectra, budget, self.multiple_of)
+        return fit_ranks(_shift(plan, self.shift), spectra, budget, self.multiple_of)
 
     def candidates(
         self,
@@ -108,9 +108,9 @@ class Adaptive:
         """Return share of the way from `uniform` -> plan, of which the best is to be found by measuring."""
         budget = Budget.of(spec, keep, scope, storage, nbytes)
         even, best = self(spec, keep, scope, storage), self(spec, keep, scope, storage, spectra, nbytes)
-        even = fitted(even, spectra, budget, self.multiple_of) if nbytes is not None else even
+        even = fit_ranks(even, spectra, budget, self.multiple_of) if nbytes is not None else even
         mixed = {share: _between(even, best, share, self.multiple_of) for share in self.mix if share < 1}
-        between = {share: fitted(plan, spectra, budget, self.multiple_of) for share, plan in mixed.items()}
+        between = {share: fit_ranks(plan, spectra, budget, self.multiple_of) for share, plan in mixed.items()}
         return {0.0: even} | between | ({1.0: best} if 1.0 in self.mix else {})
 
     def _choices(self, even: RankPlan, spectra: Spectra, budget: Budget) -> list["_Choices"]:
@@ -166,7 +166,7 @@ def _at(price: float, choices: Iterable[_Choices]) -> Ranks:
     }
 
 
-def _priced(choices: Sequence[_Choices], budget: Budget) -> Ranks:
+def _price(choices: Sequence[_Choices], budget: Budget) -> Ranks:
     """Return the ranks at the lowest price at which the budget is met."""
     high = max(float(some.rises.max()) for some in choices) + 1e-30
     low, best = high * LEAST_PRICE, math.inf
@@ -197,7 +197,7 @@ def _rank_for(shape: Shape, numbers: int, step: int, storage: Storage) -> int | 
     return None if numbers >= storage.numbers(*shape, None) else worthwhile(shape, max(step, rank), storage)
 
 
-def _shifted(plan: RankPlan, shift: Shift) -> RankPlan:
+def _shift(plan: RankPlan, shift: Shift) -> RankPlan:
     """Return the plan with budget moved between the linears of each block."""
     if not shift.share:
         return plan

@@ -53,7 +53,7 @@ class Uniform:
         most = target - spec.params + sum(count * rows * columns for (rows, columns), count in shapes.items())
         chosen = self._largest(shapes, most, storage)
         ranks: Ranks = {linear.name: chosen[shape_of(linear)] for linear in spec.linears}
-        spare = most - _stored(shapes, chosen, storage)
+        spare = most - _storage_of(shapes, chosen, storage)
         if spare < 0:
             raise unreachable(RankPlan(spec, ranks, storage), keep, scope)
         step = self.multiple_of
@@ -70,7 +70,7 @@ class Uniform:
         for _ in range(BISECTIONS):
             share = (low + high) / 2
             trial = self._ranks(shapes, share, storage)
-            if _stored(shapes, trial, storage) <= most:
+            if _storage_of(shapes, trial, storage) <= most:
                 low, best = share, trial
             else:
                 high = share
@@ -216,7 +216,7 @@ def _candidate(linear: LinearSpec, numbers: int, min_rank: int, step: int, toler
         step //= 2
 
 
-def _stored(shapes: Mapping[Shape, int], ranks: Mapping[Shape, int | None], storage: Storage) -> int:
+def _storage_of(shapes: Mapping[Shape, int], ranks: Mapping[Shape, int | None], storage: Storage) -> int:
     """Return the numbers that so many linears of each shape store at the shape's rank."""
     return sum(count * storage.numbers(*shape, ranks[shape]) for shape, count in shapes.items())
 

@@ -9,16 +9,16 @@ from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 
 
-def fitted(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) -> RankPlan:
+def fit_ranks(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) -> RankPlan:
     """Return the plan cut down to the budget if it is above, and with what is left spent, in steps fine enough."""
-    plan = spent(cut(plan, spectra, budget, step), spectra, budget, step)
+    plan = spend_budget(cut_ranks(plan, spectra, budget, step), spectra, budget, step)
     while step > 1 and budget.spare(plan.ranks) > budget.slack:
         step //= 2
-        plan = spent(plan, spectra, budget, step)
+        plan = spend_budget(plan, spectra, budget, step)
     return plan
 
 
-def spent(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) -> RankPlan:
+def spend_budget(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) -> RankPlan:
     """Give what is left of a budget to the linears where `step` more ranks save most loss for what they cost.
 
     A linear that can no longer be afforded never will be: what is left only shrinks. Of equal ones the last name wins.
@@ -30,7 +30,7 @@ def spent(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) -> RankPl
         linear = linears[place]
         return [
             (-gain / cost, place, more, cost)
-            for more, gain, cost in _raised(linear, ranks[linear.name], step, spectra, budget)
+            for more, gain, cost in _raise_ranks(linear, ranks[linear.name], step, spectra, budget)
             if 0 < cost <= spare
         ]
 
@@ -47,23 +47,25 @@ def spent(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) -> RankPl
     return replace(plan, ranks=ranks)
 
 
-def cut(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) -> RankPlan:
+def cut_ranks(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) -> RankPlan:
     """Lower the ranks that lose least loss for what they save until the budget is met; of equal ones the first name."""
     ranks, spare = dict(plan.ranks), budget.spare(plan.ranks)
     if spare >= 0:
         return plan
     linears = {linear.name: linear for linear in plan.spec.linears}
-    worth = [row for linear in linears.values() for row in _lowered(linear, ranks[linear.name], step, spectra, budget)]
+    worth = [
+        row for linear in linears.values() for row in _lower_ranks(linear, ranks[linear.name], step, spectra, budget)
+    ]
     heapify(worth)
     while worth and spare < 0:
         _, name, ranks[name], saved = heappop(worth)
         spare += saved
-        for row in _lowered(linears[name], ranks[name], step, spectra, budget):
+        for row in _lower_ranks(linears[name], ranks[name], step, spectra, budget):
             heappush(worth, row)
     return replace(plan, ranks=ranks)
 
 
-def _raised(
+def _raise_ranks(
     linear: LinearSpec, rank: int | None, step: int, spectra: Spectra, budget: Budget
 ) -> list[tuple[int | None, float, int]]:
     """Return the next higher rank, or dense, with what it saves and costs; nothing for a dense linear."""
@@ -74,7 +76,7 @@ def _raised(
     return [(more, float(gain), budget.cost(linear, more) - budget.cost(linear, rank))]
 
 
-def _lowered(
+def _lower_ranks(
     linear: LinearSpec, rank: int | None, step: int, spectra: Spectra, budget: Budget
 ) -> list[tuple[float, str, int, int]]:
     """Return the next lower rank that saves something: loss for what is saved, name, rank, what is saved."""

@@ -128,14 +128,14 @@ class RankPlan:
         shapes = {linear.name: (linear.out_features, linear.in_features) for linear in spec.linears}
         ranks: dict[str, int | None] = {}
         for row in cast(list[Any], linears):
-            name, rank = _checked(row, shapes, path)
+            name, rank = _check(row, shapes, path)
             if name in ranks:
                 raise RecipeError(f"{path}: linear {name} stands there twice; leave one of the two")
             ranks[name] = rank
         return cls(spec, {name: ranks.get(name) for name in shapes}, storage)
 
 
-def _checked(row: Any, shapes: Mapping[str, tuple[int, int]], path: Path) -> tuple[str, int | None]:
+def _check(row: Any, shapes: Mapping[str, tuple[int, int]], path: Path) -> tuple[str, int | None]:
     """Return name and rank of a plan's row if the model can have them."""
     found = cast(dict[str, Any], row if isinstance(row, dict) else {})
     if not found.keys() >= {"name", "out", "in", "rank"}:

@@ -48,7 +48,7 @@ def _size_of(hint: Any, tokens: "Sequence[Token]") -> int:
     return parse_size(tokens[0].value)
 
 
-Size = Annotated[int, Parameter(converter=_size_of, metavar="SIZE", show_default=False)]
+SizeFlag = Annotated[int, Parameter(converter=_size_of, metavar="SIZE", show_default=False)]
 
 
 class OverridesDict(TypedDict, total=False):
@@ -91,7 +91,7 @@ class Overrides:
     """
 
     keep: float | None = None
-    nbytes: Annotated[Size | None, Parameter(name="--bytes")] = None
+    nbytes: Annotated[SizeFlag | None, Parameter(name="--bytes")] = None
     calibration: Annotated[tuple[str, ...] | None, Many] = None
     tokens: int | None = None
     seq_len: int | None = None
@@ -133,8 +133,8 @@ class Machine:
 
     device: str | None = None
     micro_batch: int | None = None
-    activation_memory: Size | None = None
-    shard_bytes: Annotated[Size, Parameter(name="--shard-size")] = 5_000_000_000
+    activation_memory: SizeFlag | None = None
+    shard_bytes: Annotated[SizeFlag, Parameter(name="--shard-size")] = 5_000_000_000
     compile: Annotated[bool, Flag] = False
 
     def rows(self, seq_len: int, device: "torch.device") -> int:

@@ -15,7 +15,7 @@ from lillama.distill.config import DistillConfig
 from lillama.distill.losses import Loss
 from lillama.errors import RecipeError, shown, suggestion
 from lillama.files.atomic import digest
-from lillama.files.packaged import packaged
+from lillama.files.packaged import package_folder
 from lillama.files.yaml_text import read_yaml
 from lillama.lowrank.initialisers import Initialiser, Known, TwoSided
 from lillama.lowrank.storage import Storage
@@ -162,7 +162,7 @@ def recipe_name(recipe: "str | Path | Recipe") -> str:
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with lillama: `default`, `baselines/svd`, ..."""
-    folder = packaged("recipes")
+    folder = package_folder("recipes")
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
@@ -173,7 +173,7 @@ def recipe_file(recipe: str) -> Path:
         RecipeError: there is no such recipe or file.
     """
     if recipe in recipe_names():
-        return packaged("recipes") / f"{recipe}.yaml"
+        return package_folder("recipes") / f"{recipe}.yaml"
     if Path(recipe).is_file():
         return Path(recipe)
     names = recipe_names()

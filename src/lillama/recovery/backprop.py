@@ -18,7 +18,7 @@ from lillama.distill.pool import LearnerPool
 from lillama.stream.activations import ActivationStore
 from lillama.stream.calls import BlockArgs, BlockInputs
 
-Run = Callable[[Tensor], Tensor]
+RunBlock = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,13 @@ class Part:
 class Tape(Protocol):
     """Remembers a pass through the blocks, so that a gradient can go back."""
 
-    def forward(self, index: int, part: Part, run: Run, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
+    def forward(self, index: int, part: Part, run: RunBlock, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run a block and return its output, detached."""
         ...
 
-    def backward(self, index: int, part: Part, run: Run, gradient: Float[Tensor, "sequences length width"]) -> Tensor:
+    def backward(
+        self, index: int, part: Part, run: RunBlock, gradient: Float[Tensor, "sequences length width"]
+    ) -> Tensor:
         """Turn the gradient of a block's output into that of its input; parameters accumulate theirs."""
         ...
 
@@ -63,12 +65,14 @@ class Recomputed:
 
     inputs: Mapping[int, ActivationStore]
 
-    def forward(self, index: int, part: Part, run: Run, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
+    def forward(self, index: int, part: Part, run: RunBlock, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run a block; its graph, with which it is computed as `KeptGraphs` does, is forgotten."""
         self.inputs[index].write(part.place, hidden)
         return _with_graph(run, hidden)[1].detach()
 
-    def backward(self, index: int, part: Part, run: Run, gradient: Float[Tensor, "sequences length width"]) -> Tensor:
+    def backward(
+        self, index: int, part: Part, run: RunBlock, gradient: Float[Tensor, "sequences length width"]
+    ) -> Tensor:
         """Run the block again, with a graph, and back."""
         return _back(*_with_graph(run, self.inputs[index].read(part.place)), gradient)
 
@@ -79,12 +83,14 @@ class KeptGraphs:
 
     _ends: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def forward(self, index: int, part: Part, run: Run, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
+    def forward(self, index: int, part: Part, run: RunBlock, hidden: Float[Tensor, "sequences length width"]) -> Tensor:
         """Run a block with a graph."""
         ends = self._ends[index, part.place.start] = _with_graph(run, hidden)
         return ends[1].detach()
 
-    def backward(self, index: int, part: Part, run: Run, gradient: Float[Tensor, "sequences length width"]) -> Tensor:
+    def backward(
+        self, index: int, part: Part, run: RunBlock, gradient: Float[Tensor, "sequences length width"]
+    ) -> Tensor:
         """Go back through the graph, which is then forgotten."""
         return _back(*self._ends.pop((index, part.place.start)), gradient)
 
@@ -160,7 +166,7 @@ class Chain:
         return self.calls.select(index, part.ids, self.inputs.device)
 
 
-def graph_bytes(run: Run, hidden: Float[Tensor, "sequences length width"]) -> int:
+def graph_bytes(run: RunBlock, hidden: Float[Tensor, "sequences length width"]) -> int:
     """Return the memory that a block's graph holds, its parameters included, by building one."""
     sizes: dict[int, int] = {}
 
@@ -174,7 +180,7 @@ def graph_bytes(run: Run, hidden: Float[Tensor, "sequences length width"]) -> in
     return sum(sizes.values())
 
 
-def _with_graph(run: Run, hidden: Float[Tensor, "sequences length width"]) -> tuple[Tensor, Tensor]:
+def _with_graph(run: RunBlock, hidden: Float[Tensor, "sequences length width"]) -> tuple[Tensor, Tensor]:
     leaf = hidden.detach().requires_grad_()
     with torch.enable_grad():
         return leaf, run(leaf)

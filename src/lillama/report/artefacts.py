@@ -10,13 +10,13 @@ from lillama.distill.log import BlockLogJson
 from lillama.errors import OutputError
 from lillama.evaluation.evaluate import EvaluationJson
 from lillama.evaluation.speed import BenchmarkJson
-from lillama.files.publishing import unescaped
+from lillama.files.publishing import unescape_markdown
 from lillama.model.spec import BlockJson, SpecJson
 from lillama.probing.result import ProbeJson, ProbesJson
 from lillama.ranks.candidates import AllocationJson
 from lillama.ranks.plan import PlanJson, PlannedJson
 from lillama.recovery.log import RecoveryJson
-from lillama.report.reader import Reader, Values
+from lillama.report.reader import JsonValues, Reader
 from lillama.report.schemas import IdentityJson, RecipeJson, RunJson, has
 from lillama.runs.result import FILE as RESULT
 from lillama.runs.result import ResultJson, TextPairJson
@@ -76,7 +76,7 @@ class Evidence:
     allocation: AllocationJson = field(default_factory=_nothing)
     blocks: tuple[BlockLogJson, ...] = ()
     recovery: RecoveryJson = field(default_factory=_nothing)
-    spectra: Mapping[str, Values] = field(default_factory=dict)
+    spectra: Mapping[str, JsonValues] = field(default_factory=dict)
     evaluation: EvaluationJson = field(default_factory=_nothing)
     bench: BenchmarkJson = field(default_factory=_nothing)
     probes: tuple[ProbeJson, ...] = ()
@@ -204,7 +204,7 @@ def _base(out: Path) -> str:
             lines = file.read(CARD).splitlines()
     except (OSError, ValueError):
         return ""
-    return next((unescaped(line[2:].rpartition(", ")[0]) for line in lines if line.startswith("# ")), "")
+    return next((unescape_markdown(line[2:].rpartition(", ")[0]) for line in lines if line.startswith("# ")), "")
 
 
 def _note_unfinished(reader: Reader, known: Evidence) -> None:

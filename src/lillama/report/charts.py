@@ -10,7 +10,7 @@ TINT = 50  # per cent of the full colour at most, so that words on it can be rea
 
 
 @dataclass(frozen=True)
-class Pair:
+class ChartPair:
     """A named row with the original's value and the compressed one's; None where there is none."""
 
     label: str
@@ -18,7 +18,7 @@ class Pair:
     kept: float | None
 
 
-def bars(title: str, unit: str, pairs: Sequence[Pair], width: int = 440) -> str:
+def bars(title: str, unit: str, pairs: Sequence[ChartPair], width: int = 440) -> str:
     """Draw for each pair the original's bar, and the compressed one's thinner one within it."""
     left = _margin([pair.label for pair in pairs])
     values = [value for pair in pairs for value in (pair.dense, pair.kept) if value is not None]
@@ -34,7 +34,7 @@ def bars(title: str, unit: str, pairs: Sequence[Pair], width: int = 440) -> str:
     return drawing(title, width, len(pairs) * ROW + 18, [*body, *_ticks(scale, left, room, len(pairs) * ROW, unit)])
 
 
-def dumbbells(title: str, pairs: Sequence[Pair], chance: float, width: int = 440) -> str:
+def dumbbells(title: str, pairs: Sequence[ChartPair], chance: float, width: int = 440) -> str:
     """Draw two dots for each pair, joined by a line, on an axis from 0 to 1 with a line at chance."""
     left = _margin([pair.label for pair in pairs])
     room, bottom = width - left - 40, len(pairs) * ROW

@@ -7,7 +7,7 @@ from lillama.distill.log import BlockLogJson, RowJson
 from lillama.report.artefacts import Evidence
 from lillama.report.figure import Cell, Figure
 from lillama.report.schemas import has
-from lillama.report.svg import Axes, Line, Role, chart, titled
+from lillama.report.svg import Axes, Line, Role, chart, with_title
 
 STREAMS: tuple[tuple[Literal[1, 2], str, Role, Role], ...] = (
     (1, "teacher stream", "dense", "dense thin"),
@@ -24,7 +24,7 @@ def losses(evidence: Evidence) -> Figure | None:
     logs = [log for log in evidence.blocks if log["steps"]]
     if not logs:
         return None
-    plots = tuple(titled(log["block"], _curves(log)) for log in logs)
+    plots = tuple(with_title(log["block"], _curves(log)) for log in logs)
     return Figure(
         "losses",
         "How each block learned",
@@ -68,7 +68,7 @@ def _points(rows: Sequence[RowJson], column: Literal[1, 2]) -> list[tuple[float,
     return [(row[0], loss) for row in rows if (loss := row[column]) is not None]
 
 
-def carried(evidence: Evidence) -> Figure | None:
+def carried_error(evidence: Evidence) -> Figure | None:
     """Draw the held-out loss of each block before and after teaching."""
     logs = [log for log in evidence.blocks if has(log, "initial") and has(log, "final")]
     if len(logs) < 2:

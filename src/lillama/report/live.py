@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from lillama.errors import OutputError
 from lillama.system.progress import Progress, Report
 
-Sink = Literal["tensorboard", "wandb"]
+ScalarSink = Literal["tensorboard", "wandb"]
 
 
 class Scalar(Protocol):
@@ -21,7 +21,7 @@ class Scalar(Protocol):
 
 
 @contextmanager
-def logged(report: Report, folder: Path, sinks: Sequence[Sink] = ("tensorboard",)) -> Iterator[Report]:
+def log_live(report: Report, folder: Path, sinks: Sequence[ScalarSink] = ("tensorboard",)) -> Iterator[Report]:
     """Yield a function that passes progress on to `report`, and writes its scalars into `folder`.
 
     Args:

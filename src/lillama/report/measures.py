@@ -10,11 +10,11 @@ from lillama.evaluation.intervals import IntervalJson
 from lillama.evaluation.speed import FiguresJson, SubjectJson
 from lillama.probing.result import CHANCE
 from lillama.report.artefacts import Evidence
-from lillama.report.charts import Pair, bars, dumbbells
+from lillama.report.charts import ChartPair, bars, dumbbells
 from lillama.report.figure import Cell, Figure, Passage
 from lillama.report.schemas import has
 from lillama.report.summary import dense_of
-from lillama.report.svg import Axes, Line, chart, titled
+from lillama.report.svg import Axes, Line, chart, with_title
 
 COMPARED: tuple[tuple[Literal["kl", "top1"], str, str], ...] = (
     ("kl", "KL, nats", ".4f"),
@@ -88,13 +88,13 @@ def probing(evidence: Evidence) -> Figure | None:
         breakdowns = found["breakdowns"] if has(found, "breakdowns") else {}
         scored = [group for group in next(iter(breakdowns.values()), []) if group["score"] is not None]
         items = [found["items"] if has(found, "items") else None, *(group["items"] for group in scored)]
-        total = Pair("overall", dense_of(found), found["overall"])
+        total = ChartPair("overall", dense_of(found), found["overall"])
         pairs = [
             total,
-            *(Pair(one["label"], one["dense"] if has(one, "dense") else None, one["score"]) for one in scored),
+            *(ChartPair(one["label"], one["dense"] if has(one, "dense") else None, one["score"]) for one in scored),
         ]
         name, chance = found["benchmark"], found["chance"] if has(found, "chance") else CHANCE
-        plots.append(titled(name, dumbbells(f"Accuracy on {name}", pairs, chance)))
+        plots.append(with_title(name, dumbbells(f"Accuracy on {name}", pairs, chance)))
         rows += [
             (name, pair.label, count, _percent(pair.dense), _percent(pair.kept))
             for pair, count in zip(pairs, items, strict=True)
@@ -121,13 +121,15 @@ def speed(evidence: Evidence) -> Figure | None:
     plots, rows = [], list[tuple[Cell, ...]]()
     for key, name in SPEEDS:
         pairs = [
-            Pair(f"{cell['batch']} x {cell['prompt']}", _median(cell.get("against"), key), _median(cell["model"], key))
+            ChartPair(
+                f"{cell['batch']} x {cell['prompt']}", _median(cell.get("against"), key), _median(cell["model"], key)
+            )
             for cell in cells
         ]
-        plots.append(titled(f"{name}, batch x prompt", bars(f"Speed of {name}", "tokens/s", pairs)))
+        plots.append(with_title(f"{name}, batch x prompt", bars(f"Speed of {name}", "tokens/s", pairs)))
         rows += [(f"{name}, {pair.label}, tokens/s", pair.dense, pair.kept) for pair in pairs]
-    memory = [Pair("peak memory", _peak(other), _peak(own)), Pair("on disk", _disk(other), _disk(own))]
-    plots.append(titled("memory", bars("Memory and bytes on disk", "MB", memory)))
+    memory = [ChartPair("peak memory", _peak(other), _peak(own)), ChartPair("on disk", _disk(other), _disk(own))]
+    plots.append(with_title("memory", bars("Memory and bytes on disk", "MB", memory)))
     rows += [(f"{pair.label}, MB", pair.dense, pair.kept) for pair in memory]
     told = found["conditions"] if has(found, "conditions") else {}
     conditions = ", ".join(f"{key} {value}" for key, value in told.items())
@@ -141,7 +143,7 @@ def speed(evidence: Evidence) -> Figure | None:
     )
 
 
-def compared(all_: Sequence[Evidence]) -> Figure | None:
+def comparison(all_: Sequence[Evidence]) -> Figure | None:
     """Draw the quality of several compressions against their size."""
     finished = [one for one in all_ if has(one.metrics, "keep") and has(_change(one), "kl")]
     if len(all_) < 2 or not finished:

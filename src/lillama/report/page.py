@@ -13,7 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lillama.files.publishing import escaped, markdown_templates, public_recipe
+from lillama.files.publishing import escape_markdown, markdown_templates, public_recipe
 from lillama.report import learning, measures, structure, summary
 from lillama.report.artefacts import Evidence, Extra, collect
 from lillama.report.figure import Cell, Figure, shown
@@ -27,7 +27,7 @@ FIGURES: tuple[Callable[[Evidence], Figure | None], ...] = (
     structure.ranks,
     structure.spectra,
     learning.losses,
-    learning.carried,
+    learning.carried_error,
     learning.recovery,
     measures.evaluation,
     measures.samples,
@@ -42,7 +42,7 @@ class Chapter:
 
     name: str
     headline: str
-    facts: tuple[summary.Row, ...]
+    facts: tuple[summary.FactRow, ...]
     doubts: tuple[str, ...]
     missing: tuple[str, ...]
     figures: tuple[Figure, ...]
@@ -113,11 +113,11 @@ def report(paths: Sequence[Path], extra: Extra | None = None) -> Page:
     """
     found = [collect(path, extra if index == 0 else None) for index, path in enumerate(paths)]
     try:
-        compared = measures.compared(found)
+        compared = measures.comparison(found)
     except BROKEN:
         compared = None
     finished = all(evidence.finished for evidence in found)
-    return Page(summary.shared(found), tuple(map(_chapter, found)), compared, finished)
+    return Page(summary.shared_title(found), tuple(map(_chapter, found)), compared, finished)
 
 
 def write(page: Page, out: Path, refresh: float | None = None) -> tuple[Path, Path, Path]:
@@ -186,7 +186,7 @@ def _templates() -> Environment:
 @cache
 def _markdown() -> Environment:
     environment = markdown_templates("lillama.report")
-    environment.filters["cell"] = lambda cell: Markup(escaped(shown(cell)))
+    environment.filters["cell"] = lambda cell: Markup(escape_markdown(shown(cell)))
     return environment
 
 

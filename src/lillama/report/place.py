@@ -27,7 +27,7 @@ def places(out: Path) -> tuple[Path, Path, Path]:
     return html, markdown, value
 
 
-def sealed(text: str, suffix: str) -> bytes:
+def add_seal(text: str, suffix: str) -> bytes:
     """Return a text as it is written: UTF-8, with a digest of itself by which it is known again."""
     content = text.encode(errors="replace")  # halves of characters are none
     if suffix == ".json":
@@ -45,7 +45,7 @@ def write_all(texts: dict[Path, str]) -> None:
     for place in texts:
         refuse_taken(place)
     for place, text in texts.items():
-        content = sealed(text, place.suffix)
+        content = add_seal(text, place.suffix)
         with atomic_file(place) as temporary:
             temporary.write_bytes(content)
 

@@ -18,8 +18,8 @@ from lillama.report.schemas import tolerant
 
 Json = dict[str, Any]
 Read = TypeVar("Read")
-Values = NDArray[np.floating[Any]]
-Place = tuple[str | int, ...]
+JsonValues = NDArray[np.floating[Any]]
+JsonPath = tuple[str | int, ...]
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Reader:
             self.missing.append(f"{name}: {faults[0]}{more}")
         return found
 
-    def tensors(self, path: Path, wanted: bool) -> Mapping[str, Values]:
+    def tensors(self, path: Path, wanted: bool) -> Mapping[str, JsonValues]:
         """Return the arrays of a safetensors file; none if it is not there or is damaged."""
         return self._read(path, lambda: load_file(path), wanted) or {}
 
@@ -99,7 +99,7 @@ def kept(schema: type[Read], value: Json) -> tuple[Read, list[str]]:
         try:
             return _adapter(schema).validate_python(value), faults
         except ValidationError as error:
-            found = {_reached(value, one["loc"]): one for one in error.errors(include_url=False)}
+            found = {_reach(value, one["loc"]): one for one in error.errors(include_url=False)}
         faults += [_told(one["loc"], one["type"], one["msg"], one["input"]) for one in found.values()]
         if () in found:
             return cast(Read, {}), faults
@@ -113,7 +113,7 @@ def _adapter(schema: Any) -> Any:
     return TypeAdapter(tolerant(schema))
 
 
-def _reached(value: Any, place: Place) -> Place:
+def _reach(value: Any, place: JsonPath) -> JsonPath:
     """Return the longest beginning of a place that is there: of a missing key, the object that lacks it."""
     for depth, step in enumerate(place):
         try:
@@ -129,7 +129,7 @@ def _at(value: Any, place: Sequence[str | int]) -> Any:
     return value
 
 
-def _told(place: Place, kind: str, message: str, found: Any) -> str:
+def _told(place: JsonPath, kind: str, message: str, found: Any) -> str:
     name = ".".join(map(str, place))
     if kind == "missing":
         return f"{name} is not there"

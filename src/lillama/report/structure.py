@@ -7,11 +7,11 @@ from statistics import fmean
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import BlockJson
 from lillama.ranks.plan import PLAIN
-from lillama.report.artefacts import Evidence, Values
-from lillama.report.charts import Pair, bars, heat
+from lillama.report.artefacts import Evidence, JsonValues
+from lillama.report.charts import ChartPair, bars, heat
 from lillama.report.figure import Cell, Figure
 from lillama.report.schemas import has
-from lillama.report.svg import Axes, Line, chart, titled
+from lillama.report.svg import Axes, Line, chart, with_title
 
 SPECTRUM_POINTS = 64
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -21,17 +21,18 @@ Named = dict[str, list[str]]
 def sizes(evidence: Evidence) -> Figure | None:
     """Draw the numbers of each block and of each kind of linear, original against compressed."""
     linears, blocks = _numbers(evidence), evidence.blocks_told
-    named = _named(blocks, linears)
+    named = _by_name(blocks, linears)
     if not any(named):
         return None
     every = [[name for names in kinds.values() for name in names] for kinds in named]
     by_block = [
-        Pair(f"block {block['index']}", *_sums(linears[name] for name in names))
+        ChartPair(f"block {block['index']}", *_sums(linears[name] for name in names))
         for block, names in zip(blocks, every, strict=True)
         if names
     ]
     by_kind = [
-        Pair(kind, *_sums(linears[name] for kinds in named for name in kinds.get(kind, ()))) for kind in _kinds(named)
+        ChartPair(kind, *_sums(linears[name] for kinds in named for name in kinds.get(kind, ())))
+        for kind in _kinds(named)
     ]
     pairs = [*by_block, *by_kind]
     return Figure(
@@ -55,7 +56,7 @@ def ranks(evidence: Evidence) -> Figure | None:
     """Draw the share of the full rank that each linear keeps."""
     planned, blocks = evidence.linears, evidence.blocks_told
     full = {one["name"]: min(one["out"], one["in"]) for one in planned}
-    named = _named(blocks, full)
+    named = _by_name(blocks, full)
     if not any(named):
         return None
     shares = {one["name"]: (one["rank"] or full[one["name"]]) / full[one["name"]] for one in planned}
@@ -85,7 +86,7 @@ def shares(evidence: Evidence) -> str:
         dense, kept = _sums(linears[name] for name in names)
         return kept / dense
 
-    return _map("Share of its numbers that each linear keeps, by block", blocks, _named(blocks, linears), share)
+    return _map("Share of its numbers that each linear keeps, by block", blocks, _by_name(blocks, linears), share)
 
 
 def spectra(evidence: Evidence) -> Figure | None:
@@ -94,11 +95,11 @@ def spectra(evidence: Evidence) -> Figure | None:
     if not values or not blocks:
         return None
     cuts = {one["name"]: one["rank"] for one in evidence.linears}
-    named, plots = _named(blocks, values), []
+    named, plots = _by_name(blocks, values), []
     for kind in _kinds(named):
         firsts = [(block["index"], kinds[kind][0]) for block, kinds in zip(blocks, named, strict=True) if kind in kinds]
         lines = [line for index, name in firsts for line in _spectrum(f"block {index}", values[name], cuts.get(name))]
-        plots.append(titled(kind, chart(f"Singular values, {kind}", Axes("index", "singular value", True), lines)))
+        plots.append(with_title(kind, chart(f"Singular values, {kind}", Axes("index", "singular value", True), lines)))
     order = [one["name"] for block in blocks for one in block["linears"] if one["name"] in values]
     return Figure(
         "spectra",
@@ -113,7 +114,7 @@ def spectra(evidence: Evidence) -> Figure | None:
     )
 
 
-def _spectrum(head: str, values: Values, rank: int | None) -> list[Line]:
+def _spectrum(head: str, values: JsonValues, rank: int | None) -> list[Line]:
     """Return the curve of a spectrum, and the mark where it is cut."""
     step = max(1, len(values) // SPECTRUM_POINTS)
     points = [(float(index + 1), float(values[index])) for index in range(0, len(values), step)]
@@ -122,7 +123,7 @@ def _spectrum(head: str, values: Values, rank: int | None) -> list[Line]:
     return [Line(head, points, "kept faint"), *mark]
 
 
-def _cut_row(name: str, values: Values, rank: int | None) -> tuple[Cell, ...]:
+def _cut_row(name: str, values: JsonValues, rank: int | None) -> tuple[Cell, ...]:
     squares = values.astype(float) ** 2
     lost = 100 * float(squares[rank:].sum() / (squares.sum() or 1.0)) if rank else 0.0
     return name, len(values), rank or "dense", float(values[0]), lost
@@ -151,7 +152,7 @@ def _map(
     return heat(title, kinds, [str(block["index"]) for block in blocks], cells)
 
 
-def _named(blocks: Sequence[BlockJson], known: Collection[str]) -> list[Named]:
+def _by_name(blocks: Sequence[BlockJson], known: Collection[str]) -> list[Named]:
     """Return for each block its known linears by kind; a number within a name, an expert's, makes no kind of its own."""
     found: list[Named] = []
     for block in blocks:

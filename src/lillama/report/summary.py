@@ -8,7 +8,7 @@ from lillama.report.figure import Cell
 from lillama.report.schemas import has
 from lillama.system.resources import readable
 
-Row = tuple[str, Cell, Cell, str]
+FactRow = tuple[str, Cell, Cell, str]
 COLUMNS = ("", "original", "compressed", "change")
 
 
@@ -23,12 +23,12 @@ def headline(evidence: Evidence) -> str:
     )
 
 
-def facts(evidence: Evidence) -> tuple[Row, ...]:
+def facts(evidence: Evidence) -> tuple[FactRow, ...]:
     """Return the rows of the main table."""
     return tuple(_rows(evidence))
 
 
-def _rows(evidence: Evidence) -> Iterator[Row]:
+def _rows(evidence: Evidence) -> Iterator[FactRow]:
     metrics = evidence.metrics
     if has(metrics, "params"):
         params = metrics["params"]
@@ -81,6 +81,6 @@ def _architecture(evidence: Evidence) -> str:
     return evidence.spec["architecture"] if has(evidence.spec, "architecture") else ""
 
 
-def shared(all_: Sequence[Evidence]) -> str:
+def shared_title(all_: Sequence[Evidence]) -> str:
     """Return the page's title."""
     return all_[0].name if len(all_) == 1 else f"{len(all_)} compressions compared"

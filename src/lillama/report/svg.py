@@ -152,7 +152,7 @@ def alone(svg: str, style: str, border: int = 12) -> str:
     )
 
 
-def titled(heading: str, svg: str) -> str:
+def with_title(heading: str, svg: str) -> str:
     """Return a drawing under a heading of its own."""
     return f"<div><h3>{escape(heading)}</h3>{svg}</div>"
 

@@ -18,7 +18,7 @@ def doubts(evidence: Evidence) -> Iterator[str]:
     yield from _teaching(evidence)
     yield from _growth(evidence)
     yield from _calibration(evidence)
-    yield from _measured(evidence)
+    yield from _require(evidence)
 
 
 def _domain(evidence: Evidence) -> Iterator[str]:
@@ -76,7 +76,7 @@ def _calibration(evidence: Evidence) -> Iterator[str]:
         yield f"The calibration text ran out: {tokens:,} of {wanted:,} tokens."
 
 
-def _measured(evidence: Evidence) -> Iterator[str]:
+def _require(evidence: Evidence) -> Iterator[str]:
     if evidence.finished and not evidence.texts and not evidence.evaluation:
         yield "No text was measured: what was lost on real text is unknown; give --text, or run lillama evaluate."
     own = Path(evidence.metrics["path"] if has(evidence.metrics, "path") else "").name

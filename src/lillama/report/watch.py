@@ -21,7 +21,7 @@ def written(paths: Sequence[Path], place: Path, extra: Extra) -> Path:
     return write(report(paths, extra), place)[0]
 
 
-def watched(
+def watch_runs(
     paths: Sequence[Path], place: Path, extra: Extra, seconds: float, sleep: Callable[[float], None] = time.sleep
 ) -> Path:
     """Write the report every few seconds until all runs are finished, and return the HTML file's place.

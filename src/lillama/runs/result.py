@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from lillama.errors import OutputError
 from lillama.evaluation.perplexity import TextScore
 from lillama.files.artefacts import Count, Positive, Size
-from lillama.files.atomic import file_digest, read_small, resolved
+from lillama.files.atomic import file_digest, read_small, resolve_path
 from lillama.lowrank.pivot import Pivoting
 from lillama.ranks.plan import RankPlan
 from lillama.recipes.recipe import Recipe
@@ -201,7 +201,7 @@ def refuse_foreign(out: Path) -> None:
     Raises:
         OutputError: what would be lost, by name.
     """
-    folder = resolved(out)
+    folder = resolve_path(out)
     if folder.is_mount():
         raise OutputError(f"{out}: a disk is mounted here, which nothing can replace; name a folder in it")
     outer = next((parent for parent in folder.parents if (parent / FILE).is_file()), None)

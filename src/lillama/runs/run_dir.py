@@ -35,8 +35,8 @@ from lillama.calibration.pack import FILE as TOKENS
 from lillama.calibration.pack import MANIFEST
 from lillama.distill.log import DistillLog
 from lillama.errors import DamagedError, OutputError
-from lillama.files.artefacts import TENSORS, checked, load_json, load_tensors, load_whole, save_json, save_tensors
-from lillama.files.atomic import ASIDE, locked, made_folder, resolved, settled
+from lillama.files.artefacts import TENSORS, check_seal, load_json, load_tensors, load_whole, save_json, save_tensors
+from lillama.files.atomic import ASIDE, lock_file, made_folder, resolve_path, settle_leftovers
 from lillama.model.spec import ModelSpec
 from lillama.recovery.log import RecoveryLog
 
@@ -225,7 +225,7 @@ class RunDir:
                 value = load_json(head)
                 found |= {value.get("calibration"), value.get(TENSORS, {}).get(TOKENS)}
         with suppress(DamagedError):
-            found.add(checked(self.calibration / TOKENS))
+            found.add(check_seal(self.calibration / TOKENS))
         return {seal for seal in found if seal is not None}
 
     def forget(self) -> bool:
@@ -267,7 +267,7 @@ class RunDir:
     def _checks(self) -> Iterator[tuple[Callable[[], object], tuple[Path, ...]]]:
         """Yield what checks some artefacts, and these; the tokens are checked when they are read."""
         if self.spectra.exists():
-            yield partial(checked, self.spectra), (self.spectra,)
+            yield partial(check_seal, self.spectra), (self.spectra,)
         if (machine := self.path / "machine.json").exists():
             yield partial(load_json, machine), (machine,)
         if self.allocation.exists():
@@ -295,7 +295,7 @@ class RunDir:
 
 
 @contextmanager
-def opened(path: Path, identity: Mapping[str, Any], restart: bool = False) -> Iterator[RunDir]:
+def open_run(path: Path, identity: Mapping[str, Any], restart: bool = False) -> Iterator[RunDir]:
     """Begin a run in a folder, or go on with the one that was begun there, and hold its lock meanwhile.
 
     A run that is refused before it has its calibration tokens leaves nothing behind. Only what a run writes is ever removed.
@@ -309,10 +309,10 @@ def opened(path: Path, identity: Mapping[str, Any], restart: bool = False) -> It
     Raises:
         OutputError: the folder holds something else or another run, or another process works in it.
     """
-    place = resolved(path)
+    place = resolve_path(path)
     refusal = f"{path}: another process works in this run folder; wait for it, or use --run"
     _refuse_foreign(path)
-    with made_folder(place), locked(place / LOCK, refusal):
+    with made_folder(place), lock_file(place / LOCK, refusal):
         run = RunDir(path)
         if (place / MARKER).is_file() and not restart:
             _refuse_other_run(path / MARKER, identity)
@@ -373,7 +373,7 @@ def _remove(entry: Path) -> None:
 
 def _sweep(path: Path) -> None:
     """Remove what a killed process left half-written, and bring back what it was about to replace."""
-    settled(path)
+    settle_leftovers(path)
     for left in path.rglob(".*.tmp"):
         if re.fullmatch(HALF, left.name) and left.is_file():
             left.unlink()

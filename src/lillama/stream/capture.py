@@ -62,7 +62,7 @@ def begin(
     padded = [] if batch.most_padded is None else [batch.most_padded]
     row = padded or [0]
     capture.check(batch[2 * row])
-    templates = _marked(capture(batch, 2 * row)[1], capture(batch, 3 * row)[1])
+    templates = _mark_growing(capture(batch, 2 * row)[1], capture(batch, 3 * row)[1])
     table, hidden = BlockInputs(templates, first=model.indices(stack).start, extra_outputs=capture.extra_outputs), None
     for rows in row_slices(len(batch), micro_batch):
         chosen = [*range(rows.start, rows.stop), *padded]
@@ -77,7 +77,7 @@ def begin(
     return table, hidden
 
 
-def entered(
+def embed_with_grad(
     model: StreamedModel, outside: PreTrainedModel, batch: Batch, stack: int, before: Mapping[int, Tensor]
 ) -> tuple[Tensor, list[BlockArgs]]:
     """Return what enters a stack of blocks, and how each is called, with the graph that leads there.
@@ -152,12 +152,12 @@ def finish(
         )
 
     def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return _returned(hidden, calls.extra_outputs[type(block)])
+        return _give_back(hidden, calls.extra_outputs[type(block)])
 
     try:
-        with _blocks_replaced(model, outside, forward):
+        with _replace_blocks(model, outside, forward):
             inputs = heads_only(model.kind, hidden_size(outside.config), ids.to(model.device))
-            return outside(**inputs, **_uncached(outside)).logits
+            return outside(**inputs, **_without_cache(outside)).logits
     except (AttributeError, TypeError) as error:  # some decoders want more of the encoder than its outputs
         raise ModelError(f"{type(outside).__name__}: its head cannot be run by itself ({error})") from None
 
@@ -190,10 +190,10 @@ class _Capture:
         def forward(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             seen.append(index)
             hidden, _ = split_call(args, kwargs)
-            return _returned(hidden, self._rest(index, block, args, kwargs))
+            return _give_back(hidden, self._rest(index, block, args, kwargs))
 
         try:
-            with _blocks_replaced(self.model, self.outside, forward):
+            with _replace_blocks(self.model, self.outside, forward):
                 self.outside(**self._inputs(batch))
         except (ModelError, torch.OutOfMemoryError):
             raise
@@ -220,14 +220,14 @@ class _Capture:
             rest = self._rest(index, block, args, kwargs)
             if last.get(index) == self.stack:
                 raise _AllCaptured
-            return _returned(ready.get(last[index], hidden) if index in last else hidden, rest)
+            return _give_back(ready.get(last[index], hidden) if index in last else hidden, rest)
 
-        with _blocks_replaced(self.model, self.outside, forward), suppress(_AllCaptured):
+        with _replace_blocks(self.model, self.outside, forward), suppress(_AllCaptured):
             self.outside(**self._inputs(batch[rows]))
         return captured[0][0], [call for _, call in captured]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return batch.forward_inputs(self.model.device, self.model.dtype) | _uncached(self.outside)
+        return batch.forward_inputs(self.model.device, self.model.dtype) | _without_cache(self.outside)
 
     def _refusal(self, what: str) -> ModelError:
         return ModelError(
@@ -259,7 +259,7 @@ class _Capture:
 
 
 @contextmanager
-def _blocks_replaced(model: StreamedModel, outside: nn.Module, forward: Forward) -> Iterator[None]:
+def _replace_blocks(model: StreamedModel, outside: nn.Module, forward: Forward) -> Iterator[None]:
     """Let every block of `outside` run `forward` instead of its own; its attributes stay readable."""
     blocks = [outside.get_submodule(name) for name in model.names]
     for index, block in enumerate(blocks):
@@ -271,17 +271,17 @@ def _blocks_replaced(model: StreamedModel, outside: nn.Module, forward: Forward)
             del block.forward
 
 
-def _uncached(model: PreTrainedModel) -> dict[str, Any]:
+def _without_cache(model: PreTrainedModel) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     passed_on = model.can_generate() and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
     return {"use_cache": False} if passed_on or "use_cache" in known else {}
 
 
-def _returned(hidden: Float[Tensor, "sequences length width"], rest: tuple[Any, ...] | None) -> Any:
+def _give_back(hidden: Float[Tensor, "sequences length width"], rest: tuple[Any, ...] | None) -> Any:
     return hidden if rest is None else (hidden, *rest)
 
 
-def _marked(two: list[BlockArgs], three: list[BlockArgs]) -> list[BlockArgs]:
+def _mark_growing(two: list[BlockArgs], three: list[BlockArgs]) -> list[BlockArgs]:
     """Return calls for two sequences with every tensor replaced by `Rowwise` that is longer in those for three."""
     keys: dict[int, int] = {}
     others = iter(tree_leaves(three))

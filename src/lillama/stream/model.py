@@ -18,7 +18,7 @@ from lillama.model.skeleton import skeleton
 from lillama.model.source import computed_dtype, load_config, quantization
 from lillama.model.spec import Kind
 from lillama.model.tied import untie
-from lillama.model.weights import Weights, filled
+from lillama.model.weights import Weights, fill_module
 from lillama.modeling.experts import unfuse
 from lillama.modeling.soundness import fault
 
@@ -86,7 +86,7 @@ class StreamedModel:
         Raises:
             ModelError: a tensor holds what it cannot.
         """
-        block = filled(self.skeleton.get_submodule(name), name, self.weights, self.device, dtype)
+        block = fill_module(self.skeleton.get_submodule(name), name, self.weights, self.device, dtype)
         reason = fault(block, name)
         if reason:
             raise ModelError(f"{self.reader.folder}: {reason}")
@@ -104,7 +104,7 @@ class StreamedModel:
         if not head and output is not None and output.weight is not self.skeleton.get_input_embeddings().weight:
             unwanted = {name for name, module in self.skeleton.named_modules() if module is output}
             wanted = [name for name in wanted if name.rpartition(".")[0] not in unwanted]
-        model = filled(self.skeleton, "", self.weights, self.device, self.dtype, wanted)
+        model = fill_module(self.skeleton, "", self.weights, self.device, self.dtype, wanted)
         assert isinstance(model, PreTrainedModel)
         return model
 

@@ -120,7 +120,7 @@ def readable(count: float) -> str:
 
 
 @contextmanager
-def shortage_explained() -> Iterator[None]:
+def explain_shortage() -> Iterator[None]:
     """Turn the many errors of a full disk or memory into a `ResourceError` that names the remedy."""
     try:
         yield

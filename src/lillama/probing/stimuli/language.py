@@ -9,12 +9,12 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, TypeAdapter, with_config
 
 from lillama.errors import ProbeError, suggestion
-from lillama.files.packaged import packaged
+from lillama.files.packaged import package_folder
 from lillama.files.yaml_text import read_yaml
 
 LanguageName = Literal["en", "fr"]
 LANGUAGES: tuple[LanguageName, ...] = get_args(LanguageName)
-Pair = tuple[str, str]
+Replacement = tuple[str, str]
 Slots = Mapping[str, Annotated[tuple[str, ...], Field(min_length=1)]]
 
 
@@ -55,8 +55,8 @@ class Mirror:
     """
 
     slots: Slots
-    first: Pair
-    second: Pair
+    first: Replacement
+    second: Replacement
 
 
 @with_config(extra="forbid")
@@ -80,7 +80,7 @@ class Language:
     vowels: str
     consonants: str
     graphemes: tuple[str, ...]
-    rules: tuple[Pair, ...]
+    rules: tuple[Replacement, ...]
     lists: Mapping[str, WordList]
     phenomena: Mapping[str, Mapping[str, Mirror]]
 
@@ -104,4 +104,4 @@ def load_language(name: str) -> Language:
 
 def language_folder() -> Path:
     """Return the folder of the languages' files."""
-    return packaged("probing/stimuli/languages")
+    return package_folder("probing/stimuli/languages")

@@ -37,7 +37,7 @@ class WordPair:
 
 
 @dataclass(frozen=True)
-class Scale:
+class LexicalScale:
     """One way to cut words into segments, and the n-gram models that must not tell words from pseudo-words.
 
     Attributes:
@@ -61,7 +61,7 @@ class Scale:
         return abs(self.models["bigram of words"].preference(self.segments(word), self.segments(pseudo)))
 
 
-def scale(name: str, segments: Segmented, counts: Mapping[str, int]) -> Scale:
+def scale(name: str, segments: Segmented, counts: Mapping[str, int]) -> LexicalScale:
     """Train the n-gram models of one way to cut words: on each word once, and on each as often as it occurs."""
     once: dict[Segments, float] = {}
     often: dict[Segments, float] = {}
@@ -74,13 +74,13 @@ def scale(name: str, segments: Segmented, counts: Mapping[str, int]) -> Scale:
         for what, sequences in (("words", once), ("running text", often))
         for order, kind in ((1, "unigram"), (2, "bigram"))
     }
-    return Scale(name, segments, models)
+    return LexicalScale(name, segments, models)
 
 
 def word_pairs(
     language: Language,
     vocabulary: Vocabulary,
-    scales: Sequence[Scale],
+    scales: Sequence[LexicalScale],
     pairs: int,
     seed: int,
     fits: Callable[[str, Sequence[str]], Sequence[str]] = lambda word, pseudo: pseudo,
@@ -112,7 +112,7 @@ def word_pairs(
         candidates = _candidates(rules.neighbours(word, chance), vocabulary.known, used, scales[0], word)
         signs = {pseudo: _signs(scales, word, pseudo) for pseudo in fits(word, candidates)}
         if len(signs) >= PER_WORD:
-            chosen = _balanced(signs, totals)
+            chosen = _balance(signs, totals)
             used |= set(chosen)
             found += [WordPair(word, pseudo, vocabulary.counts[word]) for pseudo in chosen]
     if not found:
@@ -135,18 +135,20 @@ def _drawn(words: Iterable[str], counts: Mapping[str, int], chance: random.Rando
     return sorted(keys, key=lambda word: (-keys[word], word))
 
 
-def _candidates(neighbours: Iterable[str], known: frozenset[str], used: set[str], first: Scale, word: str) -> list[str]:
+def _candidates(
+    neighbours: Iterable[str], known: frozenset[str], used: set[str], first: LexicalScale, word: str
+) -> list[str]:
     """Return a word's pseudo-words near it in transition probability, the nearest first."""
     free = islice((pseudo for pseudo in neighbours if pseudo not in known and pseudo not in used), CANDIDATES)
     near = sorted((first.distance(word, pseudo), pseudo) for pseudo in free)
     return [pseudo for distance, pseudo in near[:SHORTLIST] if distance <= FARTHEST]
 
 
-def _signs(scales: Sequence[Scale], word: str, pseudo: str) -> tuple[int, ...]:
+def _signs(scales: Sequence[LexicalScale], word: str, pseudo: str) -> tuple[int, ...]:
     return tuple(sign for scale in scales for sign in scale.signs(word, pseudo))
 
 
-def _balanced(signs: Mapping[str, tuple[int, ...]], totals: list[int]) -> list[str]:
+def _balance(signs: Mapping[str, tuple[int, ...]], totals: list[int]) -> list[str]:
     """Take pseudo-words one after the other, nearest first among those that bring `totals` (changed) nearest to zero."""
     left = dict(signs)
     chosen: list[str] = []

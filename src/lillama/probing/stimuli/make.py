@@ -14,7 +14,7 @@ from lillama.files.atomic import atomic_folder, refuse_present
 from lillama.probing.benchmark import Benchmark, load_benchmark
 from lillama.probing.stimuli.language import LanguageName, load_language
 from lillama.probing.stimuli.pronounce import Espeak, Gruut, Pronouncer
-from lillama.probing.stimuli.sets import StimuliSet, Task, built_in_vocabulary, lexical_set, syntactic_set
+from lillama.probing.stimuli.sets import StimuliSet, StimulusTask, built_in_vocabulary, lexical_set, syntactic_set
 from lillama.probing.stimuli.vocabulary import Vocabulary, read_known, read_texts, read_word_list
 
 Engine = Literal["gruut", "espeak"]
@@ -28,7 +28,7 @@ def make_stimuli(
     vocabulary: str | Path | None = None,
     texts: Sequence[str | Path] = (),
     known: Sequence[str | Path] = (),
-    tasks: Sequence[Task] = ("lexical", "syntactic"),
+    tasks: Sequence[StimulusTask] = ("lexical", "syntactic"),
     pairs: int = PAIRS,
     phonemes: Engine | None = None,
     seed: int = 0,

@@ -104,7 +104,7 @@ def pattern(phonemes: Segments) -> str:
     return "".join("V" if set(unicodedata.normalize("NFD", phoneme)) & IPA_VOWELS else "C" for phoneme in phonemes)
 
 
-def changed(first: Segments, second: Segments) -> int:
+def change_sound(first: Segments, second: Segments) -> int:
     """Return how many phonemes differ between two pronunciations of the same length."""
     return sum(ours != theirs for ours, theirs in zip(first, second, strict=True))
 

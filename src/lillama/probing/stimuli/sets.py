@@ -7,15 +7,15 @@ from functools import cache
 from typing import Literal
 
 from lillama.probing.stimuli.language import LANGUAGES, Language, language_folder, load_language
-from lillama.probing.stimuli.lexical import Scale, scale, word_pairs, words_of
+from lillama.probing.stimuli.lexical import LexicalScale, scale, word_pairs, words_of
 from lillama.probing.stimuli.ngrams import NGrams, Segments, count_ngrams
-from lillama.probing.stimuli.pronounce import Pronouncer, changed, pattern
+from lillama.probing.stimuli.pronounce import Pronouncer, change_sound, pattern
 from lillama.probing.stimuli.pseudowords import MOST_CHANGED
 from lillama.probing.stimuli.sentences import sentence_pairs, tokens, usable_lists
 from lillama.probing.stimuli.vocabulary import Vocabulary, read_known, read_word_list
 
-Task = Literal["lexical", "syntactic"]
-Row = Mapping[str, str | int]
+StimulusTask = Literal["lexical", "syntactic"]
+SetRow = Mapping[str, str | int]
 Control = Mapping[str, Mapping[str, float]]
 
 
@@ -32,10 +32,10 @@ class StimuliSet:
         whole: word lists that were used whole, since the vocabulary holds hardly any of their words.
     """
 
-    task: Task
+    task: StimulusTask
     language: str
     source: str
-    rows: tuple[Row, ...]
+    rows: tuple[SetRow, ...]
     control: Control
     whole: tuple[str, ...] = ()
 
@@ -157,13 +157,13 @@ def _audible(pronouncer: Pronouncer, sounds: dict[str, Segments]) -> Callable[[s
             for pseudo in unknown
             if sounds[pseudo] not in heard
             and pattern(sounds[pseudo]) == pattern(sounds[word])
-            and changed(sounds[pseudo], sounds[word]) <= MOST_CHANGED
+            and change_sound(sounds[pseudo], sounds[word]) <= MOST_CHANGED
         ]
 
     return fits
 
 
-def _lexical_control(scale: Scale, pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
+def _lexical_control(scale: LexicalScale, pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
     cut = [(scale.segments(word), scale.segments(pseudo)) for word, pseudo in pairs]
     return {name: model.accuracy(cut) for name, model in scale.models.items()}
 
