@@ -30,6 +30,7 @@ check: $(VENV)/.ready  ## lint, formatting, types, import floors, the tables of 
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python docs/recipe_table.py --check
+	$(BIN)/python docs/tree.py --check
 	$(BIN)/python docs/architectures.py --check
 
 house: $(VENV)/.ready  ## measure the shape of the code: entries, the longest function, parameters, names
@@ -37,6 +38,7 @@ house: $(VENV)/.ready  ## measure the shape of the code: entries, the longest fu
 
 docs: $(VENV)/.ready-docs  ## write the recipe table and build the documentation in site/
 	$(BIN)/python docs/recipe_table.py
+	$(BIN)/python docs/tree.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench-quality: $(VENV)/.ready  ## loss and generated text of every recipe at six sizes, into bench/results/ (hours)

@@ -7,6 +7,7 @@ import torch
 
 from lillama.distill.log import DistillLog
 from lillama.errors import DataError, OutputError, TrainingError
+from lillama.files.artefacts import save_json
 from lillama.runs.run_dir import RunDir, open_run
 
 IDENTITY = {"recipe": {"keep": 0.8, "distill": {"lr": 1e-3}}, "model": {"files": "ab" * 32}, "plan": "cd" * 32}
@@ -146,3 +147,14 @@ def test_states_of_distillation_go_when_they_are_not_needed(tmp_path):
         folder.mkdir(parents=True)
     run.remove_states()
     assert not any(tmp_path.glob("sequential")) and not any(tmp_path.glob("joint*"))
+
+
+def test_a_folder_of_another_version_is_refused_by_one_line(tmp_path):
+    run = begun(tmp_path / "run")
+    marker = run.path / "run.json"
+    save_json(marker, {"version": 1, "identity": IDENTITY})
+    with pytest.raises(OutputError, match=r"run\.json: version is 1, this lillama writes and reads 2; .*--restart"):
+        begun(run.path)
+    assert run.calibration.is_dir()  # nothing is lost
+    with open_run(run.path, IDENTITY, restart=True) as again:
+        assert not again.calibration.exists()

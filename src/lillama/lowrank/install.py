@@ -19,7 +19,7 @@ def install(model: nn.Module, ranks: Mapping[str, int]) -> None:
 
     Args:
         model: the whole model, or any part of it that the names start from.
-        ranks: name of a `nn.Linear`, of a Conv1D or of an expert's linear (see `unfused.Experts`) -> its rank.
+        ranks: name of a `nn.Linear`, of a Conv1D or of an expert's linear (see `modeling.experts.Experts`) -> its rank.
 
     Raises:
         ModelError: a name is not a dense linear of the model, or a rank is below 1 or above what its shape allows.

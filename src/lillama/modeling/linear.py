@@ -1,4 +1,4 @@
-"""Linear layers in factorised form. Imports torch and `unfused` alone: the same text ships inside portable models."""
+"""Linear layers in factorised form. Imports torch and `experts` alone: the same text ships inside portable models."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast

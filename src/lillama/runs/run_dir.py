@@ -43,6 +43,7 @@ from lillama.recovery.log import RecoveryLog
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+FORMAT = 2  # of the folder as a whole, in its marker: where artefacts lie, and what states of a training hold
 MARKER, LOCK, SCRATCH = "run.json", "lock", "scratch"
 HALF = rf"\..+(\.\d+\.tmp|{re.escape(ASIDE)})"  # what a killed process leaves
 STATES = re.compile(r"sequential|joint(-\d+)?")  # of distillation, while it goes on
@@ -320,7 +321,7 @@ def open_run(path: Path, identity: Mapping[str, Any], restart: bool = False) -> 
             run.audit()
         else:
             _clear(place)
-            save_json(place / MARKER, {"version": VERSION, "identity": identity})
+            save_json(place / MARKER, {"version": FORMAT, "identity": identity})
         try:
             yield run
         except Exception:
@@ -382,9 +383,15 @@ def _sweep(path: Path) -> None:
 
 def _refuse_other_run(marker: Path, identity: Mapping[str, Any]) -> None:
     try:
-        before = load_json(marker)["identity"]
+        value = load_json(marker)
+        written, before = value["version"], value["identity"]
     except (DamagedError, KeyError):
         raise OutputError(f"{marker}: damaged; begin anew with --restart") from None
+    if written != FORMAT:
+        raise OutputError(
+            f"{marker}: version is {_shown(written)}, this lillama writes and reads {FORMAT}; begin anew with --restart, "
+            "or go on with the lillama that began it"
+        )
     old, new = _flat(before), _flat(json.loads(json.dumps(identity)))
     for key in [*new, *old]:
         if old.get(key) != new.get(key):

@@ -60,7 +60,7 @@ class StreamedModel:
         return tuple(f"{stack}.{name}" for stack, children in inner for name, _ in children)
 
     def template(self, index: int) -> nn.Module:
-        """Return a block without weights, these as linears (see `model.unfused`)."""
+        """Return a block without weights, these as linears (see `modeling.experts`)."""
         block = copy.deepcopy(self.skeleton.get_submodule(self.names[index]))
         unfuse(block, split=lambda _: self.split_gate_up)
         return block
