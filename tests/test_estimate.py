@@ -7,11 +7,12 @@ import torch
 from lillama.lowrank.initialisers import Svd, TwoSided, Whitened
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 from lillama.moments.gradients import PROBED_TOKENS
-from lillama.pipeline.estimate import EFFICIENCY, LOGITS, estimate, matmul_rate
+from lillama.pipeline.estimate import EFFICIENCY, estimate, matmul_rate
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.allocators import Uniform
 from lillama.ranks.plan import RankPlan
 from lillama.recipes.recipe import Recipe
+from lillama.stream.head import LOGITS
 from lillama.system.memory import LOGIT_BYTES_IN_TRAINING, MemoryBudget
 
 Plan = Callable[..., RankPlan]

@@ -158,7 +158,7 @@ def collect_gradient_moments(
     owner = [stack for stack in stacks for _ in model.indices(stack)]
     gradients = [store for outputs in stores for store in outputs[1:]]
     probes = Probes(model, batch, shelf, micro_batch)
-    fisher = GradientCache(
+    cache = GradientCache(
         rows, batch, gradients, [tables[stack] for stack in owner], owner, tokens, micro_batch, probes
     )
     for stack in reversed(stacks):
@@ -168,14 +168,14 @@ def collect_gradient_moments(
             block, source = model.block(index), stores[stack][index - model.indices(stack).start]
             back = crossing.sink(index, source) if stack else _into(source)
             visit(
-                index, block, collect_block_moments(block, names(index), fisher.runs(index, source.read), tokens, back)
+                index, block, collect_block_moments(block, names(index), cache.runs(index, source.read), tokens, back)
             )
         if stack:
             _cross(model, batch, stack, stores, crossing, micro_batch)
             crossing.new.remove()
         stores[stack][0].remove()
     report(Progress("fisher", 2 * total, 2 * total))
-    return fisher
+    return cache
 
 
 Sink = Callable[[slice, Tensor, list[tuple[Tensor, Tensor | None]]], None]

@@ -123,7 +123,7 @@ def distill_blocks(ctx: RunContext) -> RunContext:
     Returns:
         the context without the gradients that the initialisation needed.
     """
-    if ctx.unfinished and ctx.fisher is None:
+    if ctx.unfinished and ctx.gradients is None:
         refuse_overflow(ctx)
     if ctx.unfinished:
         SCHEDULES[ctx.job.recipe.distill.schedule](ctx)

@@ -33,14 +33,14 @@ class RunContext:
         tokens: that it is done with.
         run_dir: where results go.
         report: told about blocks and steps.
-        fisher: gradients at the blocks' outputs, if the initialisation asks for them.
+        gradients: gradients at the blocks' outputs, if the initialisation asks for them.
     """
 
     job: Job
     tokens: CalibrationSet
     run_dir: RunDir
     report: Report
-    fisher: GradientCache | None = None
+    gradients: GradientCache | None = None
 
     @property
     def teacher(self) -> StreamedModel:
@@ -127,9 +127,9 @@ class RunContext:
 
     def drop_gradients(self) -> "RunContext":
         """Return the context once every block has its initial factors, without the gradients that they needed."""
-        if self.fisher is not None:
-            self.fisher.remove()
-        return replace(self, fisher=None)
+        if self.gradients is not None:
+            self.gradients.remove()
+        return replace(self, gradients=None)
 
     def shelf(self) -> Shelf:
         """Return where activations go."""

@@ -14,9 +14,9 @@ from lillama.lowrank.factors import spectrum
 from lillama.lowrank.gram import Moments, exact_device
 from lillama.lowrank.student import compressed_copy, restored_copy
 from lillama.model.spec import BlockSpec
+from lillama.moments.cost import moments_fit
 from lillama.moments.gradients import PROBED_TOKENS, GradientCache, collect_gradient_moments
 from lillama.pipeline.context import RunContext
-from lillama.pipeline.estimate import moments_fit
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.candidates import AllocationJson, Candidate
 from lillama.ranks.plan import RankPlan
@@ -44,18 +44,18 @@ def select_ranks(ctx: RunContext) -> RunContext:
         job.plan.save(run.plan)
     elif not open_ranks:
         ctx = _with_plan(ctx, RankPlan.load(run.plan, job.plan.spec, job.recipe.storage))
-    fisher = None
+    gradients = None
     lost = job.open_ranks and not run.spectra.is_file()
     if open_ranks or lost or (job.recipe.init.needs_gradient and ctx.unfinished):
-        fisher = _measure_gradients(ctx)
+        gradients = _measure_gradients(ctx)
     if open_ranks:
-        assert fisher is not None
-        ctx = _with_plan(ctx, _pick_plan(ctx, fisher))
+        assert gradients is not None
+        ctx = _with_plan(ctx, _pick_plan(ctx, gradients))
         _forget_other_ranks(ctx)
-    if fisher is not None and not job.recipe.init.needs_gradient:
-        fisher.remove()
-        fisher = None
-    return replace(ctx, fisher=fisher)
+    if gradients is not None and not job.recipe.init.needs_gradient:
+        gradients.remove()
+        gradients = None
+    return replace(ctx, gradients=gradients)
 
 
 def _forget_other_ranks(ctx: RunContext) -> None:
@@ -103,12 +103,12 @@ def _measure_gradients(ctx: RunContext) -> GradientCache:
 
     rows = ctx.rows.train[: max(1, PROBED_TOKENS // ctx.job.recipe.calibration.seq_len)]
     generator = torch.Generator().manual_seed(ctx.job.recipe.seed)
-    fisher = collect_gradient_moments(
+    gradients = collect_gradient_moments(
         ctx.teacher, ctx.batch, rows, ctx.shelf(), ctx.job.micro_batch, generator, names, visit, ctx.report
     )
     if wanted:
         Spectra({name: values.numpy() for name, values in found.items()}).save(ctx.run_dir.spectra)
-    return replace(fisher, kept=kept)
+    return replace(gradients, kept=kept)
 
 
 def _spectra(weights: Sequence[Tensor], measured: Sequence[Moments]) -> list[Tensor]:
@@ -130,14 +130,14 @@ def _scale(found: Moments) -> float:
     return math.sqrt(found.share) / math.sqrt(max(1, found.inputs.count) * max(1, found.gradients.count))
 
 
-def _pick_plan(ctx: RunContext, fisher: GradientCache) -> RankPlan:
+def _pick_plan(ctx: RunContext, gradients: GradientCache) -> RankPlan:
     """Return the candidate that is best on the held-out sequences with its initial factors."""
     recipe, spec, spectra = ctx.job.recipe, ctx.job.plan.spec, Spectra.load(ctx.run_dir.spectra)
     assert isinstance(recipe.ranks, Adaptive)  # no other allocator leaves ranks open
     plans = recipe.ranks.candidates(spec, recipe.keep, recipe.scope, recipe.storage, spectra, recipe.bytes)
     found = [
         Candidate(share, plans[share].keep, spectra.rise(plans[share]), kl, rise)
-        for share, (kl, rise) in zip(plans, _evaluate_plans(ctx, fisher, list(plans.values())), strict=True)
+        for share, (kl, rise) in zip(plans, _evaluate_plans(ctx, gradients, list(plans.values())), strict=True)
     ]
     best = min(found, key=lambda candidate: (candidate.kl, candidate.share))
     if best.share == 0 and len(found) > 1:
@@ -150,7 +150,7 @@ def _pick_plan(ctx: RunContext, fisher: GradientCache) -> RankPlan:
 
 
 @torch.no_grad()
-def _evaluate_plans(ctx: RunContext, fisher: GradientCache, plans: list[RankPlan]) -> list[tuple[float, float]]:
+def _evaluate_plans(ctx: RunContext, gradients: GradientCache, plans: list[RankPlan]) -> list[tuple[float, float]]:
     """Return divergence and rise of the loss, in nats a held-out token, of each plan with its initial factors."""
     model, spec, rate = ctx.teacher, ctx.job.plan.spec, ctx.job.micro_batch
     held_out, shelf = ctx.batch[ctx.rows.held_out], ctx.shelf()
@@ -165,7 +165,7 @@ def _evaluate_plans(ctx: RunContext, fisher: GradientCache, plans: list[RankPlan
         for index in model.indices(stack):
             block = spec.blocks[index]
             ctx.report(Progress("ranks", index, len(spec.blocks), block.name))
-            _advance(ctx, fisher, block, plans, calls, now)
+            _advance(ctx, gradients, block, plans, calls, now)
             trim_memory()
         for name, store in now.items():
             ends[name].append(store)
@@ -181,7 +181,7 @@ def _evaluate_plans(ctx: RunContext, fisher: GradientCache, plans: list[RankPlan
 
 def _advance(
     ctx: RunContext,
-    fisher: GradientCache,
+    gradients: GradientCache,
     block: BlockSpec,
     plans: list[RankPlan],
     calls: Mapping[str, BlockInputs],
@@ -190,7 +190,7 @@ def _advance(
     """Run a block of the original, and its initial student by every plan, each on its own activations."""
     model, ranks = ctx.teacher, {f"plan-{n}": _within(block, plan) for n, plan in enumerate(plans)}
     teacher = model.block(block.index)
-    state = _widest(ctx, fisher, block, teacher, list(ranks.values()))
+    state = _widest(ctx, gradients, block, teacher, list(ranks.values()))
     for name, store in now.items():
         runner = teacher
         if name in ranks:
@@ -204,12 +204,12 @@ def _within(block: BlockSpec, plan: RankPlan) -> dict[str, int]:
 
 
 def _widest(
-    ctx: RunContext, fisher: GradientCache, block: BlockSpec, teacher: nn.Module, ranks: list[dict[str, int]]
+    ctx: RunContext, gradients: GradientCache, block: BlockSpec, teacher: nn.Module, ranks: list[dict[str, int]]
 ) -> dict[str, Tensor]:
     """Return a block's student state at the largest rank that any plan gives to each linear."""
     widest = {name: max(plan.get(name, 0) for plan in ranks) for name in {name for plan in ranks for name in plan}}
     widest = {linear: widest[linear] for linear in sorted(widest)}
-    found = fisher.moments(block.index, teacher, widest) if widest else {}
+    found = gradients.moments(block.index, teacher, widest) if widest else {}
     trim_memory()
     generator = torch.Generator().manual_seed(ctx.seed(block))
     template, init = ctx.teacher.template(block.index), ctx.job.recipe.init

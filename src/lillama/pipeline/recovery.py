@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lillama.distill.cost import TRAINED_BYTES
 from lillama.distill.history import State
 from lillama.distill.learner import Learner
 from lillama.distill.log import GROWTH
@@ -21,7 +22,6 @@ from lillama.lowrank.student import restored_copy
 from lillama.model.spec import BlockSpec
 from lillama.modeling.experts import routers
 from lillama.pipeline.context import RunContext
-from lillama.pipeline.schedules import TRAINING_BYTES
 from lillama.recovery.backprop import Chain, KeptGraphs, Recomputed, graph_bytes
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.log import RecoveryLog
@@ -37,7 +37,6 @@ from lillama.system.resources import trim_memory
 logger = logging.getLogger(__name__)
 
 SLOWER = 0.25  # of the peak rate, in a second attempt where the loss diverges in the first
-STATE_BYTES = TRAINING_BYTES + 4  # a parameter under training, and in the best state
 
 
 def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
@@ -157,7 +156,7 @@ def _chain(
 ) -> Chain:
     """Return the blocks under training; `boundaries` is filled where graphs do not fit into memory."""
     blocks = range(min(trained), len(ctx.teacher.names))
-    resident = ctx.job.memory.learners(STATE_BYTES * max(block.params for block in trained.values()))
+    resident = ctx.job.memory.learners(TRAINED_BYTES * max(block.params for block in trained.values()))
     compiled = ctx.compiled(config.batch_size, "recovery", resident >= len(trained))
     pool = LearnerPool(_learners(ctx, config, compiled), scratch, resident)
     if resident < len(trained) or not _graphs_fit(ctx, pool, blocks, config, calls, inputs):

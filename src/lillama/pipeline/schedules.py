@@ -10,6 +10,7 @@ from torch import nn
 
 from lillama.distill.activations import BlockActivations, Earlier
 from lillama.distill.block import BlockData, distill_block
+from lillama.distill.cost import LEARNER_BYTES
 from lillama.distill.joint import JointData, JointTraining, distill_stack
 from lillama.distill.learner import Learner
 from lillama.distill.log import DistillLog
@@ -29,8 +30,6 @@ from lillama.system.progress import Progress
 from lillama.system.resources import trim_memory
 
 logger = logging.getLogger(__name__)
-
-TRAINING_BYTES = 16  # a parameter under training: itself, gradient, two moments
 
 
 class Teachers:
@@ -144,9 +143,9 @@ def initial_student(ctx: RunContext, block: BlockSpec, teacher: nn.Module, grams
     """Return a block's student before training."""
     ranks, init = ctx.ranks(block), ctx.job.recipe.init
     generator = torch.Generator().manual_seed(ctx.seed(block))
-    fisher, probed = ctx.fisher, {}
-    if fisher is not None:
-        probed = fisher.moments(block.index, teacher, ranks, inputs=not grams)
+    gradients, probed = ctx.gradients, {}
+    if gradients is not None:
+        probed = gradients.moments(block.index, teacher, ranks, inputs=not grams)
         trim_memory()
     found = {name: Moments(grams.get(name), probed[name].gradients if probed else None) for name in ranks}
     return compressed_copy(ctx.teacher.template(block.index), teacher, ranks, init, found, generator)
@@ -295,4 +294,4 @@ def _teacher_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
 def _resident(ctx: RunContext, trained: Mapping[int, BlockSpec]) -> int:
     """Return how many blocks under training may stay in memory."""
     largest = max(block.params for block in trained.values())
-    return ctx.job.memory.learners(TRAINING_BYTES * largest)
+    return ctx.job.memory.learners(LEARNER_BYTES * largest)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lillama.model.work import Work
 from lillama.stream.activations import ActivationStore, Shelf, Stores
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
@@ -20,6 +21,7 @@ from lillama.stream.forward import through
 from lillama.stream.model import StreamedModel
 from lillama.system.memory import LOGIT_BYTES_IN_TRAINING, tokens_of_logits
 
+LOGITS = 5  # (tokens x vocabulary) matrices in memory together
 NO_LABEL = -100
 LEAST_LENGTH = 1e-6  # of an output that is next to nothing
 
@@ -233,6 +235,12 @@ class Change:
 
     kl: float
     rise: float
+
+
+def head_bytes(work: Work) -> int:
+    """Return the bytes that the head and its logits take, from shapes alone."""
+    logits = 4 * work.seq_len * (work.head_params // work.spec.hidden_size)
+    return work.head_params * work.itemsize + LOGITS * min(LOGIT_BYTES_IN_TRAINING, logits)
 
 
 @torch.no_grad()

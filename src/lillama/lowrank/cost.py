@@ -1,0 +1,16 @@
+"""What it costs to decompose the linears of a block, from shapes alone."""
+
+from lillama.model.spec import BlockSpec, LinearSpec
+
+MATRICES = 4  # in fp64, of a linear's smaller side: one to decompose, its eigenvectors, working space for two
+
+
+def factor_flops(linear: LinearSpec) -> int:
+    """Return about how many fp32 operations take as long as the fp64 decompositions and products of a linear."""
+    least, most = sorted((linear.in_features, linear.out_features))
+    return least**2 * (44 * least + 8 * most)
+
+
+def decomposition_bytes(block: BlockSpec) -> int:
+    """Return the bytes that the decomposition of a block's largest linear takes."""
+    return 8 * MATRICES * max(min(linear.in_features, linear.out_features) for linear in block.linears) ** 2
