@@ -115,7 +115,7 @@ def test_every_way_of_teaching_improves_every_block(two_blocks, quick, tmp_path,
 def test_files_of_a_finished_run(tiny, quick, text, tmp_path):
     result = lillama.compress(tiny, tmp_path / "out", recipe=quick(), texts=[text], run=tmp_path / "elsewhere")
     assert {file.name for file in (tmp_path / "elsewhere").iterdir()} == {
-        "run.json", "spec.json", "plan.json", "calibration", "blocks", "metrics.json", "lock",
+        "run.json", "spec.json", "plan.json", "calibration", "blocks", "metrics.json", "machine.json", "lock",
     }  # fmt: skip
     assert {file.name for file in result.path.iterdir()} >= {
         "config.json",

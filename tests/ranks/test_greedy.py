@@ -216,7 +216,7 @@ def test_uniform_finds_the_share_that_a_search_linear_by_linear_finds(
 def test_the_work_for_thousands_of_linears_grows_with_the_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that looks through all linears again would ask a thousand times as often."""
     asked = []
-    for name in ("_raised", "_lowered"):
+    for name in ("_raise_ranks", "_lower_ranks"):
         ask = getattr(greedy, name)
         monkeypatch.setattr(greedy, name, lambda *args, _ask=ask: (asked.append(1), _ask(*args))[1])
     spec = drawn([[(512, 192), (192, 512)] * 64] * 24)
