@@ -117,7 +117,7 @@ def yardstick(folder: Path) -> dict[str, int]:
 
     import lillama
     from lillama.lowrank.install import install
-    from lillama.stream.activations import Shelf, Stores
+    from lillama.stream.activations import ActivationPlacement, StoreFactory
     from lillama.stream.batch import Batch
     from lillama.stream.capture import begin
     from lillama.stream.model import open_streamed
@@ -126,9 +126,9 @@ def yardstick(folder: Path) -> dict[str, int]:
     plan = lillama.plan(folder / "model", keep=KEEP).plan
     spec = plan.spec.blocks[0]
     ranks = {name.removeprefix(f"{spec.name}."): rank for name, rank in plan.within(spec).items()}
-    shelf = Shelf(torch.device("cpu"), folder, 0, 1 << 40)
+    placement = ActivationPlacement(torch.device("cpu"), folder, 0, 1 << 40)
     batch = Batch.of_tokens(torch.zeros(MICRO_BATCH, SEQ_LEN, dtype=torch.long))
-    calls, hidden = begin(model, batch, Stores(shelf, torch.float32, "hidden"), MICRO_BATCH)
+    calls, hidden = begin(model, batch, StoreFactory(placement, torch.float32, "hidden"), MICRO_BATCH)
     call = calls.select(0, slice(0, MICRO_BATCH), torch.device("cpu"))
     student = model.block(0)
     install(student, ranks)

@@ -100,8 +100,8 @@ def staged() -> Iterator[Stages]:
         "spectra": [(lillama.pipeline.rank_selection, "_spectra")],
         "trials": [(lillama.pipeline.rank_selection, "advance")],
         "factors": [
-            (lillama.pipeline.schedules, "compressed_copy"),
-            (lillama.pipeline.rank_selection, "compressed_copy"),
+            (lillama.pipeline.schedules, "build_student"),
+            (lillama.pipeline.rank_selection, "build_student"),
         ],
         "teacher's stream": [(BlockActivations, "compute_target")],
         "student's stream": [(BlockActivations, "advance")],

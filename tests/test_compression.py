@@ -225,9 +225,9 @@ def test_activations_on_disk_give_the_same_bits(tiny, quick, text, tmp_path, sch
     recipe = quick(distill={"schedule": schedule})
     host = compress(tiny, tmp_path / "host", recipe=recipe, texts=[text])
     seen = []
-    place = lillama.pipeline.context.Shelf.place
+    place = lillama.pipeline.context.ActivationPlacement.place
     monkeypatch.setattr(
-        lillama.pipeline.context.Shelf, "place", lambda self, n: seen.append(place(self, n)) or seen[-1]
+        lillama.pipeline.context.ActivationPlacement, "place", lambda self, n: seen.append(place(self, n)) or seen[-1]
     )
     disk = compress(tiny, tmp_path / "disk", recipe=recipe, texts=[text], machine=Machine(activation_memory=0))
     assert set(seen) == {"disk"}

@@ -75,10 +75,10 @@ class TrainingError(LillamaError):
     exit_status = 1
 
 
-def shown(value: object) -> str:
+def printable(value: object) -> str:
     r"""Return a value found in somebody's file as a line can show it: short, without control characters.
 
-    >>> shown("q_proj"), shown(["a"] * 100), shown("a\nb")
+    >>> printable("q_proj"), printable(["a"] * 100), printable("a\nb")
     ('q_proj', "['a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', ...", "'a\\nb'")
     """
     text = value if isinstance(value, str) and value.isprintable() else repr(value)

@@ -18,7 +18,7 @@ from lillama.distill.split import Batches, Split
 from lillama.distill.trainer import Trainer
 from lillama.lowrank.factors import truncated_svd
 from lillama.lowrank.install import install
-from lillama.stream.activations import ActivationStore, Shelf
+from lillama.stream.activations import ActivationPlacement, ActivationStore
 from lillama.stream.calls import BlockArgs, BlockInputs
 
 WIDTH, INNER, LENGTH = 12, 20, 6
@@ -56,8 +56,8 @@ class Toy:
         return student
 
     def store(self, name: str, values: Tensor) -> ActivationStore:
-        shelf = Shelf(torch.device("cpu"), self.folder, 0, 1 << 30)
-        store = ActivationStore(tuple(values.shape), values.dtype, shelf, "host", name)
+        placement = ActivationPlacement(torch.device("cpu"), self.folder, 0, 1 << 30)
+        store = ActivationStore(tuple(values.shape), values.dtype, placement, "host", name)
         store.write(slice(0, len(values)), values)
         return store
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lillama.distill.activations import BlockActivations
 from lillama.distill.block import BlockData
 from lillama.errors import RecipeError
-from lillama.stream.activations import ActivationStore, Shelf
+from lillama.stream.activations import ActivationPlacement, ActivationStore
 from lillama.stream.calls import BlockArgs, BlockInputs
 
 SHAPE = (7, 6, 12)
@@ -28,8 +28,10 @@ class Setting:
 
 @pytest.fixture(params=["host", "disk"])
 def setting(toy, tmp_path, request) -> Setting:
-    shelf = Shelf(torch.device("cpu"), tmp_path / "scratch", 0, 0)
-    stores = [ActivationStore(SHAPE, torch.float32, shelf, request.param, n) for n in ("teacher", "target", "student")]
+    placement = ActivationPlacement(torch.device("cpu"), tmp_path / "scratch", 0, 0)
+    stores = [
+        ActivationStore(SHAPE, torch.float32, placement, request.param, n) for n in ("teacher", "target", "student")
+    ]
     stores[0].write(slice(0, SHAPE[0]), torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
     activations = BlockActivations(BlockInputs([BlockArgs()] * 3), stores[0], stores[1], None, stores[2], (None,), 3)
     torch.manual_seed(1)

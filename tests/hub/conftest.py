@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lillama.lowrank.encode import stored_factors
+from lillama.lowrank.encode import encode_factors
 from lillama.lowrank.install import install, low_rank_linears
 from lillama.lowrank.pivot import pivot_rows
 from lillama.lowrank.storage import Storage
-from lillama.modeling.linear import LowRankLinear, shaped_like
+from lillama.modeling.linear import LowRankLinear, build_factorised
 from lillama.modeling.quantizer import LowRankConfig, declare
 
 RANKS = {
@@ -54,10 +54,10 @@ def convert(model: PreTrainedModel, storage: Storage) -> None:
         assert isinstance(layer, LowRankLinear)
         rows = pivot_rows(layer.left.weight)[0] if storage.form == "pivot" else None
         dtype = layer.weight.dtype
-        state = stored_factors(layer.left.weight, layer.right.weight, storage, rows, dtype)
+        state = encode_factors(layer.left.weight, layer.right.weight, storage, rows, dtype)
         dense = torch.nn.Linear(layer.in_features, layer.out_features, False, dtype=dtype)
         dense.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
-        converted = shaped_like(dense, layer.rank, asdict(storage), "order" in state).eval()
+        converted = build_factorised(dense, layer.rank, asdict(storage), "order" in state).eval()
         converted.load_state_dict(
             state | {"weight": layer.weight} | ({"bias": layer.bias} if layer.bias is not None else {})
         )

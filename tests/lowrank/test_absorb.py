@@ -10,7 +10,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from lillama.lowrank.install import install
 from lillama.lowrank.permute import absorb
 from lillama.lowrank.pivot import in_order, pivot_rows
-from lillama.lowrank.student import restored_copy
+from lillama.lowrank.student import load_student
 
 
 class Mlp(nn.Module):
@@ -77,7 +77,7 @@ def test_an_order_is_absorbed_where_the_outputs_stay_and_nowhere_else(case: str)
     assert {name for name, order in rows.items() if in_order(order)} == wanted
     assert all(torch.equal(state[name], before[name]) for name in state) is (not wanted or case.startswith("full"))
     x = torch.randn(2, 6, next(m for m in student.modules() if isinstance(m, nn.Linear)).in_features)
-    after = restored_copy(template, ranks, state, torch.device("cpu"), torch.float32)
+    after = load_student(template, ranks, state, torch.device("cpu"), torch.float32)
     outputs = [module(x)[0] if case == "opt" else module(x) for module in (student, after)]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     for name, order in rows.items():  # what the rows mean has moved along with them

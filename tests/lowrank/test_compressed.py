@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lillama.lowrank.gram import Gram, Moments
 from lillama.lowrank.initialisers import Svd, Whitened
 from lillama.lowrank.install import low_rank_linears
-from lillama.lowrank.student import compressed_copy, restored_copy
+from lillama.lowrank.student import build_student, load_student
 
 FULL = {"up": 12, "part.down": 12}
 
@@ -48,7 +48,7 @@ def template(teacher: Block) -> nn.Module:
 
 
 def student(template: nn.Module, teacher: nn.Module, ranks: dict[str, int]) -> nn.Module:
-    return compressed_copy(template, teacher, ranks, Svd(), {}, torch.Generator())
+    return build_student(template, teacher, ranks, Svd(), {}, torch.Generator())
 
 
 def test_full_rank_reproduces_the_teacher(template: nn.Module, teacher: Block) -> None:
@@ -83,7 +83,7 @@ def test_each_linear_gets_its_own_gram(template: nn.Module, teacher: Block) -> N
     gram = Gram.zeros(12, torch.device("cpu"))
     gram.add(torch.diag(seen))
     moments = {"up": Moments(gram)}
-    copied = compressed_copy(template, teacher, {"up": 2}, Whitened(), moments, torch.Generator())
+    copied = build_student(template, teacher, {"up": 2}, Whitened(), moments, torch.Generator())
     product = copied.get_parameter("up.left.weight") @ copied.get_parameter("up.right.weight")
     torch.testing.assert_close(product[:, :2], teacher.up.weight[:, :2], rtol=1e-4, atol=1e-4)
 
@@ -92,7 +92,7 @@ def test_each_linear_gets_its_own_gram(template: nn.Module, teacher: Block) -> N
 def test_a_student_comes_back_from_its_state(template: nn.Module, teacher: Block, dtype: torch.dtype) -> None:
     ranks = {"up": 3, "part.gate": 4}
     copied = student(template, teacher, ranks)
-    back = restored_copy(template, ranks, copied.state_dict(), torch.device("cpu"), dtype)
+    back = load_student(template, ranks, copied.state_dict(), torch.device("cpu"), dtype)
     assert set(back.state_dict()) == set(copied.state_dict())
     parameters = {name for name, _ in back.named_parameters()}
     for name, tensor in back.state_dict().items():
@@ -106,4 +106,4 @@ def test_a_state_with_a_hole_is_not_restored(template: nn.Module, teacher: Block
     state = student(template, teacher, {"up": 3}).state_dict()
     del state["up.left.weight"]
     with pytest.raises(RuntimeError, match=r"up\.left\.weight"):
-        restored_copy(template, {"up": 3}, state, torch.device("cpu"), torch.float32)
+        load_student(template, {"up": 3}, state, torch.device("cpu"), torch.float32)

@@ -14,7 +14,7 @@ from lillama.lowrank.factors import (
     two_sided_svd,
     whitened_svd,
 )
-from lillama.lowrank.gram import TILE, Gram, held
+from lillama.lowrank.gram import TILE, Gram, gram_size
 
 SHAPES = [(7, 12), (12, 7), (9, 9)]
 RANKS = [1, 3, 6]
@@ -175,7 +175,7 @@ def test_a_gram_wider_than_a_tile_is_symmetric_and_complete() -> None:
     torch.testing.assert_close(gram.sum, x.T @ x)
     torch.testing.assert_close(gram.sum, gram.sum.T, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gram.absolute, x.abs().sum(dim=0))
-    assert sum(tile.numel() for tile in gram.tiles) == held(x.shape[1]) < 0.75 * gram.sum.numel()
+    assert sum(tile.numel() for tile in gram.tiles) == gram_size(x.shape[1]) < 0.75 * gram.sum.numel()
 
 
 def test_grams_add_up_and_can_be_of_fewer_vectors() -> None:
@@ -292,6 +292,6 @@ def test_of_very_long_vectors_only_the_squares_are_summed() -> None:
         gram.add(x[:10])
         gram.add(x[10:])
     torch.testing.assert_close(short.sum, full.sum.diagonal(), rtol=1e-6, atol=1e-5)
-    assert held(12, widest=11) == 12 and held(12, widest=12) == 144
-    assert held(10**12) < 0.6 * 10**24  # in no time, though there are billions of tiles
+    assert gram_size(12, widest=11) == 12 and gram_size(12, widest=12) == 144
+    assert gram_size(10**12) < 0.6 * 10**24  # in no time, though there are billions of tiles
     assert torch.equal(short.absolute, full.absolute) and short.count == full.count == 30

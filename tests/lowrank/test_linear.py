@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.modeling.linear import LowRankLinear, PivotLinear, QuantizedLinear, shaped_like
+from lillama.modeling.linear import LowRankLinear, PivotLinear, QuantizedLinear, build_factorised
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -60,7 +60,7 @@ def test_the_pivot_form_is_its_rows_in_order(ordered: bool, rank: int) -> None:
 @pytest.mark.parametrize("form", ["plain", "pivot"])
 def test_a_layer_to_be_filled_fits_the_dense_one(form: str, bits: int | None, rank: int) -> None:
     dense = nn.Linear(12, 7, device="meta", dtype=torch.bfloat16).eval()
-    layer = shaped_like(dense, rank, {"form": form, "bits": bits, "group_size": 4})
+    layer = build_factorised(dense, rank, {"form": form, "bits": bits, "group_size": 4})
     assert (
         layer.bias is dense.bias
         and not layer.training

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lillama.lowrank.encode import stored_factors
+from lillama.lowrank.encode import encode_factors
 from lillama.lowrank.pivot import LARGEST, in_order, pivot_rows, refit, to_pivots
 from lillama.lowrank.storage import Storage
-from lillama.modeling.linear import shaped_like
+from lillama.modeling.linear import build_factorised
 
 SHAPES = [(7, 5, 1), (7, 5, 5), (5, 7, 5), (5, 7, 1), (40, 30, 13), (30, 40, 29), (96, 64, 48), (64, 64, 64)]
 KINDS = ["gaussian", "six decades", "dependent", "twice", "alike", "zero"]
@@ -59,7 +59,7 @@ def test_dependent_rows_can_be_rounded(kind: str, shape: tuple[int, int, int], b
     left, right = factors(kind, *shape)
     if shape[1] % 2 or shape[2] % 2:
         left, right = factors(kind, shape[0], shape[1] + shape[1] % 2, shape[2])
-    stored = stored_factors(left, right, Storage("pivot", bits=bits), pivot_rows(left)[0], torch.float32)
+    stored = encode_factors(left, right, Storage("pivot", bits=bits), pivot_rows(left)[0], torch.float32)
     assert all(tensor.isfinite().all() for tensor in stored.values() if tensor.is_floating_point())
 
 
@@ -70,8 +70,8 @@ def test_the_layer_computes_the_same_in_fp32(kind: str, shape: tuple[int, int, i
     out_features, in_features, rank = shape
     left, right = factors(kind, *shape)
     dense = torch.nn.Linear(in_features, out_features, bias)
-    layer = shaped_like(dense, rank, {"form": "pivot"}, ordered=rank < out_features)
-    state = stored_factors(left, right, Storage("pivot"), pivot_rows(left)[0], torch.float32)
+    layer = build_factorised(dense, rank, {"form": "pivot"}, ordered=rank < out_features)
+    state = encode_factors(left, right, Storage("pivot"), pivot_rows(left)[0], torch.float32)
     layer.load_state_dict(state, strict=False)
     x = torch.randn(3, 2, in_features)
     wanted = torch.nn.functional.linear(x.double(), left.double() @ right.double()) + (dense.bias if bias else 0)

@@ -3,7 +3,7 @@ import torch
 
 from lillama.errors import ModelError, RecipeError
 from lillama.lowrank import quantize as module
-from lillama.lowrank.encode import stored_factors
+from lillama.lowrank.encode import encode_factors
 from lillama.lowrank.quantize import dequantize, quantize
 from lillama.lowrank.storage import Storage
 from lillama.modeling.linear import QuantizedLinear
@@ -77,7 +77,7 @@ def test_at_8_bits_sums_do_not_leave_the_range_of_fp16() -> None:
 
 def test_an_even_number_of_inputs_is_asked_for() -> None:
     with pytest.raises(ModelError, match="7 inputs cannot be stored in 4 bits"):
-        stored_factors(torch.ones(6, 2), torch.ones(2, 7), Storage("plain", 4), None, torch.float32)
+        encode_factors(torch.ones(6, 2), torch.ones(2, 7), Storage("plain", 4), None, torch.float32)
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

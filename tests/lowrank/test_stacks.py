@@ -66,7 +66,7 @@ def test_a_block_whose_weights_are_stacked_gets_the_same_factors(init, monkeypat
     ranks, seen = {"0": 2, "1": 4, "2": 3, "3": 1}, []
 
     def student() -> nn.Module:
-        return compressed.compressed_copy(template, teacher, ranks, init, moments, torch.Generator().manual_seed(0))
+        return compressed.build_student(template, teacher, ranks, init, moments, torch.Generator().manual_seed(0))
 
     def grouped(shapes, device):
         seen.append(stacks(shapes, torch.device("cuda")))

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from lillama.lowrank.encode import stored_factors
+from lillama.lowrank.encode import encode_factors
 from lillama.lowrank.pivot import pivot_rows
 from lillama.lowrank.storage import Storage
 
@@ -21,7 +21,7 @@ def test_what_is_counted_is_what_is_stored(storage: Storage, shape: tuple[int, i
     torch.manual_seed(0)
     left, right = torch.randn(out_features, rank), torch.randn(rank, in_features)
     rows = pivot_rows(left)[0] if storage.form == "pivot" else None
-    tensors = stored_factors(left, right, storage, rows, dtype)
+    tensors = encode_factors(left, right, storage, rows, dtype)
     assert sum(tensor.nbytes for tensor in tensors.values()) == storage.nbytes(*shape, dtype.itemsize)
     if storage.bits is None:
         assert sum(tensor.numel() for tensor in tensors.values()) == storage.numbers(*shape)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, MixtralConfig, PretrainedConfig, PreTraine
 from lillama.lowrank.storage import Storage
 from lillama.model.checkpoint import SINGLE
 from lillama.model.describe import describe, describe_model
-from lillama.model.sizes import as_stored
+from lillama.model.sizes import read_sizes
 from lillama.model.spec import ModelSpec
 from lillama.ranks.allocators import Uniform
 from lillama.ranks.budget import Budget
@@ -22,7 +22,7 @@ Save = Callable[..., tuple[PreTrainedModel, Path]]
 
 def described(folder: Path) -> ModelSpec:
     teacher = open_streamed(folder, torch.device("cpu"))
-    return as_stored(describe_model(teacher.skeleton), teacher.weights, teacher.template)
+    return read_sizes(describe_model(teacher.skeleton), teacher.weights, teacher.template)
 
 
 def say(folder: Path, dtype: str) -> None:

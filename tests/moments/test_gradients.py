@@ -8,7 +8,7 @@ from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 
 from lillama.moments.gradients import BackwardRun, collect_block_moments, collect_gradient_moments
-from lillama.stream.activations import Shelf
+from lillama.stream.activations import ActivationPlacement
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockArgs
 from lillama.stream.model import open_streamed
@@ -60,9 +60,9 @@ def test_moments_are_those_of_autograd(tiny, tmp_path, padded, disk):
         found.update({f"model.layers.{index}.{name}": value for name, value in moments.items()})
 
     rows = torch.tensor([3, 1, 0, 4])
-    shelf = Shelf(CPU, tmp_path, 0, 0 if disk else 1 << 30)
+    placement = ActivationPlacement(CPU, tmp_path, 0, 0 if disk else 1 << 30)
     fisher = collect_gradient_moments(
-        model, Batch.of_tokens(ids, mask), rows, shelf, 4, torch.Generator().manual_seed(1), lambda index: LINEARS, visit,
+        model, Batch.of_tokens(ids, mask), rows, placement, 4, torch.Generator().manual_seed(1), lambda index: LINEARS, visit,
         silent,
     )  # fmt: skip
     wanted = by_autograd(tiny, ids[rows], None if mask is None else mask[rows], torch.Generator().manual_seed(1))
@@ -80,10 +80,10 @@ def test_moments_computed_again_are_the_same_bits(tiny, tmp_path, disk):
     """In whatever order blocks are asked for, though their sequences are some of many, in another order."""
     torch.manual_seed(0)
     ids, first = torch.randint(3, 200, (7, 12)), {}
-    batch, shelf = Batch.of_tokens(ids, None), Shelf(CPU, tmp_path, 0, 0 if disk else 1 << 30)
+    batch, placement = Batch.of_tokens(ids, None), ActivationPlacement(CPU, tmp_path, 0, 0 if disk else 1 << 30)
     model, rows = open_streamed(tiny, CPU), torch.tensor([3, 1, 6, 0, 4])
     fisher = collect_gradient_moments(
-        model, batch, rows, shelf, 2, torch.Generator().manual_seed(1), lambda index: LINEARS,
+        model, batch, rows, placement, 2, torch.Generator().manual_seed(1), lambda index: LINEARS,
         lambda index, block, moments: first.update({index: moments}), silent,
     )  # fmt: skip
     for index in (1, 2, 0, 2):
@@ -133,9 +133,17 @@ def test_gradients_cross_from_the_decoder_to_the_encoder(tmp_path):
     def visit(index, block, moments):
         found.update({f"{model.names[index]}.{name}": value for name, value in moments.items()})
 
-    shelf = Shelf(CPU, tmp_path, 0, 1 << 30)
+    placement = ActivationPlacement(CPU, tmp_path, 0, 1 << 30)
     collect_gradient_moments(
-        model, batch, torch.arange(5), shelf, 2, torch.Generator().manual_seed(1), lambda index: names, visit, silent
+        model,
+        batch,
+        torch.arange(5),
+        placement,
+        2,
+        torch.Generator().manual_seed(1),
+        lambda index: names,
+        visit,
+        silent,
     ).remove()
 
     kept = {}
@@ -172,7 +180,7 @@ def test_padding_of_either_stack_is_told_apart_where_both_are_equally_long(tmp_p
         found.update({f"{model.names[index]}.{name}": value for name, value in moments.items()})
 
     collect_gradient_moments(
-        model, batch, torch.arange(4), Shelf(CPU, tmp_path, 0, 1 << 30), 3, torch.Generator().manual_seed(1),
+        model, batch, torch.arange(4), ActivationPlacement(CPU, tmp_path, 0, 1 << 30), 3, torch.Generator().manual_seed(1),
         lambda index: names if index else names[2:], visit, silent,
     ).remove()  # fmt: skip
     counts = {name.removesuffix("SelfAttention.k"): moments.inputs.count for name, moments in found.items()}
@@ -193,10 +201,10 @@ def test_an_expert_counts_by_the_tokens_that_come_to_it(tmp_path):
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     model, found = open_streamed(tmp_path / "model", CPU), {}
-    batch, shelf = Batch.of_tokens(torch.randint(2, 60, (4, 10))), Shelf(CPU, tmp_path, 0, 1 << 30)
+    batch, placement = Batch.of_tokens(torch.randint(2, 60, (4, 10))), ActivationPlacement(CPU, tmp_path, 0, 1 << 30)
     names = ["self_attn.q_proj", *(f"mlp.experts.{index}.down" for index in range(4))]
     collect_gradient_moments(
-        model, batch, torch.arange(4), shelf, 4, torch.Generator(), lambda index: names, lambda i, b, m: found.update(m),
+        model, batch, torch.arange(4), placement, 4, torch.Generator(), lambda index: names, lambda i, b, m: found.update(m),
         silent,
     ).remove()  # fmt: skip
     assert found["self_attn.q_proj"].share == 1
@@ -214,8 +222,9 @@ def test_experts_that_are_given_all_tokens_count_those_that_were_meant_for_them(
     Llama4ForCausalLM(config).save_pretrained(tmp_path / "model")
     model, found = open_streamed(tmp_path / "model", CPU), {}
     names = [f"feed_forward.experts.{index}.{leaf}" for index in range(4) for leaf in ("gate_up", "down")]
+    batch, placement = Batch.of_tokens(torch.randint(2, 60, (4, 10))), ActivationPlacement(CPU, tmp_path, 0, 1 << 30)
     collect_gradient_moments(
-        model, Batch.of_tokens(torch.randint(2, 60, (4, 10))), torch.arange(4), Shelf(CPU, tmp_path, 0, 1 << 30), 4,
+        model, batch, torch.arange(4), placement, 4,
         torch.Generator(), lambda index: names, lambda i, b, m: found.update(m), silent,
     ).remove()  # fmt: skip
     for leaf in ("gate_up", "down"):

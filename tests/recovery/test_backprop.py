@@ -11,7 +11,7 @@ from lillama.distill.config import DistillConfig
 from lillama.distill.learner import Learner
 from lillama.distill.pool import LearnerPool
 from lillama.recovery.backprop import Chain, KeptGraphs, Part, Recomputed, graph_bytes
-from lillama.stream.activations import ActivationStore, Shelf
+from lillama.stream.activations import ActivationPlacement, ActivationStore
 from lillama.stream.calls import BlockArgs, BlockInputs
 
 BATCH = torch.tensor([7, 2, 11, 5, 3])
@@ -35,12 +35,12 @@ def chain(tmp_path):
     """Return a function that makes a chain of four blocks, of which all but the second are trained."""
     torch.manual_seed(1)
     blocks = {index: Block().requires_grad_(False) for index in BLOCKS}
-    shelf = Shelf(torch.device("cpu"), tmp_path, 0, 1 << 30)
-    inputs = ActivationStore(SHAPE, torch.float32, shelf, "host", "inputs")
+    placement = ActivationPlacement(torch.device("cpu"), tmp_path, 0, 1 << 30)
+    inputs = ActivationStore(SHAPE, torch.float32, placement, "host", "inputs")
     inputs.write(slice(0, SHAPE[0]), torch.randn(SHAPE))
 
     def make(recomputed: bool, resident: int = 9) -> Chain:
-        stores = {i: ActivationStore((8, *SHAPE[1:]), torch.float32, shelf, "disk", f"b{i}") for i in BLOCKS}
+        stores = {i: ActivationStore((8, *SHAPE[1:]), torch.float32, placement, "disk", f"b{i}") for i in BLOCKS}
         tape = Recomputed(stores) if recomputed else KeptGraphs()
 
         def learner(index: int) -> Learner:

@@ -12,7 +12,7 @@ from lillama.evaluation.evaluate import EvaluationJson
 from lillama.probing.result import ProbesJson
 from lillama.ranks.plan import PlanJson
 from lillama.report.page import report
-from lillama.report.reader import kept
+from lillama.report.reader import keep_valid
 
 FED = {  # what is drawn from an artefact, and from it alone or with others
     "run.json": set(),
@@ -129,13 +129,16 @@ def test_numbers_in_words_are_numbers(out, unfinished, sound):
 def test_only_what_is_wrong_and_what_cannot_be_without_it_is_taken_out():
     against = {"kl": {"value": "x"}, "top1": {"value": 1.0}}
     texts = [{"name": "novel", "perplexity": 9.0, "against": against}, {"name": "other"}, {"name": [], "perplexity": 1}]
-    found, faults = kept(EvaluationJson, {"texts": texts, "tasks": 3})
+    found, faults = keep_valid(EvaluationJson, {"texts": texts, "tasks": 3})
     assert found == {"texts": [{"name": "novel", "perplexity": 9.0, "against": {"top1": {"value": 1.0}}}]}
     assert len(faults) >= 4
     rows = [{"name": "a", "out": 4, "in": 4, "rank": rank} for rank in (1, "two", None, -3, 2)]
-    found, _ = kept(PlanJson, {"linears": rows})
+    found, _ = keep_valid(PlanJson, {"linears": rows})
     assert [row["rank"] for row in found["linears"]] == [1, None, 2]
-    assert kept(ProbesJson, {"results": 3})[0] == {} and kept(ProbesJson, {"results": []}) == ({"results": []}, [])
+    assert keep_valid(ProbesJson, {"results": 3})[0] == {} and keep_valid(ProbesJson, {"results": []}) == (
+        {"results": []},
+        [],
+    )
 
 
 def test_deep_nesting_is_damage(out, unfinished):

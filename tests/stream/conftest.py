@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lillama.stream.activations import Shelf
+from lillama.stream.activations import ActivationPlacement
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -13,11 +13,11 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Callable[[str], Shelf]:
-    """Make a shelf on which stores go to `host` or to `disk`."""
+def placement(tmp_path: Path) -> Callable[[str], ActivationPlacement]:
+    """Make a placement on which stores go to `host` or to `disk`."""
 
-    def make(place: str) -> Shelf:
+    def make(place: str) -> ActivationPlacement:
         host_bytes = {"host": 10**9, "disk": 0}[place]
-        return Shelf(torch.device("cpu"), tmp_path / "scratch", 0, host_bytes)
+        return ActivationPlacement(torch.device("cpu"), tmp_path / "scratch", 0, host_bytes)
 
     return make

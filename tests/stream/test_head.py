@@ -18,7 +18,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from lillama.stream.activations import Shelf, Stores
+from lillama.stream.activations import ActivationPlacement, StoreFactory
 from lillama.stream.batch import Batch
 from lillama.stream.capture import begin
 from lillama.stream.head import NO_LABEL, Head, next_tokens
@@ -57,7 +57,10 @@ def test_equals_the_whole_model(kind: str, mask: Tensor | None, tmp_path: Path) 
     (0.7 * divergence + 0.3 * entropy).backward()
 
     streamed = open_streamed(tmp_path / "model", CPU)
-    batch, new = Batch.of_tokens(ids, mask), Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
+    batch, new = (
+        Batch.of_tokens(ids, mask),
+        StoreFactory(ActivationPlacement(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden"),
+    )
     calls, _ = begin(streamed, batch, new, 4)
     head = Head(streamed, streamed.outside(head=True), calls, logit_bytes=4 * 97 * 3)
     for part in (head, replace(head, logit_bytes=1 << 20)):
@@ -91,7 +94,10 @@ def test_at_most_so_many_logits_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     model.save_pretrained(tmp_path / "model")
     streamed = open_streamed(tmp_path / "model", CPU)
     ids, sizes = torch.randint(3, 97, (4, 10)), []
-    batch, new = Batch.of_tokens(ids), Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
+    batch, new = (
+        Batch.of_tokens(ids),
+        StoreFactory(ActivationPlacement(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden"),
+    )
     head = Head(streamed, streamed.outside(head=True), begin(streamed, batch, new, 4)[0], logit_bytes=4 * 97 * 3)
     softmax = F.log_softmax
     monkeypatch.setattr(F, "log_softmax", lambda x, **kwargs: sizes.append(x.numel()) or softmax(x, **kwargs))

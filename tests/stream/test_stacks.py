@@ -23,7 +23,7 @@ from transformers import (
 
 from lillama.errors import ModelError
 from lillama.model.kind import kind_of
-from lillama.stream.activations import Shelf, Stores
+from lillama.stream.activations import ActivationPlacement, StoreFactory
 from lillama.stream.batch import Batch, batch_of
 from lillama.stream.capture import finish
 from lillama.stream.forward import through
@@ -62,7 +62,9 @@ def test_both_stacks_stream_to_the_models_own_logits(kind: str, micro_batch: int
     whole.save_pretrained(tmp_path / "model")
     model, given = open_streamed(tmp_path / "model", CPU), inputs(kind)
     batch = Batch(given, given["decoder_input_ids"])
-    new = Stores(Shelf(CPU, tmp_path / "stores", 0, 0 if disk else 1 << 30), torch.float32, "hidden")
+    new = StoreFactory(
+        ActivationPlacement(CPU, tmp_path / "stores", 0, 0 if disk else 1 << 30), torch.float32, "hidden"
+    )
     calls, outputs = through(model, batch, new, micro_batch)
     assert [store.shape[:2] for store in outputs] == [(5, 20 if kind == "Whisper" else 9), (5, 7)]
     last = outputs[-1].read(slice(0, 5))
@@ -87,7 +89,7 @@ def test_blocks_that_share_their_weights_are_refused(tmp_path: Path) -> None:
     )
     AlbertForMaskedLM(config).save_pretrained(tmp_path / "model")
     model = open_streamed(tmp_path / "model", CPU)
-    new = Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
+    new = StoreFactory(ActivationPlacement(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
     with pytest.raises(ModelError, match="AlbertForMaskedLM: blocks run more than once, or in another order"):
         through(model, Batch.of_tokens(torch.randint(3, 60, (2, 7))), new, 2)
 
@@ -96,7 +98,7 @@ def test_blocks_of_several_widths_are_refused(tmp_path: Path) -> None:
     config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
     SwinModel(config).save_pretrained(tmp_path / "model")
     model = open_streamed(tmp_path / "model", CPU)
-    new = Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
+    new = StoreFactory(ActivationPlacement(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
     with pytest.raises(
         ModelError, match=r"SwinModel: .* only models whose blocks run one after the other, all of one width"
     ):
@@ -110,7 +112,7 @@ def test_an_image_model_streams_to_its_own_last_outputs(tmp_path: Path) -> None:
     whole = ViTModel(config).eval().requires_grad_(False)
     whole.save_pretrained(tmp_path / "model")
     pixels = torch.randn(3, 3, 16, 16)
-    new = Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
+    new = StoreFactory(ActivationPlacement(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
     _, outputs = through(open_streamed(tmp_path / "model", CPU), Batch({"pixel_values": pixels}), new, 2)
     found = whole.layernorm(outputs[-1].read(slice(0, 3)))
     torch.testing.assert_close(found, whole(pixel_values=pixels).last_hidden_state, rtol=1e-4, atol=1e-4)
@@ -119,14 +121,14 @@ def test_an_image_model_streams_to_its_own_last_outputs(tmp_path: Path) -> None:
 def test_features_enter_in_the_type_that_the_model_computes_in(tmp_path: Path) -> None:
     MODELS["Whisper"]().save_pretrained(tmp_path / "model")
     model, given = open_streamed(tmp_path / "model", CPU, torch.bfloat16), inputs("Whisper")
-    new = Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.bfloat16, "hidden")
+    new = StoreFactory(ActivationPlacement(CPU, tmp_path, 0, 1 << 30), torch.bfloat16, "hidden")
     _, outputs = through(model, Batch(given, given["decoder_input_ids"]), new, 2)
     assert outputs[-1].read(slice(0, 5)).dtype == torch.bfloat16
 
 
 def test_a_model_that_does_not_run_on_these_inputs_is_refused_with_the_reason(tmp_path: Path) -> None:
     MODELS["Whisper"]().save_pretrained(tmp_path / "model")
-    new = Stores(Shelf(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
+    new = StoreFactory(ActivationPlacement(CPU, tmp_path, 0, 1 << 30), torch.float32, "hidden")
     with pytest.raises(ModelError, match=r"model\.encoder\.layers\.0 is not reached \("):
         through(
             open_streamed(tmp_path / "model", CPU), Batch({"input_ids": torch.zeros(2, 5, dtype=torch.long)}), new, 2
@@ -136,7 +138,7 @@ def test_a_model_that_does_not_run_on_these_inputs_is_refused_with_the_reason(tm
 def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
     MODELS["T5"]().save_pretrained(tmp_path / "model")
     given = inputs("T5")
-    new = Stores(Shelf(CPU, tmp_path / "stores", 0, 0), torch.float32, "hidden")
+    new = StoreFactory(ActivationPlacement(CPU, tmp_path / "stores", 0, 0), torch.float32, "hidden")
     calls, _ = through(open_streamed(tmp_path / "model", CPU), Batch(given, given["decoder_input_ids"]), new, 2)
     assert list((tmp_path / "stores").iterdir())
     new.remove()

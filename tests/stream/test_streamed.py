@@ -29,7 +29,7 @@ from transformers import (
 from lillama.errors import ModelError
 from lillama.lowrank.install import install, low_rank_linears
 from lillama.modeling.quantizer import LowRankConfig, declare
-from lillama.stream.activations import ActivationStore, Shelf
+from lillama.stream.activations import ActivationPlacement, ActivationStore
 from lillama.stream.batch import Batch
 from lillama.stream.capture import advance, begin, finish, row_slices
 from lillama.stream.model import StreamedModel, open_streamed
@@ -63,7 +63,7 @@ MASK = torch.ones(5, 10, dtype=torch.bool)
 MASK[2, :4] = False
 MASK[4, :2] = False
 MASKS = {"no mask": None, "left padding": MASK, "nothing padded": torch.ones_like(MASK)}
-MakeShelf = Callable[[str], Shelf]
+MakePlacement = Callable[[str], ActivationPlacement]
 
 
 @pytest.fixture
@@ -95,10 +95,10 @@ def whole(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def streamed(
-    model: StreamedModel, ids: Tensor, mask: Tensor | None, shelf: Shelf, place: Any, micro_batch: int
+    model: StreamedModel, ids: Tensor, mask: Tensor | None, placement: ActivationPlacement, place: Any, micro_batch: int
 ) -> Tensor:
     shape = (*ids.shape, model.skeleton.config.hidden_size)
-    store = ActivationStore(shape, model.dtype, shelf, place, "hidden")
+    store = ActivationStore(shape, model.dtype, placement, place, "hidden")
     calls, hidden = begin(model, Batch.of_tokens(ids, mask), lambda found: store, micro_batch)
     for index in range(len(model.names)):
         advance(model.block(index), index, calls, hidden, hidden, micro_batch)
@@ -109,10 +109,10 @@ def streamed(
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("micro_batch", "place"), [(1, "host"), (2, "disk"), (3, "host"), (5, "disk")])
 def test_streaming_gives_the_models_own_logits(
-    kind: str, mask: str, micro_batch: int, place: str, ids: Tensor, shelf: MakeShelf, folders: Any
+    kind: str, mask: str, micro_batch: int, place: str, ids: Tensor, placement: MakePlacement, folders: Any
 ) -> None:
     model, folder = folders(kind)
-    found = streamed(open_streamed(folder, CPU), ids, MASKS[mask], shelf(place), place, micro_batch)
+    found = streamed(open_streamed(folder, CPU), ids, MASKS[mask], placement(place), place, micro_batch)
     wanted = whole(model, ids, MASKS[mask])
     real = torch.ones_like(MASK) if MASKS[mask] is None else MASKS[mask]
     rounding = {"rtol": 0, "atol": 0} if micro_batch == len(ids) else {"rtol": 1e-5, "atol": 1e-5}
@@ -123,18 +123,18 @@ def test_streaming_gives_the_models_own_logits(
 @pytest.mark.parametrize("length", [2, 3])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_numbers_that_happen_to_agree_are_not_taken_for_sequences(
-    kind: str, length: int, count: int, ids: Tensor, shelf: MakeShelf, folders: Any
+    kind: str, length: int, count: int, ids: Tensor, placement: MakePlacement, folders: Any
 ) -> None:
     model, folder = folders(kind)
     ids = ids[:count, :length]
-    found = streamed(open_streamed(folder, CPU), ids, None, shelf("host"), "host", 2)
+    found = streamed(open_streamed(folder, CPU), ids, None, placement("host"), "host", 2)
     torch.testing.assert_close(found, whole(model, ids, None), rtol=1e-5, atol=1e-5)
 
 
-def test_calls_of_chosen_rows_are_those_of_their_sequences(ids: Tensor, shelf: MakeShelf, folders: Any) -> None:
+def test_calls_of_chosen_rows_are_those_of_their_sequences(ids: Tensor, placement: MakePlacement, folders: Any) -> None:
     _, folder = folders("Llama")
     model = open_streamed(folder, CPU)
-    hidden, after = (ActivationStore((5, 10, 32), torch.float32, shelf("host"), "host", name) for name in "ab")
+    hidden, after = (ActivationStore((5, 10, 32), torch.float32, placement("host"), "host", name) for name in "ab")
     calls, _ = begin(model, Batch.of_tokens(ids, MASK), lambda shape: hidden, 2)
     block = model.block(0)
     advance(block, 0, calls, hidden, after, 5)
@@ -145,7 +145,7 @@ def test_calls_of_chosen_rows_are_those_of_their_sequences(ids: Tensor, shelf: M
 
 @pytest.mark.parametrize("kind", ["Llama", "Falcon", "Qwen2"])
 def test_a_compressed_model_streams_as_from_pretrained_loads_it(
-    kind: str, ids: Tensor, shelf: MakeShelf, tmp_path: Path
+    kind: str, ids: Tensor, placement: MakePlacement, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
@@ -161,7 +161,7 @@ def test_a_compressed_model_streams_as_from_pretrained_loads_it(
     opened = open_streamed(tmp_path / "model", CPU)
     assert {name: layer.rank for name, layer in low_rank_linears(opened.skeleton)} == ranks
     torch.testing.assert_close(
-        streamed(opened, ids, MASK, shelf("host"), "host", 5)[MASK], whole(loaded, ids, MASK)[MASK]
+        streamed(opened, ids, MASK, placement("host"), "host", 5)[MASK], whole(loaded, ids, MASK)[MASK]
     )
 
 
@@ -195,10 +195,10 @@ def test_weights_are_fp32_on_the_cpu_unless_another_type_is_wanted(tmp_path: Pat
     assert {parameter.dtype for parameter in model.block(0).parameters()} == {torch.bfloat16}
 
 
-def test_a_model_without_a_head_has_no_logits(ids: Tensor, shelf: MakeShelf, tmp_path: Path) -> None:
+def test_a_model_without_a_head_has_no_logits(ids: Tensor, placement: MakePlacement, tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**GATED)).model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="LlamaModel has no language-modelling head"):
-        streamed(open_streamed(tmp_path, CPU), ids, None, shelf("host"), "host", 5)
+        streamed(open_streamed(tmp_path, CPU), ids, None, placement("host"), "host", 5)
 
 
 def test_a_model_that_others_quantised_is_refused(tmp_path: Path) -> None:

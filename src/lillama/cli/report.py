@@ -42,9 +42,9 @@ def report(
 
     from lillama.errors import plain
     from lillama.report.artefacts import Extra
-    from lillama.report.watch import default_place, watch_runs, written
+    from lillama.report.watch import default_place, watch_runs, write_report
 
     extra = Extra(evaluation, tuple(probe or ()), bench)
     place = out or default_place(paths[0])
-    page = watch_runs(paths, place, extra, every) if watch else written(paths, place, extra)
+    page = watch_runs(paths, place, extra, every) if watch else write_report(paths, place, extra)
     sys.stdout.write(f"{plain(str(page))}\n")

@@ -3,7 +3,7 @@
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lillama.errors import DataError, shown
+from lillama.errors import DataError, printable
 from lillama.files.atomic import read_json
 
 STATE, SPLITS = "state.json", "dataset_dict.json"  # of one dataset, of several
@@ -40,4 +40,4 @@ def _refuse_files(state: Path) -> None:
 def _refuse(file: Path, name: Any, suffix: str) -> None:
     """Refuse a name that is not that of a file or folder beside the file that names it."""
     if not isinstance(name, str) or len(PurePosixPath(name).parts) != 1 or name == ".." or not name.endswith(suffix):
-        raise DataError(f"{file}: names {shown(name)}, where {suffix or 'a folder'} beside it is needed; {AGAIN}")
+        raise DataError(f"{file}: names {printable(name)}, where {suffix or 'a folder'} beside it is needed; {AGAIN}")

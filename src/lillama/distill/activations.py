@@ -11,7 +11,7 @@ from lillama.distill.objective import record_outputs
 from lillama.errors import RecipeError
 from lillama.lowrank.gram import Gram
 from lillama.moments.inputs import shrink_experts, watch_inputs, with_siblings
-from lillama.stream.activations import ActivationStore, Shelf
+from lillama.stream.activations import ActivationPlacement, ActivationStore
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
 from lillama.stream.capture import advance, begin, row_slices
@@ -59,7 +59,7 @@ class BlockActivations:
         stack: int,
         model: StreamedModel,
         batch: Batch,
-        shelf: Shelf,
+        placement: ActivationPlacement,
         both: bool,
         micro_batch: int,
         further: int = 0,
@@ -71,7 +71,7 @@ class BlockActivations:
             stack: index of the stack.
             model: the teacher.
             batch: what it is run on.
-            shelf: where the activations go.
+            placement: where the activations go.
             both: whether a student's stream is wanted besides the teacher's.
             micro_batch: sequences that are computed at once.
             further: stores that `compute_target`, `blend_target` and `compute_next_target` will need.
@@ -82,8 +82,10 @@ class BlockActivations:
         stores: list[ActivationStore] = []
 
         def new(shape: tuple[int, ...]) -> ActivationStore:
-            place = shelf.place((len(names) + further) * torch.Size(shape).numel() * model.dtype.itemsize)
-            stores.extend(ActivationStore(shape, model.dtype, shelf, place, f"{name}{stack or ''}") for name in names)
+            place = placement.place((len(names) + further) * torch.Size(shape).numel() * model.dtype.itemsize)
+            stores.extend(
+                ActivationStore(shape, model.dtype, placement, place, f"{name}{stack or ''}") for name in names
+            )
             return stores[0]
 
         calls, _ = begin(model, batch, new, micro_batch, stack, {s: pair[0] for s, pair in before.items()})
@@ -97,7 +99,7 @@ class BlockActivations:
         return activations
 
     def enter_stack(
-        self, model: StreamedModel, batch: Batch, shelf: Shelf, stack: int, further: int = 0
+        self, model: StreamedModel, batch: Batch, placement: ActivationPlacement, stack: int, further: int = 0
     ) -> "BlockActivations":
         """Return the activations before the first block of the next stack; the outputs of this one are kept for it."""
         before = dict(self.before) | {stack - 1: (self.teacher, self.student or self.teacher)}
@@ -106,7 +108,7 @@ class BlockActivations:
             if store is not None and id(store) not in kept:
                 store.remove()
         both = self.spare is not None
-        return BlockActivations.at(stack, model, batch, shelf, both, self.micro_batch, further, before)
+        return BlockActivations.at(stack, model, batch, placement, both, self.micro_batch, further, before)
 
     @torch.no_grad()
     def compute_target(
@@ -189,7 +191,7 @@ class BlockActivations:
     def _store(self, name: str, shape: tuple[int, ...]) -> ActivationStore:
         """Return a store that was used for an earlier block, or a new one."""
         if name not in self._made or self._made[name].shape != shape:
-            self._made[name] = ActivationStore(shape, self.target.dtype, self.target.shelf, self.target.place, name)
+            self._made[name] = ActivationStore(shape, self.target.dtype, self.target.placement, self.target.place, name)
         return self._made[name]
 
     def _part(self, name: str, output: Float[Tensor, "*_ width"] | None, rows: int) -> ActivationStore:

@@ -22,7 +22,7 @@ from lillama.model.load import refuse_too_large
 from lillama.model.remote import remote_code
 from lillama.model.source import locate
 from lillama.model.tokenizer import embeddings_of, load_tokenizer
-from lillama.stream.activations import Shelf
+from lillama.stream.activations import ActivationPlacement
 from lillama.stream.model import StreamedModel, open_streamed
 from lillama.system.progress import Report, silent
 from lillama.system.resources import explain_shortage, pick_device
@@ -107,17 +107,17 @@ def measure(
         opened = {role: open_streamed(folder, chosen) for role, folder in folders.items()}
         prompt = _prompt_length(opened["dense"], protocol)
         windows = _windows(folders, opened, contents, protocol)
-        whole = Shelf.on(chosen, Path(scratch), activation_memory)
+        whole = ActivationPlacement.on(chosen, Path(scratch), activation_memory)
         half = replace(whole, device_bytes=whole.device_bytes // 2, host_bytes=whole.host_bytes // 2)
-        shelves = {role: replace(half, folder=half.folder / role) for role in folders}
+        placements = {role: replace(half, folder=half.folder / role) for role in folders}
         vocabulary = opened["dense"].skeleton.config.get_text_config().vocab_size
         with (
-            log_probs(opened["dense"], windows, shelves["dense"], report) as dense_log_p,
-            log_probs(opened["model"], windows, shelves["model"], report) as model_log_p,
+            log_probs(opened["dense"], windows, placements["dense"], report) as dense_log_p,
+            log_probs(opened["model"], windows, placements["model"], report) as model_log_p,
         ):
             pairs = {n: pair_tallies(model_log_p, dense_log_p, text, vocabulary) for n, text in windows.items()}
         cuts = {name: cut_prompts(text, protocol.prompts, prompt) for name, text in windows.items()}
-        written = _written(folders, cuts, protocol, chosen, report) if protocol.prompts else {}
+        written = _write_continuations(folders, cuts, protocol, chosen, report) if protocol.prompts else {}
         return {name: Measured(pair, *written.get(name, (None, ()))) for name, pair in pairs.items()}
 
 
@@ -167,7 +167,7 @@ def _prompt_length(dense: StreamedModel, protocol: Protocol) -> int:
     return room
 
 
-def _written(
+def _write_continuations(
     folders: Mapping[str, Path],
     prompts: Mapping[str, Int[Tensor, "prompts length"]],
     protocol: Protocol,

@@ -16,7 +16,7 @@ from lillama.model.kind import refuse_too_long
 from lillama.model.remote import remote_code
 from lillama.model.source import locate
 from lillama.model.tokenizer import embeddings_of, load_tokenizer
-from lillama.stream.activations import Shelf
+from lillama.stream.activations import ActivationPlacement
 from lillama.stream.model import StreamedModel, open_streamed
 from lillama.system.progress import Report, silent
 from lillama.system.resources import explain_shortage, pick_device
@@ -79,7 +79,9 @@ def pool_scores(name: str, scores: Sequence[TextScore]) -> TextScore:
     return TextScore.of(name, tokens, nll, size)
 
 
-def score_texts(model: StreamedModel, texts: Mapping[str, Windows], shelf: Shelf, report: Report) -> list[TextScore]:
+def score_texts(
+    model: StreamedModel, texts: Mapping[str, Windows], placement: ActivationPlacement, report: Report
+) -> list[TextScore]:
     """Score texts with one pass over the model's blocks.
 
     In each window every token but the first is predicted from those before it in the window, the usual protocol of
@@ -89,12 +91,12 @@ def score_texts(model: StreamedModel, texts: Mapping[str, Windows], shelf: Shelf
     Args:
         model: to be measured.
         texts: name -> windows.
-        shelf: where activations go.
+        placement: where activations go.
         report: told about every block.
     """
     vocabulary = model.skeleton.config.get_text_config().vocab_size
     scores = []
-    with log_probs(model, texts, shelf, report) as read:
+    with log_probs(model, texts, placement, report) as read:
         for name, windows in texts.items():
             sums = tallies(read, windows, vocabulary)
             tokens, nll = sums.tokens.sum().item(), sums.nll.sum().item()
@@ -149,4 +151,4 @@ def perplexity(
         pieces = {
             name: cut_windows(name, text, tokenizer, length, stride, windows, known) for name, text in contents.items()
         }
-        return score_texts(streamed, pieces, Shelf.on(chosen, Path(folder), activation_memory), report)
+        return score_texts(streamed, pieces, ActivationPlacement.on(chosen, Path(folder), activation_memory), report)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lillama.errors import ModelError
 from lillama.evaluation.windows import Windows
 from lillama.model.describe import hidden_size
-from lillama.stream.activations import ActivationStore, Shelf
+from lillama.stream.activations import ActivationPlacement, ActivationStore
 from lillama.stream.batch import Batch
 from lillama.stream.capture import advance, begin, finish, row_slices
 from lillama.stream.model import StreamedModel
@@ -60,13 +60,15 @@ class PairTally:
 
 
 @contextmanager
-def log_probs(model: StreamedModel, texts: Mapping[str, Windows], shelf: Shelf, report: Report) -> Iterator[LogProbs]:
+def log_probs(
+    model: StreamedModel, texts: Mapping[str, Windows], placement: ActivationPlacement, report: Report
+) -> Iterator[LogProbs]:
     """Run windows through a model's blocks, then yield a function that computes log-probabilities a few windows at a time.
 
     Args:
         model: to be run.
         texts: name -> windows.
-        shelf: where activations go.
+        placement: where activations go.
         report: told about every block.
 
     Raises:
@@ -75,12 +77,12 @@ def log_probs(model: StreamedModel, texts: Mapping[str, Windows], shelf: Shelf, 
     refuse_other_models(model)
     width = hidden_size(model.skeleton.config)
     sizes = [windows.ids.numel() * width * model.dtype.itemsize for windows in texts.values()]
-    place = shelf.place(sum(sizes))
+    place = placement.place(sum(sizes))
     total = sum(windows.ids.numel() for windows in texts.values())
     hidden, calls = {}, {}
     try:
         for index, (name, windows) in enumerate(texts.items()):
-            store = ActivationStore((*windows.ids.shape, width), model.dtype, shelf, place, f"text-{index}")
+            store = ActivationStore((*windows.ids.shape, width), model.dtype, placement, place, f"text-{index}")
             hidden[name] = store
             calls[name], _ = begin(model, Batch.of_tokens(windows.ids), lambda shape, s=store: s, _rows(windows))
         for index in range(len(model.names)):

@@ -125,13 +125,13 @@ def score_tasks(
         folders = {"model": locate(model)} | ({} if against is None else {"dense": locate(against)})
         answers = {role: ask(folder, tasks, limit, chosen, role, report) for role, folder in folders.items()}
     random = np.random.default_rng(seed)
-    drawn = [_drawn(*key, {role: given[key] for role, given in answers.items()}, random) for key in answers["model"]]
+    drawn = [_draw(*key, {role: given[key] for role, given in answers.items()}, random) for key in answers["model"]]
     suite = {(leaf, task.metric) for task in tasks if task.metric is not None for leaf in task.loaded["tasks"]}
     averaged = [_average([one for one in drawn if (one.task, one.metric) in suite])] if suite else []
     return [one.score() for one in [*drawn, *averaged]]
 
 
-def _drawn(task: str, metric: str, answers: Mapping[str, Answers], random: np.random.Generator) -> Drawn:
+def _draw(task: str, metric: str, answers: Mapping[str, Answers], random: np.random.Generator) -> Drawn:
     """Draw documents of one task, if its metric is the same kind of mean over them under every model."""
     ours = answers["model"]
     values = {role: one.value for role, one in answers.items()}

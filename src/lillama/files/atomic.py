@@ -65,7 +65,7 @@ def refuse_present(folder: Path) -> None:
 
 
 @contextmanager
-def made_folder(path: Path) -> Iterator[None]:
+def make_folder(path: Path) -> Iterator[None]:
     """Make a folder and those around it; in the end those that were made here and are empty are removed again."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def claim_place(path: Path) -> Iterator[Claim]:
     path = resolve_path(path)  # a link keeps leading to the folder, and the folder stays on its disk
     aside = path.with_name(f".{path.name}{ASIDE}")
     lock = aside / LOCK
-    with made_folder(path.parent):
+    with make_folder(path.parent):
         _make(aside, path)
         found = {entry.name for entry in aside.iterdir()}
         strange = sorted(found - {NEW, OLD, LOCK} if LOCK in found else found)

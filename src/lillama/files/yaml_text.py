@@ -39,11 +39,11 @@ def load_yaml(text: str, name: str, kind: type[LillamaError] = RecipeError) -> A
         lillama.errors.RecipeError: r.yaml: not readable as YAML: line 1, column 7: '2024-13-45' is no timestamp
     """
     try:
-        loader = _Loader(_bound(text))
+        loader = _Loader(_refuse_long(text))
         node = loader.get_single_node()
         if node is None:
             return None
-        _written_out(node, {})
+        _count_nodes(node, {})
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise kind(f"{name}: not readable as YAML: {_line(error)}") from None
@@ -65,9 +65,9 @@ def refuse_unbounded(path: Path, kind: type[LillamaError] = RecipeError) -> None
         LillamaError: of the kind given.
     """
     try:
-        node = _Loader(_bound(_read(path, kind))).get_single_node()
+        node = _Loader(_refuse_long(_read(path, kind))).get_single_node()
         if node is not None:
-            _written_out(node, {})
+            _count_nodes(node, {})
     except yaml.YAMLError as error:
         raise kind(f"{path}: not readable as YAML: {_line(error)}") from None
 
@@ -107,7 +107,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _written_out(node: Node, known: dict[int, int]) -> int:
+def _count_nodes(node: Node, known: dict[int, int]) -> int:
     """Return the number of nodes below and with `node`, aliases written out.
 
     Args:
@@ -116,7 +116,7 @@ def _written_out(node: Node, known: dict[int, int]) -> int:
     """
     if id(node) not in known:
         known[id(node)] = 0
-        known[id(node)] = 1 + sum(_written_out(child, known) for child in _children(node))
+        known[id(node)] = 1 + sum(_count_nodes(child, known) for child in _children(node))
     count = known[id(node)]
     if not 0 < count <= MOST:
         much = f"more than {MOST} values when its aliases are written out" if count else "an alias of what it lies in"
@@ -139,7 +139,7 @@ def _read(path: Path, kind: type[LillamaError]) -> str:
         raise kind(f"{path}: not readable as YAML: byte 0x{byte:02x} is not UTF-8; convert it") from None
 
 
-def _bound(text: str) -> str:
+def _refuse_long(text: str) -> str:
     if len(text) > LONGEST:
         raise yaml.YAMLError(f"{len(text)} characters, more than the {LONGEST} that are read; shorten it")
     return text

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lillama.errors import ModelError
 from lillama.files.atomic import read_json, write_json
 from lillama.hub.companions import carry_along, without_code
-from lillama.lowrank.encode import stored_factors
+from lillama.lowrank.encode import encode_factors
 from lillama.lowrank.install import install
 from lillama.lowrank.permute import absorb
 from lillama.lowrank.pivot import Pivoting, in_order, pivot_rows
@@ -132,7 +132,7 @@ def _storage_of(
             yield name, tensor.to(types[name])
     for name in ranks:
         left, right = state[f"{name}{LEFT}"], state[f"{name}{RIGHT}"]
-        for leaf, tensor in stored_factors(left, right, storage, rows.get(name), types[f"{name}{LEFT}"]).items():
+        for leaf, tensor in encode_factors(left, right, storage, rows.get(name), types[f"{name}{LEFT}"]).items():
             yield f"{name}.{leaf}", tensor
 
 

@@ -10,14 +10,14 @@ from lillama.lowrank.quantize import dequantize, quantize
 from lillama.lowrank.storage import Storage
 
 
-def stored_factors(
+def encode_factors(
     left: Float[Tensor, "out rank"],
     right: Float[Tensor, "rank in"],
     storage: Storage,
     rows: Int[Tensor, " out"] | None,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Return name within the layer -> tensor, as a layer of `linear.shaped_like` for this storage loads them.
+    """Return name within the layer -> tensor, as a layer of `linear.build_factorised` for this storage loads them.
 
     In the pivot form the coefficients are fitted to the pivot rows as they are after quantisation.
 
@@ -34,9 +34,9 @@ def stored_factors(
     if storage.bits == 4 and right.shape[1] % 2:
         raise ModelError(f"a weight of {right.shape[1]} inputs cannot be stored in 4 bits: two numbers make a byte")
     if rows is None:
-        return _written("left", left, storage, dtype) | _written("right", right, storage, dtype)
+        return _encode_factor("left", left, storage, dtype) | _encode_factor("right", right, storage, dtype)
     pivots = to_pivots(left, right, rows)
-    tensors = _written("right", pivots.right, storage, dtype)
+    tensors = _encode_factor("right", pivots.right, storage, dtype)
     if not in_order(rows):
         tensors["order"] = pivots.order.to(torch.int32)
     if not len(pivots.left):
@@ -44,10 +44,10 @@ def stored_factors(
     coefficients = pivots.left
     if storage.bits:
         coefficients = refit(pivots, dequantize(pivots.right, storage.bits, storage.group_size))
-    return tensors | _written("left", coefficients, storage, dtype)
+    return tensors | _encode_factor("left", coefficients, storage, dtype)
 
 
-def _written(
+def _encode_factor(
     side: str, factor: Float[Tensor, "rows columns"], storage: Storage, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     if not storage.bits:

@@ -94,17 +94,17 @@ def two_sided_svd(
         return Factors(turned.right.mT, turned.left.mT)
     w = _exact(weight)
     if gram_out is None:
-        left = leading(_seen(w, gram_in, damping), rank)
+        left = leading(_output_gram(w, gram_in, damping), rank)
         return _balance(left, left.mT @ w)
     gram_out = _sum(gram_out)
     if gram_out.dim() < w.dim():
         scales = (gram_out + _floor(gram_out, damping_out, diagonal=True)).sqrt()[..., None]
         white = scales * w
-        u = leading(_seen(white, gram_in, damping), rank)
+        u = leading(_output_gram(white, gram_in, damping), rank)
         return _balance(u / scales, u.mT @ white)
     scales, q = _root(gram_out, damping_out)
     white = scales * (q.mT @ w)
-    u = leading(_seen(white, gram_in, damping), rank)
+    u = leading(_output_gram(white, gram_in, damping), rank)
     return _balance(q @ (u / scales), u.mT @ white)
 
 
@@ -138,7 +138,7 @@ def spectrum(
     elif gram_out is not None:
         scales, q = _root(gram_out, damping)
         w = scales * (q.mT @ w)
-    return _eigvalsh(_seen(w, gram, damping)).clamp(min=0).sqrt().flip(-1)
+    return _eigvalsh(_output_gram(w, gram, damping)).clamp(min=0).sqrt().flip(-1)
 
 
 def _exact(tensor: Float[Tensor, "..."]) -> Tensor:
@@ -158,7 +158,9 @@ def _floor(gram: Tensor | Gram, damping: float, diagonal: bool = False) -> Float
     return torch.where(mean > 0, max(damping, LEAST_DAMPING) * mean, 1.0)[..., None]
 
 
-def _seen(w: Float[Tensor, "... out in"], gram: Tensor | Gram | None, damping: float) -> Float[Tensor, "... out out"]:
+def _output_gram(
+    w: Float[Tensor, "... out in"], gram: Tensor | Gram | None, damping: float
+) -> Float[Tensor, "... out out"]:
     """Return `W G W^T` with the damped Gram `G`, which is not copied."""
     if gram is None:
         return w @ w.mT

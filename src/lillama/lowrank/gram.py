@@ -132,7 +132,7 @@ def _stack(grams: Sequence[Gram | None]) -> Gram | None:
     return Gram.stack(known) if len(known) == len(grams) else None
 
 
-def held(features: int, widest: int | None = None) -> int:
+def gram_size(features: int, widest: int | None = None) -> int:
     """Return the numbers that a Gram stores: the tiled upper triangle of features x features, or the diagonal alone.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch import nn
 
 from lillama.errors import ModelError, suggestion
-from lillama.modeling.linear import low_rank_linears, mark, merge, prepare, shaped_like
+from lillama.modeling.linear import build_factorised, low_rank_linears, mark, merge, prepare
 from lillama.modeling.soundness import misfit, refusal
 
 __all__ = ["install", "install_stored", "low_rank_linears", "merge"]
@@ -61,6 +61,6 @@ def install_stored(model: nn.Module, section: Mapping[str, Any]) -> None:
         if reason:
             raise ModelError(reason)
     for name, rank in ranks.items():
-        layer = shaped_like(linears[name], rank, section.get("storage"), name not in absorbed)
+        layer = build_factorised(linears[name], rank, section.get("storage"), name not in absorbed)
         model.set_submodule(name, layer)
     mark(model)

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lillama.lowrank.pivot import in_order
-from lillama.lowrank.student import restored_copy
+from lillama.lowrank.student import load_student
 
 PROBE_TOKENS = 7
 TOLERANCE = 1e-9  # of the largest output, in fp64
@@ -93,7 +93,7 @@ def _part(template: nn.Module, parent: str, ranks: Mapping[str, int], state: Map
     inside = {name.removeprefix(dot): rank for name, rank in ranks.items() if name.startswith(dot)}
     weights = {name.removeprefix(dot): tensor for name, tensor in state.items() if name.startswith(dot)}
     module = template.get_submodule(parent)
-    return restored_copy(module, inside, weights, torch.device("cpu"), torch.float64)
+    return load_student(module, inside, weights, torch.device("cpu"), torch.float64)
 
 
 @torch.no_grad()

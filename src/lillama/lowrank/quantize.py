@@ -67,7 +67,7 @@ def _best_range(weight: Float[Tensor, "out in"], group_size: int) -> Float[Tenso
     whole = _whole_range(weight, group_size, 4)
     best, least = whole, _squared_error(weight, whole)
     for share in SHRUNK:
-        trial = _rounded_up(share * whole)
+        trial = _round_up(share * whole)
         error = _squared_error(weight, trial)
         best, least = torch.where(error < least, trial, best), torch.minimum(error, least)
     return best
@@ -78,7 +78,7 @@ def _whole_range(weight: Float[Tensor, "out in"], group_size: int, bits: int) ->
     scale, _ = _arithmetic().choose_qparams_affine(
         weight, _arithmetic().MappingType.SYMMETRIC, (1, group_size), torch.int8, *_limits(bits), tiny, torch.float32
     )
-    return _rounded_up(scale.view(len(weight), -1))
+    return _round_up(scale.view(len(weight), -1))
 
 
 def _integers(weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"], bits: int) -> Tensor:
@@ -102,7 +102,7 @@ def _limits(bits: int) -> tuple[int, int]:
     return -(1 << bits - 1), (1 << bits - 1) - 1
 
 
-def _rounded_up(scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups"]:
+def _round_up(scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups"]:
     """Round to bfloat16, away from 0, so that the range is never cut."""
     return ((scale.view(torch.int32) + 0xFFFF) >> 16 << 16).view(torch.float32)
 

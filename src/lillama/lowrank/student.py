@@ -13,7 +13,7 @@ from lillama.lowrank.install import install
 from lillama.system.resources import trim_memory
 
 
-def compressed_copy(
+def build_student(
     template: nn.Module,
     teacher: nn.Module,
     ranks: Mapping[str, int],
@@ -81,7 +81,7 @@ def _marks(student: nn.Module, device: torch.device) -> dict[str, Tensor]:
     return {name: torch.empty_like(b, device=device) for name, b in student.named_buffers() if not b.numel()}
 
 
-def restored_copy(
+def load_student(
     template: nn.Module, ranks: Mapping[str, int], state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     """Return a block with low-rank linears and the weights of a finished student.

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lillama.errors import ModelError, shown, suggestion
+from lillama.errors import ModelError, printable, suggestion
 from lillama.files.artefacts import write_tensors
 from lillama.files.atomic import digest, file_digest, read_json, write_json
 from lillama.model.remote import runs_code
@@ -105,7 +105,7 @@ class CheckpointReader:
         if named is not None:
             if not (_is_inside(named) and named.endswith((".safetensors", INDEX_SUFFIX))):
                 raise ModelError(
-                    f"{config}: {NAMED} is {shown(named)}; a .safetensors file of this folder, or its index, is needed"
+                    f"{config}: {NAMED} is {printable(named)}; a .safetensors file of this folder, or its index, is needed"
                 )
             return self.folder / named
         return next((path for path in (self.folder / SINGLE, self.folder / INDEX) if path.is_file()), None)
@@ -256,13 +256,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index, ModelError, FETCH_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(
-            f"{index}: not a readable index of weights (weight_map is {shown(weight_map)}, an object is needed); "
+            f"{index}: not a readable index of weights (weight_map is {printable(weight_map)}, an object is needed); "
             f"{FETCH_AGAIN}"
         )
     for name, file in weight_map.items():
         if not _is_inside(file):
             raise ModelError(
-                f"{index}: tensor {shown(name)} points outside the folder ({shown(file)}); such a model is not read"
+                f"{index}: tensor {printable(name)} points outside the folder ({printable(file)}); such a model is not read"
             )
     return weight_map
 

@@ -183,7 +183,7 @@ def _inside(model: PreTrainedModel, name: str, block: nn.Module, split_gate_up: 
     opened = copy.deepcopy(block)
     unfuse(opened, split=lambda _: split_gate_up)
     _refuse_unknown_weights(type(model).__name__, name, opened)
-    kept, shares = set(_kept_whole(opened)), _shares(model.config, opened)
+    kept, shares = set(_names_kept_dense(opened)), _shares(model.config, opened)
     return [
         LinearSpec(inner, module.out_features, module.in_features, shares.get(inner, 1.0))
         for inner, module in opened.named_modules()
@@ -220,7 +220,7 @@ def _refuse_unknown_weights(kind: str, name: str, opened: nn.Module) -> None:
         )
 
 
-def _kept_whole(block: nn.Module) -> Iterable[str]:
+def _names_kept_dense(block: nn.Module) -> Iterable[str]:
     """Yield the linears that are not factorised for what they stand beside: routers, and parts of torch's own attention."""
     for name, module in block.named_modules():
         dot = f"{name}." if name else ""

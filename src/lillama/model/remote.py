@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from lillama.errors import ModelError, shown
+from lillama.errors import ModelError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ def code_names(config: Mapping[str, Any]) -> set[str]:
     found = config.get("auto_map")
     values = found.values() if isinstance(found, Mapping) else ()
     flat = (one for value in values for one in (value if isinstance(value, list | tuple) else [value]))
-    return {shown(one) for one in flat if isinstance(one, str)}
+    return {printable(one) for one in flat if isinstance(one, str)}
 
 
 def needs_code(file: str | Path, name: str) -> ModelError:
     """Return the error for a model that cannot be read without its own code."""
     return ModelError(
-        f"{file}: this model needs code of its own (auto_map names {shown(name)}), which is not run; read that code, and if "
-        "you trust it give --trust-remote-code, or take a model of transformers' own kinds"
+        f"{file}: this model needs code of its own (auto_map names {printable(name)}), which is not run; read that code, and "
+        "if you trust it give --trust-remote-code, or take a model of transformers' own kinds"
     )

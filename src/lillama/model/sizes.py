@@ -12,7 +12,7 @@ from lillama.model.weights import Weights
 from lillama.modeling.experts import native_names
 
 
-def as_stored(spec: ModelSpec, weights: Weights, template: Callable[[int], nn.Module]) -> ModelSpec:
+def read_sizes(spec: ModelSpec, weights: Weights, template: Callable[[int], nn.Module]) -> ModelSpec:
     """Return a description with the types and bytes of the stored tensors.
 
     Args:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from lillama.errors import ModelError, shown, suggestion
+from lillama.errors import ModelError, printable, suggestion
 from lillama.model.foreign import explain_errors
 from lillama.model.remote import needs_code, runs_code
 
@@ -41,7 +41,7 @@ class _LargeOnMeta(TorchFunctionMode):
             drawn = args[0] if args else kwargs["tensor"]
             return drawn if drawn.is_meta else func(*args, **kwargs)
         if func in RANGES and any(isinstance(value, int | float) and abs(value) > LARGE for value in args):
-            raise ValueError(f"a range up to {shown(max(map(abs, args)))}, longer than any model's")
+            raise ValueError(f"a range up to {printable(max(map(abs, args)))}, longer than any model's")
         if func in FACTORIES:
             size = kwargs.get("size", args)
             size = size[0] if size and isinstance(size[0], Sequence) else size
@@ -54,7 +54,7 @@ class _LargeOnMeta(TorchFunctionMode):
     def _count(self, numbers: int, size: Sequence[int]) -> None:
         self.numbers, self.tensors = self.numbers + numbers, self.tensors + 1
         if self.numbers > MOST_NUMBERS:
-            raise ValueError(f"a tensor of {' x '.join(map(shown, size))} makes it larger than any model is")
+            raise ValueError(f"a tensor of {' x '.join(map(printable, size))} makes it larger than any model is")
         if self.tensors > MOST_TENSORS:
             raise ValueError(f"it would have more than {MOST_TENSORS:,} tensors, more than any model has")
 
@@ -89,7 +89,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     if own is not None and runs_code():
         with explain_errors(f"config.json: the code of {architecture} ({own}) cannot be used"):
             return get_class_from_dynamic_module(own, config._name_or_path)
-    with explain_errors(f"config.json: {shown(architecture)} of transformers cannot be imported"):
+    with explain_errors(f"config.json: {printable(architecture)} of transformers cannot be imported"):
         found = getattr(transformers, architecture, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
@@ -97,6 +97,6 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         raise needs_code("config.json", own)
     known = [name for name in dir(transformers) if name.endswith(("ForCausalLM", "ForConditionalGeneration"))]
     raise ModelError(
-        f"config.json: architectures names {shown(architecture)}, which transformers {transformers.__version__} does not "
+        f"config.json: architectures names {printable(architecture)}, which transformers {transformers.__version__} does not "
         f"have{suggestion(architecture, known)}; upgrade transformers"
     )

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lillama.errors import ModelError, shown
+from lillama.errors import ModelError, printable
 from lillama.files.atomic import read_json
 from lillama.model.foreign import explain_errors, reason
 from lillama.model.remote import announce, needs_code, runs_code
@@ -155,7 +155,7 @@ def _refuse_other_kinds(path: Path, raw: Mapping[str, Any]) -> None:
     """Refuse keys on which all else hangs where they are of another JSON type than theirs."""
     for key, kind in KINDS.items():
         if not isinstance(raw.get(key), kind | None):
-            raise ModelError(f"{path}: {key} is {shown(raw[key])}; {WORDS[kind]} is needed")
+            raise ModelError(f"{path}: {key} is {printable(raw[key])}; {WORDS[kind]} is needed")
 
 
 def _refuse_endless(path: Path, raw: Any) -> None:
@@ -163,9 +163,11 @@ def _refuse_endless(path: Path, raw: Any) -> None:
     for key, value in _numbers(raw):
         most = next((most for end, most in MOST.items() if end.search(key)), None)
         if most is not None and value > most:
-            raise ModelError(f"{path}: {key} is {shown(value)}, more than any model has ({most:,}); get a sound copy")
+            raise ModelError(
+                f"{path}: {key} is {printable(value)}, more than any model has ({most:,}); get a sound copy"
+            )
         if abs(value) > COUNTABLE:
-            raise ModelError(f"{path}: {key} is {shown(value)}, which no part of a model counts; get a sound copy")
+            raise ModelError(f"{path}: {key} is {printable(value)}, which no part of a model counts; get a sound copy")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
@@ -191,7 +193,7 @@ def _refuse_code(path: Path, raw: Mapping[str, Any]) -> None:
     for key, value in raw.items():
         if key.endswith("_implementation") and "/" in str(value):
             raise ModelError(
-                f"{path}: {key} is {shown(value)}, a kernel of the hub, whose code is not run; remove this key, or if you "
+                f"{path}: {key} is {printable(value)}, a kernel of the hub, whose code is not run; remove this key, or if you "
                 "trust it give --trust-remote-code"
             )
 
@@ -199,14 +201,16 @@ def _refuse_code(path: Path, raw: Mapping[str, Any]) -> None:
 def _refuse_senseless(path: Path, config: PretrainedConfig, text: object) -> None:
     """Refuse values of another kind than they are used as."""
     if not all(isinstance(name, str) for name in config.architectures or ()):
-        raise ModelError(f"{path}: architectures is {shown(config.architectures)}; a list of class names is needed")
+        raise ModelError(f"{path}: architectures is {printable(config.architectures)}; a list of class names is needed")
     if not isinstance(text, PretrainedConfig):
-        raise ModelError(f"{path}: the configuration of its text part is {shown(text)}; an object of its own is needed")
+        raise ModelError(
+            f"{path}: the configuration of its text part is {printable(text)}; an object of its own is needed"
+        )
     for one in (config, text):
         dtype = one.dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ModelError(f"{path}: dtype is {shown(dtype)}; a floating-point type such as bfloat16 is needed")
+            raise ModelError(f"{path}: dtype is {printable(dtype)}; a floating-point type such as bfloat16 is needed")
         for key in WHOLE:
             value = getattr(one, key, None)
             if value is not None and type(value) is not int:
-                raise ModelError(f"{path}: {key} is {shown(value)}; a whole number is needed")
+                raise ModelError(f"{path}: {key} is {printable(value)}; a whole number is needed")

@@ -212,7 +212,7 @@ Factor = nn.Linear | QuantizedLinear
 Factorised = LowRankLinear | PivotLinear
 
 
-def shaped_like(
+def build_factorised(
     dense: nn.Linear, rank: int, storage: Mapping[str, Any] | None = None, ordered: bool = True
 ) -> Factorised:
     """Return a layer that fits in the place of `dense`: its widths, device, type, very bias; all else is 0.

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lillama.modeling.linear import low_rank_linears, mark, merge, prepare, shaped_like
+from lillama.modeling.linear import build_factorised, low_rank_linears, mark, merge, prepare
 from lillama.modeling.soundness import AGAIN, fault, misfit, refusal
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class LowRankQuantizer(HfQuantizer):
             known = next((known for known in aliases[name] if known in linears), None)
             if known is not None:
                 _refuse(misfit(name, rank, linears[known]))
-                layer = shaped_like(linears[known], rank, config.storage, name not in config.absorbed)
+                layer = build_factorised(linears[known], rank, config.storage, name not in config.absorbed)
                 model.set_submodule(known, layer)
         mark(model)
         return model

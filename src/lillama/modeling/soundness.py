@@ -22,14 +22,14 @@ INFINITE = 0x7F80  # the bits of a scale of infinity, and of all that is smaller
 def refusal(section: Any) -> str | None:
     """Return why the `quantization_config` of a compressed model cannot be read here, or None."""
     if not isinstance(section, Mapping):
-        return f"quantization_config is {_shown(section)}: a mapping is expected; {AGAIN}"
+        return f"quantization_config is {_excerpt(section)}: a mapping is expected; {AGAIN}"
     section = cast(Mapping[str, Any], section)
     version = section.get("format_version")
     if version is not None and not _whole(version, 1):
-        return f"format_version is {_shown(version)}: a whole number of at least 1 is expected; {AGAIN}"
+        return f"format_version is {_excerpt(version)}: a whole number of at least 1 is expected; {AGAIN}"
     if version is not None and version > FORMAT_VERSION:
         return (
-            f"format_version {_shown(version)} was written by a newer lillama: upgrade (this one reads up to "
+            f"format_version {_excerpt(version)} was written by a newer lillama: upgrade (this one reads up to "
             f"{FORMAT_VERSION})"
         )
     ranks, storage = section.get("ranks"), section.get("storage")
@@ -47,7 +47,7 @@ def misfit(name: str, rank: int, linear: nn.Linear) -> str | None:
     most = linear.out_features
     if rank <= most:
         return None
-    return f"{name}: rank {_shown(rank)} is not possible: the linear has {most} outputs; {AGAIN}, or lower the rank"
+    return f"{name}: rank {_excerpt(rank)} is not possible: the linear has {most} outputs; {AGAIN}, or lower the rank"
 
 
 def fault(model: nn.Module, prefix: str = "") -> str | None:
@@ -90,12 +90,12 @@ def _permutes(order: torch.Tensor) -> bool:
 
 def _ranks(ranks: Any) -> str | None:
     if not isinstance(ranks, Mapping):
-        return f"ranks are {_shown(ranks)}: a mapping of names to ranks is expected; {AGAIN}"
+        return f"ranks are {_excerpt(ranks)}: a mapping of names to ranks is expected; {AGAIN}"
     for name, rank in cast(Mapping[Any, Any], ranks).items():
         if not isinstance(name, str):
-            return f"ranks name {_shown(name)}: the name of a linear is expected; {AGAIN}"
+            return f"ranks name {_excerpt(name)}: the name of a linear is expected; {AGAIN}"
         if not _whole(rank, 1):
-            return f"{name}: rank {_shown(rank)} is not possible; leave the layer out of the ranks to keep it dense"
+            return f"{name}: rank {_excerpt(rank)} is not possible; leave the layer out of the ranks to keep it dense"
     return None
 
 
@@ -103,13 +103,13 @@ def _storage(storage: Any) -> str | None:
     if storage is None:
         return None
     if not isinstance(storage, Mapping):
-        return f"storage is {_shown(storage)}: a mapping of form, bits and group_size is expected; {AGAIN}"
+        return f"storage is {_excerpt(storage)}: a mapping of form, bits and group_size is expected; {AGAIN}"
     storage = cast(Mapping[str, Any], storage)
     bits, group = storage.get("bits"), storage.get("group_size")
     if storage.get("form") not in FORMS or bits not in BITS or isinstance(bits, bool | float):
-        return f"storage is {_shown(storage)}: form must be one of {FORMS}, bits one of {BITS}; {AGAIN}"
+        return f"storage is {_excerpt(storage)}: form must be one of {FORMS}, bits one of {BITS}; {AGAIN}"
     if (bits is not None or group is not None) and (not _whole(group, 2) or group % 2):
-        return f"storage.group_size is {_shown(group)}: an even number of at least 2 is expected; {AGAIN}"
+        return f"storage.group_size is {_excerpt(group)}: an even number of at least 2 is expected; {AGAIN}"
     return None
 
 
@@ -118,12 +118,12 @@ def _absorb(absorbed: Any, ranks: Mapping[str, Any], storage: Any) -> str | None
         return None
     names = cast(list[Any], absorbed) if isinstance(absorbed, list | tuple) else [None]
     if not all(isinstance(name, str) for name in names):
-        return f"absorbed is {_shown(absorbed)}: a list of names of linears is expected; {AGAIN}"
+        return f"absorbed is {_excerpt(absorbed)}: a list of names of linears is expected; {AGAIN}"
     stranger = next((name for name in names if name not in ranks), None)
     if stranger is not None:
-        return f"absorbed names {_shown(stranger)}, which has no rank; {AGAIN}"
+        return f"absorbed names {_excerpt(stranger)}, which has no rank; {AGAIN}"
     if names and cast(Mapping[str, Any], storage or {}).get("form") != "pivot":
-        return f"absorbed is {_shown(absorbed)}, but the form is not pivot; {AGAIN}"
+        return f"absorbed is {_excerpt(absorbed)}, but the form is not pivot; {AGAIN}"
     return None
 
 
@@ -131,6 +131,6 @@ def _whole(value: Any, least: int) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 
 
-def _shown(value: Any) -> str:
+def _excerpt(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from lillama.lowrank.cost import decomposition_bytes, factor_flops
-from lillama.lowrank.gram import TILE, WIDEST, held
+from lillama.lowrank.gram import TILE, WIDEST, gram_size
 from lillama.model.spec import BlockSpec, LinearSpec
 from lillama.model.work import BlockWork, StageCost, Work
 from lillama.moments.gradients import PROBED_TOKENS
@@ -35,12 +35,12 @@ def probed_tokens(work: Work) -> int:
 def moments_fit(blocks: Iterable[BlockSpec], room: int) -> bool:
     """Tell whether the moments at all linears fit in so many bytes."""
     linears = (linear for block in blocks for linear in block.linears)
-    return sum(8 * (held(linear.in_features) + _held_at_outputs(linear)) for linear in linears) <= room
+    return sum(8 * (gram_size(linear.in_features) + _held_at_outputs(linear)) for linear in linears) <= room
 
 
 def measuring_bytes(block: BlockWork, work: Work) -> int:
     """Return the bytes that a block of the original takes while its moments are measured and its linears decomposed."""
-    grams = sum(held(width) for width, _ in _input_widths(block.spec))
+    grams = sum(gram_size(width) for width, _ in _input_widths(block.spec))
     gradients = sum(map(_held_at_outputs, block.spec.linears)) if work.gradients else 0
     moments = 8 * (grams + gradients) + decomposition_bytes(block.spec)
     return block.spec.params * work.itemsize + moments + work.graph_bytes(block)
@@ -69,7 +69,7 @@ def _gram_flops(widths: Iterable[tuple[int, float]]) -> float:
 
 def _held_at_outputs(linear: LinearSpec) -> int:
     """Return the numbers in the Gram of the gradients at a linear's outputs."""
-    return held(linear.out_features, WIDEST)
+    return gram_size(linear.out_features, WIDEST)
 
 
 def _input_widths(block: BlockSpec) -> list[tuple[int, float]]:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from lillama.lowrank.gram import WIDEST, Gram, Moments
 from lillama.moments.inputs import InputMomentHooks, shrink_experts, watch_inputs, with_siblings
 from lillama.moments.probes import Probes
-from lillama.stream.activations import ActivationStore, Shelf, Stores
+from lillama.stream.activations import ActivationPlacement, ActivationStore, StoreFactory
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockArgs, BlockInputs, Rowwise, tree_leaves
 from lillama.stream.capture import advance, begin, embed_with_grad, overflow, row_leaves, row_slices
@@ -112,7 +112,7 @@ def collect_gradient_moments(
     model: StreamedModel,
     batch: Batch,
     rows: Int[Tensor, " n"],
-    shelf: Shelf,
+    placement: ActivationPlacement,
     micro_batch: int,
     generator: torch.Generator,
     names: Callable[[int], Iterable[str]],
@@ -125,7 +125,7 @@ def collect_gradient_moments(
         model: the original.
         batch: all calibration sequences.
         rows: which of them are used.
-        shelf: where activations and gradients go.
+        placement: where activations and gradients go.
         micro_batch: sequences that are computed at once.
         generator: of the sampled labels, on the CPU.
         names: of the linears within a block whose moments are wanted.
@@ -136,7 +136,7 @@ def collect_gradient_moments(
         ModelError: activations or predictions are not finite.
     """
     batch, total, stacks = batch[rows], len(model.names), range(len(model.stacks))
-    new = Stores(shelf, model.dtype, "fisher", total + len(stacks))
+    new = StoreFactory(placement, model.dtype, "fisher", total + len(stacks))
     tables = list[BlockInputs]()
     stores = list[list[ActivationStore]]()  # of a stack: its input, then each block's output
     for stack in stacks:
@@ -157,7 +157,7 @@ def collect_gradient_moments(
     del head
     owner = [stack for stack in stacks for _ in model.indices(stack)]
     gradients = [store for outputs in stores for store in outputs[1:]]
-    probes = Probes(model, batch, shelf, micro_batch)
+    probes = Probes(model, batch, placement, micro_batch)
     cache = GradientCache(
         rows, batch, gradients, [tables[stack] for stack in owner], owner, tokens, micro_batch, probes
     )
@@ -284,7 +284,7 @@ class _Crossing:
     """
 
     table: BlockInputs
-    new: Stores
+    new: StoreFactory
     found: dict[int, ActivationStore] = field(default_factory=dict)
 
     def sink(self, index: int, store: ActivationStore) -> Sink:

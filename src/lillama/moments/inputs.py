@@ -136,7 +136,7 @@ def shrink_experts(block: nn.Module, grams: Mapping[str, Gram], names: Iterable[
         measured = [grams[name] for name in group if name in grams]
         if measured:
             mean = _mean(measured)
-            found |= {name: _drawn(grams.get(name), mean) for name in group}
+            found |= {name: _add_mean(grams.get(name), mean) for name in group}
             unseen = sum(name not in grams for name in group)
             if unseen:
                 logger.info("%s and %d more: no calibration token came to these experts", group[0], unseen - 1)
@@ -178,7 +178,7 @@ def _mean(layer: list[Gram]) -> Gram:
     return reduce(add, layer).averaged(layer[0].width)
 
 
-def _drawn(own: Gram | None, mean: Gram) -> Gram:
+def _add_mean(own: Gram | None, mean: Gram) -> Gram:
     """Return a Gram with its layer's mean added."""
     return mean if own is None else own + mean
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lillama.stream.activations import ActivationStore, Shelf, Stores
+from lillama.stream.activations import ActivationPlacement, ActivationStore, StoreFactory
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
 from lillama.stream.capture import advance, begin
@@ -19,12 +19,12 @@ class Probes:
     Args:
         model: the original.
         batch: the probed sequences.
-        shelf: where their activations go.
+        placement: where their activations go.
         micro_batch: sequences that are computed at once.
     """
 
-    def __init__(self, model: StreamedModel, batch: Batch, shelf: Shelf, micro_batch: int) -> None:
-        self.model, self.batch, self.shelf, self.micro_batch = model, batch, shelf, micro_batch
+    def __init__(self, model: StreamedModel, batch: Batch, placement: ActivationPlacement, micro_batch: int) -> None:
+        self.model, self.batch, self.placement, self.micro_batch = model, batch, placement, micro_batch
         self._next, self._new = 0, self._stores()
         self._tables: list[BlockInputs] = []
         self._ends: list[ActivationStore] = []  # of each stack, its activations as far as they have come
@@ -56,5 +56,5 @@ class Probes:
         self._ends.clear()
         self._next, self._new = 0, self._stores()
 
-    def _stores(self) -> Stores:
-        return Stores(self.shelf, self.model.dtype, "probes", len(self.model.stacks))
+    def _stores(self) -> StoreFactory:
+        return StoreFactory(self.placement, self.model.dtype, "probes", len(self.model.stacks))

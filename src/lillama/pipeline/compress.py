@@ -35,7 +35,7 @@ from lillama.ranks.spectra import Spectra
 from lillama.report.card_plot import PLOT, kept_plot
 from lillama.runs.result import FILE, Result, Stored, TextPair, file_digests, refuse_foreign
 from lillama.runs.run_dir import RunDir, open_run
-from lillama.stream.activations import Shelf, Stores
+from lillama.stream.activations import ActivationPlacement, StoreFactory
 from lillama.stream.forward import through
 from lillama.stream.head import Change, change
 from lillama.stream.model import open_streamed
@@ -175,7 +175,7 @@ def refuse_overflow(ctx: RunContext) -> None:
 
     Where gradients are measured, all sequences that these are measured on were looked at already.
     """
-    new = Stores(ctx.shelf(), ctx.teacher.dtype, "looked-at", len(ctx.teacher.stacks))
+    new = StoreFactory(ctx.placement(), ctx.teacher.dtype, "looked-at", len(ctx.teacher.stacks))
     tables, _ = through(ctx.teacher, ctx.batch[: ctx.job.micro_batch], new, ctx.job.micro_batch, strict=True)
     for table in (*tables, new):
         table.remove()
@@ -256,16 +256,16 @@ def _measure_texts(ctx: RunContext, folder: Path, windows: Mapping[str, Windows]
     """Measure perplexity before and after."""
     if not windows:
         return ()
-    shelf: Shelf = ctx.shelf()
-    before = score_texts(ctx.teacher, windows, shelf, ctx.report)
-    after = score_texts(open_streamed(folder, ctx.job.device), windows, shelf, ctx.report)
+    placement: ActivationPlacement = ctx.placement()
+    before = score_texts(ctx.teacher, windows, placement, ctx.report)
+    after = score_texts(open_streamed(folder, ctx.job.device), windows, placement, ctx.report)
     return tuple(TextPair(*pair) for pair in zip(before, after, strict=True))
 
 
 def _measure_change(ctx: RunContext, folder: Path) -> Change:
     """Measure the finished model on the held-out calibration sequences."""
     batch, rate = ctx.batch[ctx.rows.held_out], ctx.job.micro_batch
-    return change(ctx.teacher, open_streamed(folder, ctx.job.device), batch, ctx.shelf(), rate)
+    return change(ctx.teacher, open_streamed(folder, ctx.job.device), batch, ctx.placement(), rate)
 
 
 def _storage_of(folder: Path) -> Stored:

@@ -10,12 +10,12 @@ from torch import nn
 from lillama.calibration.pack import CalibrationSet
 from lillama.distill.log import DistillLog
 from lillama.distill.split import Split
-from lillama.lowrank.student import restored_copy
+from lillama.lowrank.student import load_student
 from lillama.model.spec import BlockSpec
 from lillama.moments.gradients import GradientCache
 from lillama.pipeline.job import Job
 from lillama.runs.run_dir import RunDir
-from lillama.stream.activations import Shelf
+from lillama.stream.activations import ActivationPlacement
 from lillama.stream.batch import Batch, batch_of
 from lillama.stream.model import StreamedModel
 from lillama.system.progress import Progress, Report
@@ -123,7 +123,7 @@ class RunContext:
     def finished(self, block: BlockSpec) -> nn.Module:
         """Return a finished student as it was written, to compute with."""
         template, state = self.teacher.template(block.index), self.run_dir.load_block(block.index)
-        return restored_copy(template, self.ranks(block), state, self.teacher.device, self.teacher.dtype)
+        return load_student(template, self.ranks(block), state, self.teacher.device, self.teacher.dtype)
 
     def drop_gradients(self) -> "RunContext":
         """Return the context once every block has its initial factors, without the gradients that they needed."""
@@ -131,6 +131,8 @@ class RunContext:
             self.gradients.remove()
         return replace(self, gradients=None)
 
-    def shelf(self) -> Shelf:
+    def placement(self) -> ActivationPlacement:
         """Return where activations go."""
-        return Shelf.on(self.teacher.device, self.run_dir.scratch, self.job.machine.activation_memory, self.job.memory)
+        return ActivationPlacement.on(
+            self.teacher.device, self.run_dir.scratch, self.job.machine.activation_memory, self.job.memory
+        )

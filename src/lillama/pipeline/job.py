@@ -15,7 +15,7 @@ from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import describe, describe_model, refuse_quantized
 from lillama.model.kind import refuse_too_long
 from lillama.model.remote import remote_code
-from lillama.model.sizes import as_stored
+from lillama.model.sizes import read_sizes
 from lillama.model.source import computed_dtype, load_config, locate
 from lillama.model.spec import ModelSpec
 from lillama.model.tokenizer import load_tokenizer, tokenizer_hash
@@ -23,7 +23,7 @@ from lillama.pipeline.estimate import Estimate, estimate, matmul_rate
 from lillama.ranks.plan import RankPlan
 from lillama.recipes.options import Machine, Overrides, OverridesDict, refuse_two_sizes
 from lillama.recipes.recipe import Recipe, override
-from lillama.stream.activations import Shelf
+from lillama.stream.activations import ActivationPlacement
 from lillama.stream.model import StreamedModel, open_streamed
 from lillama.system.memory import MemoryBudget
 from lillama.system.resources import free_disk, pick_device
@@ -231,7 +231,7 @@ def _needs(
 def _describe(teacher: StreamedModel, recipe: Recipe) -> ModelSpec:
     """Describe a model with the types that its tensors are stored in."""
     spec = describe_model(teacher.skeleton, recipe.targets, recipe.ignore, recipe.split_gate_up)
-    return as_stored(spec, teacher.weights, teacher.template)
+    return read_sizes(spec, teacher.weights, teacher.template)
 
 
 def check_resources(job: Job, out: Path, run: Path, present: int) -> None:
@@ -247,8 +247,8 @@ def check_resources(job: Job, out: Path, run: Path, present: int) -> None:
         ResourceError: disk or memory does not suffice.
     """
     result, rest = job.plan.kept_bytes, job.needs.disk_bytes - job.plan.kept_bytes - present
-    shelf = Shelf.on(job.device, run, job.machine.activation_memory, job.memory)
-    if shelf.place(job.needs.activation_bytes) == "disk":
+    placement = ActivationPlacement.on(job.device, run, job.machine.activation_memory, job.memory)
+    if placement.place(job.needs.activation_bytes) == "disk":
         rest += job.needs.activation_bytes
     needed = {out: result, run: rest} if _disk(out) != _disk(run) else {run: result + rest}
     for folder, nbytes in needed.items():

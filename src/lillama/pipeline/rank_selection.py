@@ -12,7 +12,7 @@ from lillama.files.artefacts import save_json
 from lillama.lowrank.batching import stacks
 from lillama.lowrank.factors import spectrum
 from lillama.lowrank.gram import Moments, exact_device
-from lillama.lowrank.student import compressed_copy, restored_copy
+from lillama.lowrank.student import build_student, load_student
 from lillama.model.spec import BlockSpec
 from lillama.moments.cost import moments_fit
 from lillama.moments.gradients import PROBED_TOKENS, GradientCache, collect_gradient_moments
@@ -21,7 +21,7 @@ from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.candidates import AllocationJson, Candidate
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
-from lillama.stream.activations import ActivationStore, Stores
+from lillama.stream.activations import ActivationStore, StoreFactory
 from lillama.stream.calls import BlockInputs
 from lillama.stream.capture import advance, begin
 from lillama.stream.head import Head
@@ -104,7 +104,7 @@ def _measure_gradients(ctx: RunContext) -> GradientCache:
     rows = ctx.rows.train[: max(1, PROBED_TOKENS // ctx.job.recipe.calibration.seq_len)]
     generator = torch.Generator().manual_seed(ctx.job.recipe.seed)
     gradients = collect_gradient_moments(
-        ctx.teacher, ctx.batch, rows, ctx.shelf(), ctx.job.micro_batch, generator, names, visit, ctx.report
+        ctx.teacher, ctx.batch, rows, ctx.placement(), ctx.job.micro_batch, generator, names, visit, ctx.report
     )
     if wanted:
         Spectra({name: values.numpy() for name, values in found.items()}).save(ctx.run_dir.spectra)
@@ -153,9 +153,9 @@ def _pick_plan(ctx: RunContext, gradients: GradientCache) -> RankPlan:
 def _evaluate_plans(ctx: RunContext, gradients: GradientCache, plans: list[RankPlan]) -> list[tuple[float, float]]:
     """Return divergence and rise of the loss, in nats a held-out token, of each plan with its initial factors."""
     model, spec, rate = ctx.teacher, ctx.job.plan.spec, ctx.job.micro_batch
-    held_out, shelf = ctx.batch[ctx.rows.held_out], ctx.shelf()
+    held_out, placement = ctx.batch[ctx.rows.held_out], ctx.placement()
     wanted = ["original", *(f"plan-{n}" for n in range(len(plans)))]
-    new = {name: Stores(shelf, model.dtype, f"ranks-{name}", len(wanted) + 1) for name in wanted}
+    new = {name: StoreFactory(placement, model.dtype, f"ranks-{name}", len(wanted) + 1) for name in wanted}
     ends = {name: list[ActivationStore]() for name in wanted}  # of the stacks that are done with
     calls: dict[str, BlockInputs] = {}
     for stack in range(len(model.stacks)):
@@ -194,8 +194,8 @@ def _advance(
     for name, store in now.items():
         runner = teacher
         if name in ranks:
-            cut = _cut(state, teacher, ranks[name])
-            runner = restored_copy(model.template(block.index), ranks[name], cut, model.device, model.dtype)
+            cut = _truncate(state, teacher, ranks[name])
+            runner = load_student(model.template(block.index), ranks[name], cut, model.device, model.dtype)
         advance(runner, block.index, calls[name], store, store, ctx.job.micro_batch)
 
 
@@ -213,10 +213,10 @@ def _widest(
     trim_memory()
     generator = torch.Generator().manual_seed(ctx.seed(block))
     template, init = ctx.teacher.template(block.index), ctx.job.recipe.init
-    return compressed_copy(template, teacher, widest, init, found, generator).state_dict()
+    return build_student(template, teacher, widest, init, found, generator).state_dict()
 
 
-def _cut(state: Mapping[str, Tensor], teacher: nn.Module, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+def _truncate(state: Mapping[str, Tensor], teacher: nn.Module, ranks: Mapping[str, int]) -> dict[str, Tensor]:
     """Return a state at smaller ranks; the leading columns of `left` and rows of `right` are the best there too."""
     dense = teacher.state_dict()
     cut = {name: tensor for name, tensor in state.items() if name in dense and tensor.numel()} | dict(dense)

@@ -18,7 +18,7 @@ from lillama.distill.pool import LearnerPool
 from lillama.distill.spectrum import largest_singular_value
 from lillama.distill.split import Batches
 from lillama.distill.trainer import SNAPSHOT_SECONDS, Trainer
-from lillama.lowrank.student import restored_copy
+from lillama.lowrank.student import load_student
 from lillama.model.spec import BlockSpec
 from lillama.modeling.experts import routers
 from lillama.pipeline.context import RunContext
@@ -26,7 +26,7 @@ from lillama.recovery.backprop import Chain, KeptGraphs, Recomputed, graph_bytes
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.log import RecoveryLog
 from lillama.recovery.training import ALL, RecoveryData, RecoveryTraining, warn_of_end
-from lillama.stream.activations import ActivationStore, Stores
+from lillama.stream.activations import ActivationStore, StoreFactory
 from lillama.stream.calls import BlockInputs
 from lillama.stream.capture import advance, begin
 from lillama.stream.forward import through
@@ -53,7 +53,7 @@ def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = S
         trained = {index: block for index, block in trained.items() if routers(ctx.teacher.template(index))}
     if not config.epochs or not trained or ctx.run_dir.is_recovered:
         return
-    made = [Stores(ctx.shelf(), ctx.teacher.dtype, f"recovery-{name}", 2) for name in ("original", "own")]
+    made = [StoreFactory(ctx.placement(), ctx.teacher.dtype, f"recovery-{name}", 2) for name in ("original", "own")]
     calls, inputs, targets = _stream_both(ctx, min(trained), *made)
     head = Head(ctx.teacher, ctx.teacher.outside(head=True), calls)
     data = RecoveryData(ctx.batch, targets, ctx.rows, ctx.job.micro_batch)
@@ -114,7 +114,7 @@ def _largest(state: Mapping[str, Tensor], name: str) -> float:
 
 
 def _stream_both(
-    ctx: RunContext, first: int, targets: Stores, own: Stores
+    ctx: RunContext, first: int, targets: StoreFactory, own: StoreFactory
 ) -> tuple[BlockInputs, ActivationStore, ActivationStore]:
     """Run the original over all sequences, and the compressed model as far as recovery does not reach.
 
@@ -160,10 +160,10 @@ def _chain(
     compiled = ctx.compiled(config.batch_size, "recovery", resident >= len(trained))
     pool = LearnerPool(_learners(ctx, config, compiled), scratch, resident)
     if resident < len(trained) or not _graphs_fit(ctx, pool, blocks, config, calls, inputs):
-        shelf, shape = ctx.shelf(), (config.batch_size, *inputs.shape[1:])
-        place = shelf.place(len(blocks) * math.prod(shape) * inputs.dtype.itemsize)
+        placement, shape = ctx.placement(), (config.batch_size, *inputs.shape[1:])
+        place = placement.place(len(blocks) * math.prod(shape) * inputs.dtype.itemsize)
         boundaries |= {
-            index: ActivationStore(shape, inputs.dtype, shelf, place, f"recovery-{index}") for index in blocks
+            index: ActivationStore(shape, inputs.dtype, placement, place, f"recovery-{index}") for index in blocks
         }
     tape = Recomputed(boundaries) if boundaries else KeptGraphs()
     return Chain(pool, frozenset(trained), _dense_blocks(ctx), blocks, calls, inputs, tape)
@@ -191,7 +191,7 @@ def _learners(ctx: RunContext, config: RecoveryConfig, compiled: int) -> Callabl
     def learner(index: int) -> Learner:
         template, state = ctx.teacher.template(index), ctx.run_dir.load_block(index)
         ranks, device = ctx.ranks(specs[index]), ctx.teacher.device
-        student = restored_copy(template, ranks, state, device, torch.float32)
+        student = load_student(template, ranks, state, device, torch.float32)
         names = routers(student) if config.trains == "routers" else None
         return Learner(student, config.optim, _lr(ctx, config), steps, trained=names, compiled=compiled)
 

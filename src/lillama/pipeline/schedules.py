@@ -20,10 +20,10 @@ from lillama.distill.split import Batches
 from lillama.distill.trainer import SNAPSHOT_SECONDS, Trainer
 from lillama.files.artefacts import load_tensors, save_tensors
 from lillama.lowrank.gram import Gram, Moments
-from lillama.lowrank.student import compressed_copy, restored_copy
+from lillama.lowrank.student import build_student, load_student
 from lillama.model.spec import BlockSpec
 from lillama.pipeline.context import RunContext
-from lillama.stream.activations import ActivationStore, Stores
+from lillama.stream.activations import ActivationStore, StoreFactory
 from lillama.stream.forward import through
 from lillama.stream.model import StreamedModel
 from lillama.system.progress import Progress
@@ -119,10 +119,10 @@ def _walk(ctx: RunContext) -> Iterator[tuple[BlockSpec, BlockActivations]]:
     activations, stack = None, 0
     for block in ctx.blocks:
         if activations is None:
-            activations = BlockActivations.at(0, model, ctx.batch, ctx.shelf(), both, ctx.job.micro_batch, further)
+            activations = BlockActivations.at(0, model, ctx.batch, ctx.placement(), both, ctx.job.micro_batch, further)
         elif block.index not in model.indices(stack):
             stack += 1
-            activations = activations.enter_stack(model, ctx.batch, ctx.shelf(), stack, further)
+            activations = activations.enter_stack(model, ctx.batch, ctx.placement(), stack, further)
         yield block, activations
     if activations is not None:
         activations.remove()
@@ -148,7 +148,7 @@ def initial_student(ctx: RunContext, block: BlockSpec, teacher: nn.Module, grams
         probed = gradients.moments(block.index, teacher, ranks, inputs=not grams)
         trim_memory()
     found = {name: Moments(grams.get(name), probed[name].gradients if probed else None) for name in ranks}
-    return compressed_copy(ctx.teacher.template(block.index), teacher, ranks, init, found, generator)
+    return build_student(ctx.teacher.template(block.index), teacher, ranks, init, found, generator)
 
 
 def _train(
@@ -231,7 +231,7 @@ def _before(ctx: RunContext, stack: int) -> Earlier:
     if not stack:
         return {}
     for name, block in (("teacher", None), ("student", ctx.current)):
-        new = Stores(ctx.shelf(), model.dtype, f"before-{name}", 2)
+        new = StoreFactory(ctx.placement(), model.dtype, f"before-{name}", 2)
         tables, outputs = through(model, ctx.batch, new, ctx.job.micro_batch, block=block, stacks=stack)
         ends.append(outputs)
         for table in tables:
@@ -240,7 +240,7 @@ def _before(ctx: RunContext, stack: int) -> Earlier:
 
 
 def _activations(ctx: RunContext, stack: int, before: Earlier, both: bool) -> BlockActivations:
-    return BlockActivations.at(stack, ctx.teacher, ctx.batch, ctx.shelf(), both, ctx.job.micro_batch, before=before)
+    return BlockActivations.at(stack, ctx.teacher, ctx.batch, ctx.placement(), both, ctx.job.micro_batch, before=before)
 
 
 def _initial_students(
@@ -269,7 +269,7 @@ def _initial_students(
     def initial(index: int) -> nn.Module:
         state = load_tensors(folder / f"initial-{index:04}.safetensors")
         template, ranks = ctx.teacher.template(index), ctx.ranks(trained[index])
-        return restored_copy(template, ranks, state, ctx.teacher.device, torch.float32)
+        return load_student(template, ranks, state, ctx.teacher.device, torch.float32)
 
     return initial, scales
 

@@ -70,7 +70,7 @@ def likelihoods(scorer: Scorer, texts: Sequence[str], report: Report) -> dict[st
     wrong = [text for text in distinct if not math.isfinite(totals[tokens[text]])]
     if wrong:
         raise ModelError(
-            f"{scorer.name}: the log-probabilities of {len(wrong)} texts are not finite, the first is {_shown(wrong[0])}; "
+            f"{scorer.name}: the log-probabilities of {len(wrong)} texts are not finite, the first is {_excerpt(wrong[0])}; "
             "get a sound copy of the model, or try another --device"
         )
     return {text: Likelihood(totals[tokens[text]], tokens[text]) for text in distinct}
@@ -175,7 +175,7 @@ def _refuse(scorer: Scorer, tokens: dict[str, Tokens]) -> None:
             else ": without a BOS token the first is not scored"
         )
         raise ProbeError(
-            f"{len(empty)} texts have no token that {scorer.name} can score{reason}; the first is {_shown(empty[0])}"
+            f"{len(empty)} texts have no token that {scorer.name} can score{reason}; the first is {_excerpt(empty[0])}"
         )
     longest = scorer.longest
     long = [text for text, one in tokens.items() if longest is not None and len(one.ids) > longest]
@@ -183,9 +183,9 @@ def _refuse(scorer: Scorer, tokens: dict[str, Tokens]) -> None:
         count = len(tokens[long[0]].ids)
         raise ProbeError(
             f"{len(long)} texts are longer than the {longest} tokens of {scorer.name}, the first has {count}: "
-            f"{_shown(long[0])}; leave them out of the data"
+            f"{_excerpt(long[0])}; leave them out of the data"
         )
 
 
-def _shown(text: str) -> str:
+def _excerpt(text: str) -> str:
     return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")

@@ -46,7 +46,7 @@ class Uniform:
         Raises:
             BudgetError: no rank plan of this kind is small enough.
         """
-        target = checked_budget(spec, keep, scope)
+        target = resolve_numbers(spec, keep, scope)
         if target == spec.params:
             return RankPlan(spec, _dense(spec), storage)
         shapes = Counter(map(shape_of, spec.linears))
@@ -57,10 +57,10 @@ class Uniform:
         if spare < 0:
             raise unreachable(RankPlan(spec, ranks, storage), keep, scope)
         step = self.multiple_of
-        ranks, spare = _spent(spec.linears, ranks, spare, step, storage)
+        ranks, spare = _spend(spec.linears, ranks, spare, step, storage)
         while step > 1 and spare > tolerance(spec, scope):
             step //= 2
-            ranks, spare = _spent(spec.linears, ranks, spare, step, storage)
+            ranks, spare = _spend(spec.linears, ranks, spare, step, storage)
         return RankPlan(spec, ranks, storage)
 
     def _largest(self, shapes: Mapping[Shape, int], most: int, storage: Storage) -> dict[Shape, int | None]:
@@ -142,7 +142,7 @@ class Top:
 Published = Uniform | Bottom | Top
 
 
-def checked_budget(spec: ModelSpec, keep: float, scope: Scope) -> int:
+def resolve_numbers(spec: ModelSpec, keep: float, scope: Scope) -> int:
     """Return the numbers that the whole model may store.
 
     Raises:
@@ -190,7 +190,7 @@ def unreachable(smallest: RankPlan, keep: float, scope: Scope) -> BudgetError:
 def _exhaust(
     spec: ModelSpec, order: Sequence[LinearSpec], min_rank: int, step: int, keep: float, scope: Scope, storage: Storage
 ) -> RankPlan:
-    target = checked_budget(spec, keep, scope)
+    target = resolve_numbers(spec, keep, scope)
     smallest = {linear.name: worthwhile(shape_of(linear), min_rank, storage) for linear in order}
     least = RankPlan(spec, smallest, storage)
     if least.kept_params > target:
@@ -221,7 +221,7 @@ def _storage_of(shapes: Mapping[Shape, int], ranks: Mapping[Shape, int | None], 
     return sum(count * storage.numbers(*shape, ranks[shape]) for shape, count in shapes.items())
 
 
-def _spent(linears: Iterable[LinearSpec], ranks: Ranks, spare: int, step: int, storage: Storage) -> tuple[Ranks, int]:
+def _spend(linears: Iterable[LinearSpec], ranks: Ranks, spare: int, step: int, storage: Storage) -> tuple[Ranks, int]:
     """Give what is left of a budget to the first linears, `step` ranks each, or the way back to dense.
 
     Returns:

@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from lillama.errors import BudgetError
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import LinearSpec, ModelSpec
-from lillama.ranks.allocators import checked_budget, tolerance, unreachable
+from lillama.ranks.allocators import resolve_numbers, tolerance, unreachable
 from lillama.ranks.plan import RankPlan, Scope
 
 
@@ -33,7 +33,7 @@ class Budget:
     def of(cls, spec: ModelSpec, keep: float, scope: Scope, storage: Storage, nbytes: int | None) -> "Budget":
         """Return the budget of bytes, or where there is none that of a share."""
         if nbytes is None:
-            return cls(spec, storage, checked_budget(spec, keep, scope), tolerance(spec, scope), False)
+            return cls(spec, storage, resolve_numbers(spec, keep, scope), tolerance(spec, scope), False)
         return cls(spec, storage, nbytes, tolerance(spec, "model") * spec.bytes_per_param, True)
 
     def cost(self, linear: LinearSpec, rank: int | None) -> int:

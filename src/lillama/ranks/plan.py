@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 from typing_extensions import TypedDict
 
-from lillama.errors import RecipeError, shown, suggestion
+from lillama.errors import RecipeError, printable, suggestion
 from lillama.files.artefacts import Size, save_json
 from lillama.files.atomic import read_json
 from lillama.lowrank.storage import Storage, StorageJson
@@ -123,7 +123,7 @@ class RankPlan:
             raise RecipeError(f"{path}: not a rank plan (`version`, and `linears` as a list, are needed)")
         if content["version"] != VERSION:
             raise RecipeError(
-                f"{path}: rank plan of version {shown(content['version'])}, this lillama reads version {VERSION}"
+                f"{path}: rank plan of version {printable(content['version'])}, this lillama reads version {VERSION}"
             )
         shapes = {linear.name: (linear.out_features, linear.in_features) for linear in spec.linears}
         ranks: dict[str, int | None] = {}
@@ -139,20 +139,20 @@ def _check(row: Any, shapes: Mapping[str, tuple[int, int]], path: Path) -> tuple
     """Return name and rank of a plan's row if the model can have them."""
     found = cast(dict[str, Any], row if isinstance(row, dict) else {})
     if not found.keys() >= {"name", "out", "in", "rank"}:
-        raise RecipeError(f"{path}: not a rank plan: {shown(cast(Any, row))} is no row with name, out, in and rank")
+        raise RecipeError(f"{path}: not a rank plan: {printable(cast(Any, row))} is no row with name, out, in and rank")
     name, shape, rank = found["name"], (found["out"], found["in"]), found["rank"]
     if not isinstance(name, str):
-        raise RecipeError(f"{path}: {shown(name)} is no name of a linear; a text is needed")
+        raise RecipeError(f"{path}: {printable(name)} is no name of a linear; a text is needed")
     if name not in shapes:
-        raise RecipeError(f"{path}: linear {shown(name)} is not in the model{suggestion(name, shapes)}")
+        raise RecipeError(f"{path}: linear {printable(name)} is not in the model{suggestion(name, shapes)}")
     if shapes[name] != shape:
         raise RecipeError(
-            f"{path}: linear {name} is {shown(shape[0])} x {shown(shape[1])} in the plan, "
+            f"{path}: linear {name} is {printable(shape[0])} x {printable(shape[1])} in the plan, "
             f"{shapes[name][0]} x {shapes[name][1]} in the model"
         )
     if rank is not None and not (type(rank) is int and 1 <= rank <= min(shapes[name])):
         raise RecipeError(
-            f"{path}: linear {name}: rank {shown(rank)} is not a whole number from 1 to {min(shapes[name])}"
+            f"{path}: linear {name}: rank {printable(rank)} is not a whole number from 1 to {min(shapes[name])}"
         )
     return name, rank
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
 
 from cyclopts import Parameter
 
-from lillama.errors import RecipeError, shown
+from lillama.errors import RecipeError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def parse_size(text: str) -> int:
     if len(text) <= SIZE_DIGITS:
         with suppress(ValidationError):
             return int(TypeAdapter(ByteSize).validate_python(text))
-    raise RecipeError(f"size {shown(text)!r}: give bytes, or a number with KB, MB, GB, TB, KiB, MiB or GiB")
+    raise RecipeError(f"size {printable(text)!r}: give bytes, or a number with KB, MB, GB, TB, KiB, MiB or GiB")
 
 
 def _size_of(hint: Any, tokens: "Sequence[Token]") -> int:

@@ -13,7 +13,7 @@ from pydantic_core import core_schema
 from lillama.calibration.sample import CalibrationConfig, parse_sources
 from lillama.distill.config import DistillConfig
 from lillama.distill.losses import Loss
-from lillama.errors import RecipeError, shown, suggestion
+from lillama.errors import RecipeError, printable, suggestion
 from lillama.files.atomic import digest
 from lillama.files.packaged import package_folder
 from lillama.files.yaml_text import read_yaml
@@ -191,7 +191,7 @@ def _read(path: Path) -> Tree:
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, found {type(tree).__name__}")
     odd = next((key for key in tree or {} if not isinstance(key, str)), None)
     if odd is not None:
-        raise RecipeError(f"{path}: unknown key {shown(odd)}")
+        raise RecipeError(f"{path}: unknown key {printable(odd)}")
     return tree or {}
 
 

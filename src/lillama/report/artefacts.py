@@ -170,18 +170,18 @@ def _places(path: Path) -> tuple[Path, Path]:
     """Return the result's folder and the run folder."""
     if (path / RESULT).is_file():
         beside = path.with_name(f"{path.name}.run")
-        return path, beside if beside.is_dir() else _told(path / RESULT, "run") or beside
+        return path, beside if beside.is_dir() else _named_folder(path / RESULT, "run") or beside
     run = RunDir(path)
     if run.marker.is_file() or (run.spec.is_file() and run.plan.is_file()):
         beside = path.with_name(path.name.removesuffix(".run"))
         known = path.suffix == ".run" and (beside / RESULT).is_file()
-        return beside if known else _told(run.metrics, "path") or beside, path
+        return beside if known else _named_folder(run.metrics, "path") or beside, path
     if not path.exists():
         raise OutputError(f"{path}: there is no such folder; give a result of lillama or a run folder")
     raise OutputError(f"{path}: neither a result of lillama (no {RESULT}) nor a run folder (no {run.marker.name})")
 
 
-def _told(file: Path, key: Literal["run", "path"]) -> Path | None:
+def _named_folder(file: Path, key: Literal["run", "path"]) -> Path | None:
     """Return the folder that a result's JSON names."""
     found = Reader().json(file, ResultJson)
     told = found[key] if has(found, key) else ""

@@ -66,7 +66,7 @@ def heat(title: str, names: Sequence[str], columns: Sequence[str], cells: Sequen
     body = [
         text(left + (index + 0.5) * side, 12, head, "middle")
         for index, head in enumerate(columns)
-        if _shown(index, side)
+        if _has_label(index, side)
     ]
     for row, name in enumerate(names):
         y = 18 + row * ROW
@@ -81,7 +81,7 @@ def heat(title: str, names: Sequence[str], columns: Sequence[str], cells: Sequen
     return drawing(title, left + len(columns) * side + 4, 22 + len(names) * ROW, body)
 
 
-def _shown(index: int, side: int) -> bool:
+def _has_label(index: int, side: int) -> bool:
     return side > 30 or index % 4 == 0
 
 

@@ -53,11 +53,11 @@ class Figure:
     open: bool = False
 
 
-def shown(cell: Cell) -> str:
+def format_cell(cell: Cell) -> str:
     """Return a cell for the reader.
 
     Examples:
-        >>> shown(1234567), shown(0.0123456), shown(None)
+        >>> format_cell(1234567), format_cell(0.0123456), format_cell(None)
         ('1,234,567', '0.01235', '')
     """
     if cell is None:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from lillama.files.publishing import escape_markdown, markdown_templates, public_recipe
 from lillama.report import learning, measures, structure, summary
 from lillama.report.artefacts import Evidence, Extra, collect
-from lillama.report.figure import Cell, Figure, shown
+from lillama.report.figure import Cell, Figure, format_cell
 from lillama.report.place import places, write_all
 from lillama.report.warnings import doubts
 
@@ -179,14 +179,14 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         autoescape=True,
     )
-    environment.filters |= {"shown": shown, "number": _is_number}
+    environment.filters |= {"shown": format_cell, "number": _is_number}
     return environment
 
 
 @cache
 def _markdown() -> Environment:
     environment = markdown_templates("lillama.report")
-    environment.filters["cell"] = lambda cell: Markup(escape_markdown(shown(cell)))
+    environment.filters["cell"] = lambda cell: Markup(escape_markdown(format_cell(cell)))
     return environment
 
 

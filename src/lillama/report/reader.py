@@ -56,7 +56,7 @@ class Reader:
         if not isinstance(value, dict) or key not in value:
             self.missing.append(f"{name}: damaged, it has no {key!r}")
             return cast(Read, {})
-        found, faults = kept(schema, form(value))
+        found, faults = keep_valid(schema, form(value))
         if not found and not faults:
             self.missing.append(f"{name}: holds nothing that a report shows")
         if faults:
@@ -79,7 +79,7 @@ class Reader:
             return None
 
 
-def kept(schema: type[Read], value: Json) -> tuple[Read, list[str]]:
+def keep_valid(schema: type[Read], value: Json) -> tuple[Read, list[str]]:
     """Take out of a JSON object what has not its schema, and what cannot be without that.
 
     Args:
@@ -91,7 +91,7 @@ def kept(schema: type[Read], value: Json) -> tuple[Read, list[str]]:
 
     Examples:
         >>> from lillama.ranks.candidates import AllocationJson
-        >>> kept(AllocationJson, {"chosen": 1.0, "candidates": 3})
+        >>> keep_valid(AllocationJson, {"chosen": 1.0, "candidates": 3})
         ({'chosen': 1.0}, ['candidates is 3, it should be a valid list'])
     """
     faults: list[str] = []
@@ -100,7 +100,7 @@ def kept(schema: type[Read], value: Json) -> tuple[Read, list[str]]:
             return _adapter(schema).validate_python(value), faults
         except ValidationError as error:
             found = {_reach(value, one["loc"]): one for one in error.errors(include_url=False)}
-        faults += [_told(one["loc"], one["type"], one["msg"], one["input"]) for one in found.values()]
+        faults += [_complaint(one["loc"], one["type"], one["msg"], one["input"]) for one in found.values()]
         if () in found:
             return cast(Read, {}), faults
         outer = [place for place in found if not any(place[:end] in found for end in range(1, len(place)))]
@@ -129,7 +129,7 @@ def _at(value: Any, place: Sequence[str | int]) -> Any:
     return value
 
 
-def _told(place: JsonPath, kind: str, message: str, found: Any) -> str:
+def _complaint(place: JsonPath, kind: str, message: str, found: Any) -> str:
     name = ".".join(map(str, place))
     if kind == "missing":
         return f"{name} is not there"

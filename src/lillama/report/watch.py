@@ -16,7 +16,7 @@ def default_place(path: Path) -> Path:
     return path.with_name(f"{path.name}-report.html") if (path / RESULT).is_file() else path / "report.html"
 
 
-def written(paths: Sequence[Path], place: Path, extra: Extra) -> Path:
+def write_report(paths: Sequence[Path], place: Path, extra: Extra) -> Path:
     """Write the report and return the HTML file's place."""
     return write(report(paths, extra), place)[0]
 

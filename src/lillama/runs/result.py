@@ -213,7 +213,7 @@ def refuse_foreign(out: Path) -> None:
         return
     if not (folder / FILE).is_file():
         raise OutputError(f"{out}: exists and is not an earlier result of lillama; remove it or choose another OUT")
-    written = _written(folder / FILE)
+    written = _written_files(folder / FILE)
     if written is None:
         raise OutputError(f"{out / FILE}: does not tell which files lillama wrote; remove {out} or choose another OUT")
     for path in sorted(folder.rglob("*")):
@@ -231,7 +231,7 @@ def refuse_foreign(out: Path) -> None:
             )
 
 
-def _written(file: Path) -> dict[str, str] | None:
+def _written_files(file: Path) -> dict[str, str] | None:
     """Return the files that a result says it was written with; None if it does not say so."""
     try:
         found = json.loads(read_small(file).decode())["files"]

@@ -36,7 +36,7 @@ from lillama.calibration.pack import MANIFEST
 from lillama.distill.log import DistillLog
 from lillama.errors import DamagedError, OutputError
 from lillama.files.artefacts import TENSORS, check_seal, load_json, load_tensors, load_whole, save_json, save_tensors
-from lillama.files.atomic import ASIDE, lock_file, made_folder, resolve_path, settle_leftovers
+from lillama.files.atomic import ASIDE, lock_file, make_folder, resolve_path, settle_leftovers
 from lillama.model.spec import ModelSpec
 from lillama.recovery.log import RecoveryLog
 
@@ -313,7 +313,7 @@ def open_run(path: Path, identity: Mapping[str, Any], restart: bool = False) -> 
     place = resolve_path(path)
     refusal = f"{path}: another process works in this run folder; wait for it, or use --run"
     _refuse_foreign(path)
-    with made_folder(place), lock_file(place / LOCK, refusal):
+    with make_folder(place), lock_file(place / LOCK, refusal):
         run = RunDir(path)
         if (place / MARKER).is_file() and not restart:
             _refuse_other_run(path / MARKER, identity)
@@ -389,15 +389,15 @@ def _refuse_other_run(marker: Path, identity: Mapping[str, Any]) -> None:
         raise OutputError(f"{marker}: damaged; begin anew with --restart") from None
     if written != FORMAT:
         raise OutputError(
-            f"{marker}: version is {_shown(written)}, this lillama writes and reads {FORMAT}; begin anew with --restart, "
+            f"{marker}: version is {_excerpt(written)}, this lillama writes and reads {FORMAT}; begin anew with --restart, "
             "or go on with the lillama that began it"
         )
     old, new = _flat(before), _flat(json.loads(json.dumps(identity)))
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
             raise OutputError(
-                f"{marker.parent}: this run was begun with {key} = {_shown(old.get(key))}, now it is "
-                f"{_shown(new.get(key))}; use --restart to begin anew, or another folder with --run"
+                f"{marker.parent}: this run was begun with {key} = {_excerpt(old.get(key))}, now it is "
+                f"{_excerpt(new.get(key))}; use --restart to begin anew, or another folder with --run"
             )
 
 
@@ -408,6 +408,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: item for part in parts for key, item in part.items()}
 
 
-def _shown(value: Any) -> str:
+def _excerpt(value: Any) -> str:
     """Return a value for the reader; of a long hash the beginning is enough."""
     return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value) else repr(value)

@@ -18,7 +18,7 @@ Place = Literal["device", "host", "disk"]
 
 
 @dataclass(frozen=True)
-class Shelf:
+class ActivationPlacement:
     """Where stores are put and how large they may be together.
 
     Attributes:
@@ -36,8 +36,8 @@ class Shelf:
     @classmethod
     def on(
         cls, device: torch.device, folder: Path, activation_memory: int | None, memory: MemoryBudget | None = None
-    ) -> "Shelf":
-        """Return a shelf with budgets of `activation_memory` bytes, or of the share that activations have of `memory`.
+    ) -> "ActivationPlacement":
+        """Return a placement with budgets of `activation_memory` bytes, or of the share that activations have of `memory`.
 
         Args:
             device: that computes.
@@ -66,24 +66,26 @@ class ActivationStore:
     Args:
         shape: sequences, length, width; or sequences and whatever belongs to each.
         dtype: of the activations.
-        shelf: device and folder.
-        place: as `Shelf.place` chose.
+        placement: device and folder.
+        place: as `ActivationPlacement.place` chose.
         name: of the file, if on disk.
 
     Raises:
         ResourceError: the disk has no room.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, shelf: Shelf, place: Place, name: str) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, placement: ActivationPlacement, place: Place, name: str
+    ) -> None:
         self.shape, self.dtype, self.name = shape, dtype, name
-        self.shelf, self.device = shelf, shelf.device
+        self.placement, self.device = placement, placement.device
         self.place: Place = place
-        self._path = shelf.folder / f"{name}.activations"
+        self._path = placement.folder / f"{name}.activations"
         self._tensor: Tensor | None = None
         if place == "disk":
             _reserve(self._path, torch.Size(shape).numel() * dtype.itemsize)
         else:
-            self._tensor = torch.empty(shape, dtype=dtype, device=shelf.device if place == "device" else "cpu")
+            self._tensor = torch.empty(shape, dtype=dtype, device=placement.device if place == "device" else "cpu")
 
     def read(self, rows: slice | Tensor) -> Tensor:
         """Return the rows (of the store's shape but for their number) in memory of their own, on the device.
@@ -119,18 +121,18 @@ class ActivationStore:
 
 
 @dataclass(frozen=True)
-class Stores:
+class StoreFactory:
     """Makes stores of one purpose when their shape is known; called with a shape it returns the next one.
 
     Attributes:
-        shelf: where they go.
+        placement: where they go.
         dtype: of the activations.
         name: of their files, with a number behind it.
         together: how many stores of such a size there will be, which decides where each goes.
         made: those made so far.
     """
 
-    shelf: Shelf
+    placement: ActivationPlacement
     dtype: torch.dtype
     name: str
     together: int = 1
@@ -138,8 +140,8 @@ class Stores:
 
     def __call__(self, shape: tuple[int, ...]) -> ActivationStore:
         """Return a new store."""
-        place = self.shelf.place(self.together * torch.Size(shape).numel() * self.dtype.itemsize)
-        self.made.append(ActivationStore(shape, self.dtype, self.shelf, place, f"{self.name}-{len(self.made)}"))
+        place = self.placement.place(self.together * torch.Size(shape).numel() * self.dtype.itemsize)
+        self.made.append(ActivationStore(shape, self.dtype, self.placement, place, f"{self.name}-{len(self.made)}"))
         return self.made[-1]
 
     def remove(self) -> None:
@@ -169,7 +171,7 @@ def _reserve(path: Path, nbytes: int) -> None:
             raise refusal from None
 
 
-class RowTable:
+class PerSequenceTensor:
     """One tensor for each sequence; while all are equal only one is held, then they lie where the activations lie.
 
     Args:
@@ -190,7 +192,7 @@ class RowTable:
             if bool((values == self._first).all()):
                 return
             shape = (self._beside.shape[0], *values.shape[1:])
-            self._store = ActivationStore(shape, values.dtype, self._beside.shelf, self._beside.place, self._name)
+            self._store = ActivationStore(shape, values.dtype, self._beside.placement, self._beside.place, self._name)
             self._store.write(slice(0, rows.start), self._first)
         self._store.write(rows, values)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lillama.errors import ModelError
-from lillama.stream.activations import RowTable
+from lillama.stream.activations import PerSequenceTensor
 
 HIDDEN = "hidden_states"
 
@@ -73,7 +73,7 @@ class BlockInputs:
     """
 
     calls: list[BlockArgs] = field(default_factory=list)
-    tables: dict[int, RowTable] = field(default_factory=dict)
+    tables: dict[int, PerSequenceTensor] = field(default_factory=dict)
     extra_outputs: dict[type[nn.Module], tuple[Any, ...] | None] = field(default_factory=dict)
     first: int = 0
 

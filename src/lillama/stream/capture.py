@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lillama.errors import ModelError, first_line
 from lillama.model.describe import hidden_size
-from lillama.stream.activations import ActivationStore, RowTable
+from lillama.stream.activations import ActivationStore, PerSequenceTensor
 from lillama.stream.batch import Batch, heads_only
 from lillama.stream.calls import BlockArgs, BlockInputs, Rowwise, map_call, split_call, tree_leaves
 from lillama.stream.model import StreamedModel
@@ -72,7 +72,9 @@ def begin(
         hidden.write(rows, inputs[:count])
         for mark, leaf in row_leaves(table.calls, calls).items():
             values = mark.rows(leaf, len(chosen))[:count]
-            table.tables.setdefault(mark.key, RowTable(hidden, f"{hidden.name}-call-{mark.key}")).write(rows, values)
+            table.tables.setdefault(mark.key, PerSequenceTensor(hidden, f"{hidden.name}-call-{mark.key}")).write(
+                rows, values
+            )
     assert hidden is not None
     return table, hidden
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lillama.model.work import Work
-from lillama.stream.activations import ActivationStore, Shelf, Stores
+from lillama.stream.activations import ActivationPlacement, ActivationStore, StoreFactory
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
 from lillama.stream.capture import finish, overflow, row_slices
@@ -244,9 +244,11 @@ def head_bytes(work: Work) -> int:
 
 
 @torch.no_grad()
-def change(original: StreamedModel, compressed: StreamedModel, batch: Batch, shelf: Shelf, micro_batch: int) -> Change:
+def change(
+    original: StreamedModel, compressed: StreamedModel, batch: Batch, placement: ActivationPlacement, micro_batch: int
+) -> Change:
     """Run some sequences through a model and its compressed form, block by block, and compare the predictions."""
-    stores = [Stores(shelf, original.dtype, f"change-{name}", 2) for name in ("original", "own")]
+    stores = [StoreFactory(placement, original.dtype, f"change-{name}", 2) for name in ("original", "own")]
     (calls, ends), (own_calls, own_ends) = (
         through(model, batch, new, micro_batch) for model, new in zip((original, compressed), stores, strict=True)
     )

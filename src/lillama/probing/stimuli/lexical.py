@@ -106,7 +106,7 @@ def word_pairs(
     used: set[str] = set()
     found: list[WordPair] = []
     chance = random.Random(f"{seed} {language.name}")
-    for word in _drawn(words_of(language, vocabulary.counts), vocabulary.counts, chance):
+    for word in _shuffle(words_of(language, vocabulary.counts), vocabulary.counts, chance):
         if len(found) + PER_WORD > pairs:
             break
         candidates = _candidates(rules.neighbours(word, chance), vocabulary.known, used, scales[0], word)
@@ -129,7 +129,7 @@ def words_of(language: Language, counts: Iterable[str]) -> list[str]:
     return [word for word in counts if len(word) >= SHORTEST and vowels & set(word) and set(word) <= letters]
 
 
-def _drawn(words: Iterable[str], counts: Mapping[str, int], chance: random.Random) -> list[str]:
+def _shuffle(words: Iterable[str], counts: Mapping[str, int], chance: random.Random) -> list[str]:
     """Return words in random order, large counts tending to come first (A-Res, Efraimidis and Spirakis 2006)."""
     keys = {word: chance.random() ** (1 / (1 + counts[word]) ** 0.5) for word in sorted(words)}
     return sorted(keys, key=lambda word: (-keys[word], word))

@@ -86,14 +86,14 @@ def _draw(
         if wanted == 0:
             return
         entries = {slot: chance.choice(choices) for slot, choices in slots.items()}
-        first, second = (_written(language, pair, entries) for pair in (template.first, template.second))
+        first, second = (_write_pair(language, pair, entries) for pair in (template.first, template.second))
         if not seen & {*first, *second}:
             seen |= {*first, *second}
             wanted -= 1
             yield first, second
 
 
-def _written(language: Language, pair: tuple[str, str], entries: Mapping[str, Entry]) -> tuple[str, str]:
+def _write_pair(language: Language, pair: tuple[str, str], entries: Mapping[str, Entry]) -> tuple[str, str]:
     """Return both sentences as they are written: blanks filled, spelling rules applied, a capital first."""
     right, wrong = (BLANK.sub(lambda blank: entries[blank[1]][blank[2] or ""], sentence) for sentence in pair)
     for pattern, replacement in language.rules:
