@@ -18,7 +18,7 @@ import torch
 from fuzz import material
 from fuzz.isolated import Outcome, outcomes, status_of
 from fuzz.targets import TARGETS, Case, copied
-from lillama.pipeline import job as prepare
+from lillama.pipeline import job as job_module
 
 TOGETHER = 50  # cases one after the other in one process, unless one breaks it
 
@@ -27,7 +27,7 @@ def main() -> int:
     """Run cases; exit with 1 if one of them shows a fault."""
     options = _options()
     torch.set_num_threads(1)
-    prepare.matmul_rate = lambda *_: 1e9  # not measured anew for every case
+    job_module.matmul_rate = lambda *_: 1e9  # not measured anew for every case
     os.fsync = lambda _: None  # nothing here outlives a power cut
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         sound = Path(scratch) / "sound"

@@ -12,17 +12,16 @@ from functools import partial
 import torch
 
 from lillama.pipeline import api as compression
-from lillama.pipeline import compress as making
-from lillama.pipeline import recovery as recover
-from lillama.pipeline import schedules
+from lillama.pipeline import compress as story
+from lillama.pipeline import recovery, schedules
 from lillama.recipes.recipe import Recipe, load_recipe
 
 
 def work(job: dict) -> None:
     seconds = job.get("snapshot_seconds", 0)
-    making.SCHEDULES["sequential"] = partial(schedules.distill_sequentially, snapshot_seconds=seconds)
-    making.SCHEDULES["joint"] = partial(schedules.distill_jointly, snapshot_seconds=seconds)
-    making.recover = partial(recover.recover, snapshot_seconds=seconds)
+    story.SCHEDULES["sequential"] = partial(schedules.distill_sequentially, snapshot_seconds=seconds)
+    story.SCHEDULES["joint"] = partial(schedules.distill_jointly, snapshot_seconds=seconds)
+    story.recover = partial(recovery.recover, snapshot_seconds=seconds)
     compression.compress(job["model"], job["out"], recipe=load_recipe(Recipe(), job["recipe"]), texts=job["texts"])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lillama.errors import DataError, LillamaError, OutputError
 from lillama.files.atomic import atomic_folder, claim_place
-from lillama.pipeline import compress as making
+from lillama.pipeline import compress as story
 from lillama.pipeline.api import compress
 from lillama.runs import result
 from lillama.runs.run_dir import open_run
@@ -81,13 +81,13 @@ def test_what_the_user_put_into_out_is_named_and_stays(tiny, quick, out, kind):
 
 def test_what_comes_while_the_work_goes_on_stays_too(tiny, quick, out, monkeypatch):
     (out / "notes.txt").unlink(missing_ok=True)
-    measured = making._measure_change
+    measured = story._measure_change
 
     def late(*args):
         put(out / "notes.txt")
         return measured(*args)
 
-    monkeypatch.setattr(making, "_measure_change", late)
+    monkeypatch.setattr(story, "_measure_change", late)
     with pytest.raises(OutputError, match=r"holds notes\.txt"):
         compress(tiny, out, recipe=quick(distill={"epochs": 0}))
     assert (out / "notes.txt").read_text() == "mine" and (out / "model.safetensors").is_file()

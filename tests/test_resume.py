@@ -20,9 +20,8 @@ from lillama.cli.app import main
 from lillama.files import artefacts
 from lillama.files import atomic as files
 from lillama.model import checkpoint
-from lillama.pipeline import compress as making
-from lillama.pipeline import recovery as recover
-from lillama.pipeline import schedules
+from lillama.pipeline import compress as story
+from lillama.pipeline import recovery, schedules
 from lillama.pipeline.api import compress
 from lillama.recipes.recipe import Recipe, load_recipe
 
@@ -122,8 +121,8 @@ def short(quick) -> Callable:
 def test_a_crash_at_every_write(make_model, short, tmp_path, schedule, crash_at, monkeypatch):
     tiny = make_model(num_hidden_layers=2)
     recipe = short(schedule)
-    monkeypatch.setitem(making.SCHEDULES, "sequential", partial(schedules.distill_sequentially, snapshot_seconds=0))
-    monkeypatch.setitem(making.SCHEDULES, "joint", partial(schedules.distill_jointly, snapshot_seconds=0))
+    monkeypatch.setitem(story.SCHEDULES, "sequential", partial(schedules.distill_sequentially, snapshot_seconds=0))
+    monkeypatch.setitem(story.SCHEDULES, "joint", partial(schedules.distill_jointly, snapshot_seconds=0))
     writes = crash_at(float("inf"), Crash())
     whole = bits(compress(tiny, tmp_path / "whole", recipe=recipe).path)
     every = {"run.json", "plan.json", "manifest.json", "0001.safetensors", "0001.json", "state.json", "config.json"}
@@ -191,9 +190,9 @@ def test_a_disk_that_is_full_for_each_kind_of_write(make_model, text, tmp_path, 
     }  # fmt: skip
     recipe, model = tmp_path / "recipe.yaml", make_model(num_hidden_layers=2)
     recipe.write_text(load_recipe(Recipe(), changes).as_yaml())
-    monkeypatch.setitem(making.SCHEDULES, "sequential", partial(schedules.distill_sequentially, snapshot_seconds=0))
-    monkeypatch.setitem(making.SCHEDULES, "joint", partial(schedules.distill_jointly, snapshot_seconds=0))
-    monkeypatch.setattr(making, "recover", partial(recover.recover, snapshot_seconds=0))
+    monkeypatch.setitem(story.SCHEDULES, "sequential", partial(schedules.distill_sequentially, snapshot_seconds=0))
+    monkeypatch.setitem(story.SCHEDULES, "joint", partial(schedules.distill_jointly, snapshot_seconds=0))
+    monkeypatch.setattr(story, "recover", partial(recovery.recover, snapshot_seconds=0))
     options = ["--recipe", str(recipe), "--shard-size", "40kB", "--activation-memory", "0"]
 
     def compressed(out: Path) -> int:
@@ -238,7 +237,7 @@ def test_a_card_that_cannot_be_made_is_no_failure(tiny, quick, tmp_path, monkeyp
     def fail(*args: object, **options: object) -> str:
         raise ValueError("odd front matter")
 
-    monkeypatch.setattr(making, name, fail)
+    monkeypatch.setattr(story, name, fail)
     result = compress(tiny, tmp_path / "out", recipe=quick(distill={"epochs": 0}))
     assert (result.path / "lillama.json").is_file() and "left out" in caplog.text and "odd front matter" in caplog.text
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from architectures.rows import ROWS
 from lillama import compress, load_recipe
-from lillama.pipeline import compress as making
+from lillama.pipeline import compress as story
 from lillama.pipeline import schedules
 from lillama.system.progress import Progress
 
@@ -35,7 +35,7 @@ def test_looking_ahead_ends_at_the_end_of_a_stack(bart: Path, text: Path, tmp_pa
 
 def test_a_joint_run_goes_on_wherever_it_was_stopped(bart: Path, text: Path, tmp_path: Path, monkeypatch) -> None:
     jointly = partial(schedules.distill_jointly, snapshot_seconds=0)
-    monkeypatch.setitem(making.SCHEDULES, "joint", jointly)
+    monkeypatch.setitem(story.SCHEDULES, "joint", jointly)
     recipe = load_recipe("paper", {"ranks": {"name": "uniform", "multiple_of": 1}, "distill": {"lr": 1e-3}})
     given = {"keep": 0.8, "scope": "blocks", "recipe": recipe, "calibration": text, "tokens": 384, "seq_len": 32}
     whole = compress(bart, tmp_path / "whole", **given)

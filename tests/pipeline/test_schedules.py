@@ -14,8 +14,7 @@ from torch import nn
 from lillama.distill.compile import Compiled
 from lillama.errors import ModelError
 from lillama.files.artefacts import load_tensors
-from lillama.pipeline import context as lesson
-from lillama.pipeline import schedules
+from lillama.pipeline import context, schedules
 from lillama.pipeline.api import compress
 from lillama.recipes.options import Machine
 from lillama.recovery.config import RecoveryConfig
@@ -73,7 +72,7 @@ def test_every_learner_is_compiled_where_that_is_asked_for(tiny, short, tmp_path
 
     monkeypatch.setattr(Compiled, "__init__", counted)
     let_go: list[int] = []
-    monkeypatch.setattr(lesson.gc, "collect", lambda: let_go.append(len(made)))
+    monkeypatch.setattr(context.gc, "collect", lambda: let_go.append(len(made)))
     recipe = replace(short(schedule=schedule), recover=RecoveryConfig(epochs=1))
     plain = blocks(compress(tiny, tmp_path / "plain", recipe=recipe))
     assert not made and not let_go

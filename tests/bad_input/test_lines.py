@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from lillama.cli import app as cli
 from lillama.cli.app import main
 from lillama.errors import ModelError
-from lillama.pipeline import compress as making
-from lillama.pipeline import job as prepare
+from lillama.pipeline import compress as story
+from lillama.pipeline import job as job_module
 from lillama.pipeline.api import compress
 from lillama.pipeline.job import build_job
 from lillama.recipes.options import Machine
@@ -195,14 +195,14 @@ def test_an_already_compressed_model(tiny, quick, call, tmp_path):
 
 
 def test_out_of_disk_is_told_before_work_begins(tiny, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "free_disk", lambda path: 1000)
+    monkeypatch.setattr(job_module, "free_disk", lambda path: 1000)
     assert re.search(r"of disk are needed.*0 MB are free.*--run", call(tiny))
     assert not (tmp_path / "out.run").exists()
 
 
 def test_room_for_the_result_is_looked_for_on_its_own_disk(tiny, call, monkeypatch):
-    monkeypatch.setattr(prepare, "_disk", lambda path: path.name)
-    monkeypatch.setattr(prepare, "free_disk", lambda path: 0 if path.name == "out" else 10**12)
+    monkeypatch.setattr(job_module, "_disk", lambda path: path.name)
+    monkeypatch.setattr(job_module, "free_disk", lambda path: 0 if path.name == "out" else 10**12)
     assert re.search("out: .* of disk are needed", call(tiny))
 
 
@@ -218,7 +218,7 @@ def test_memory_is_saved_where_there_is_less_than_twice_what_is_needed(
 ):
     called, needed = [], build_job(tiny, quick(), Machine()).needs.memory_bytes
     monkeypatch.setattr(memory, "free_memory", lambda device: round(times * needed))
-    monkeypatch.setattr(making, "save_memory", lambda: called.append(True))
+    monkeypatch.setattr(story, "save_memory", lambda: called.append(True))
     compress(tiny, tmp_path / "out", recipe=quick())
     assert bool(called) == saved
 
@@ -237,11 +237,11 @@ def test_shortage_on_the_way_is_explained_and_the_run_goes_on(tiny, quick, call,
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(making, "assemble", fail)
+    monkeypatch.setattr(story, "assemble", fail)
     assert re.search(match, call(tiny))
     monkeypatch.undo()
     assert (tmp_path / "out.run" / "blocks" / "0002.json").is_file()
-    monkeypatch.setitem(making.SCHEDULES, "sequential", None)
+    monkeypatch.setitem(story.SCHEDULES, "sequential", None)
     compress(tiny, tmp_path / "out", recipe=quick())
 
 
@@ -249,7 +249,7 @@ def test_interruption_is_one_line_and_status_one(tiny, call, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(making, "assemble", interrupt)
+    monkeypatch.setattr(story, "assemble", interrupt)
     assert "interrupted" in call(tiny, status=1)
 
 
@@ -257,7 +257,7 @@ def test_a_failure_of_the_machine_is_status_one(tiny, call, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(errno.EIO, "Input/output error", "/dev/sdx")
 
-    monkeypatch.setattr(making, "assemble", fail)
+    monkeypatch.setattr(story, "assemble", fail)
     assert "/dev/sdx: Input/output error" in call(tiny, status=1)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from lillama.calibration.sample import sample_calibration
 from lillama.distill.split import Batches
 from lillama.lowrank.install import install
-from lillama.pipeline import recovery as stage
+from lillama.pipeline import recovery
 from lillama.pipeline.context import RunContext
 from lillama.pipeline.job import build_job
 from lillama.pipeline.recovery import recover
@@ -163,7 +163,7 @@ def test_little_memory_changes_nothing(taught, monkeypatch):
     recover(plenty, CONFIG)
     little = replace(little, job=replace(little.job, memory=MemoryBudget(0, 0)))
     kept = []
-    monkeypatch.setattr(stage, "KeptGraphs", lambda: kept.append(1))
+    monkeypatch.setattr(recovery, "KeptGraphs", lambda: kept.append(1))
     recover(little, CONFIG)
     assert not kept and list((little.run_dir.scratch / "recovery").rglob("learner-*"))
     assert_same_bits(plenty, little)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lillama.errors import RecipeError, ResourceError
-from lillama.pipeline import job as prepare
+from lillama.pipeline import job as job_module
 from lillama.pipeline.job import build_job, check_resources, plan, resize_job
 from lillama.recipes import options
 from lillama.recipes.options import Machine
@@ -95,7 +95,7 @@ def test_senseless_machines_are_refused(tiny, quick, machine):
 
 def test_room_counts_what_a_run_has_written_already(job, tmp_path, monkeypatch):
     out, run = tmp_path / "out", tmp_path / "not" / "yet" / "run"
-    monkeypatch.setattr(prepare, "free_disk", lambda path: job.needs.disk_bytes - 500)
+    monkeypatch.setattr(job_module, "free_disk", lambda path: job.needs.disk_bytes - 500)
     with pytest.raises(ResourceError, match=str(run)):
         check_resources(job, out, run, 0)
     check_resources(job, out, run, 500)

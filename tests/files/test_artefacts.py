@@ -16,7 +16,7 @@ import torch
 from lillama.distill import trainer
 from lillama.errors import DamagedError
 from lillama.files.artefacts import check_seal, load_json, load_tensors, load_whole, save_json, save_tensors, seal_of
-from lillama.pipeline import compress as making
+from lillama.pipeline import compress as story
 from lillama.pipeline import schedules
 from lillama.pipeline.api import compress
 from lillama.recipes.recipe import Recipe, load_recipe
@@ -203,9 +203,9 @@ def test_a_damaged_state_of_a_training_is_not_gone_on_from(
     make_model, quick, tmp_path, monkeypatch, caplog, stage, name, kind
 ):
     model = make_model(num_hidden_layers=2)
-    monkeypatch.setitem(making.SCHEDULES, "sequential", partial(schedules.distill_sequentially, snapshot_seconds=0))
-    monkeypatch.setitem(making.SCHEDULES, "joint", partial(schedules.distill_jointly, snapshot_seconds=0))
-    monkeypatch.setattr(making, "recover", partial(making.recover, snapshot_seconds=0))
+    monkeypatch.setitem(story.SCHEDULES, "sequential", partial(schedules.distill_sequentially, snapshot_seconds=0))
+    monkeypatch.setitem(story.SCHEDULES, "joint", partial(schedules.distill_jointly, snapshot_seconds=0))
+    monkeypatch.setattr(story, "recover", partial(story.recover, snapshot_seconds=0))
     recipe = quick(distill={"epochs": 0}, recover={"epochs": 1, "lr": 1e-3})
     if stage != "recovery":
         recipe = quick(distill={"schedule": stage, "epochs": 1})

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lillama.errors import BudgetError, OutputError, RecipeError
 from lillama.hub.export import export
 from lillama.model.describe import describe
-from lillama.pipeline import rank_selection as allocation
+from lillama.pipeline import rank_selection
 from lillama.pipeline.api import compress, preview
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.plan import RankPlan
@@ -63,12 +63,12 @@ def test_an_interrupted_run_decides_once_and_ends_in_the_same_bits(tiny, quick, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(allocation.RunContext, "drop_gradients", interrupt)
+        patch.setattr(rank_selection.RunContext, "drop_gradients", interrupt)
         with pytest.raises(KeyboardInterrupt):
             compress(tiny, out, recipe=recipe)
     (tmp_path / "out.run" / "blocks" / "0002.json").unlink()
-    chosen = allocation._pick_plan
-    monkeypatch.setattr(allocation, "_pick_plan", lambda *args: tried.append(1) or chosen(*args))
+    chosen = rank_selection._pick_plan
+    monkeypatch.setattr(rank_selection, "_pick_plan", lambda *args: tried.append(1) or chosen(*args))
     again = compress(tiny, out, recipe=recipe)
     assert not tried and again.plan == result.plan
     files = [folder / "model.safetensors" for folder in (result.path, again.path)]
@@ -77,7 +77,7 @@ def test_an_interrupted_run_decides_once_and_ends_in_the_same_bits(tiny, quick, 
 
 def test_uniform_ranks_are_taken_where_they_are_better_and_this_is_said(tiny, quick, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
-        allocation, "_evaluate_plans", lambda ctx, gradients, plans: [(0.1, 0.1)] + [(0.2, 0.2)] * (len(plans) - 1)
+        rank_selection, "_evaluate_plans", lambda ctx, gradients, plans: [(0.1, 0.1)] + [(0.2, 0.2)] * (len(plans) - 1)
     )
     result = compress(tiny, tmp_path / "out", recipe=quick(**BEST, distill={"epochs": 0}))
     assert "uniform ranks were better" in caplog.text

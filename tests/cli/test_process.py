@@ -13,7 +13,7 @@ import pytest
 
 from lillama.cli.app import main, run
 from lillama.cli.process import Output, Stopped, stoppable
-from lillama.pipeline import compress as making
+from lillama.pipeline import compress as story
 from lillama.pipeline.api import compress
 
 
@@ -125,22 +125,22 @@ with streams() as out:
 def test_a_signal_leaves_one_line_and_a_run_that_goes_on(
     tiny, quick, tmp_path, monkeypatch, capsys, number, wanted, line
 ):
-    recipe, assemble = tmp_path / "quick.yaml", making.assemble
+    recipe, assemble = tmp_path / "quick.yaml", story.assemble
     recipe.write_text(quick(distill={"epochs": 1}).as_yaml(), encoding="utf-8")
 
     def stopped(folder: Path, *rest: object) -> None:
         (folder / "half").touch()
         signal.raise_signal(number)
 
-    monkeypatch.setattr(making, "assemble", stopped)
+    monkeypatch.setattr(story, "assemble", stopped)
     before = signal.getsignal(number)
     assert status("compress", tiny, tmp_path / "out", "--recipe", recipe) == wanted
     assert capsys.readouterr().err == line
     assert signal.getsignal(number) == before
     assert {path.name for path in tmp_path.iterdir()} == {"quick.yaml", "out.run"}
     assert not list((tmp_path / "out.run").rglob(".*")) and not (tmp_path / "out.run" / "scratch").exists()
-    monkeypatch.setattr(making, "assemble", assemble)
-    monkeypatch.setitem(making.SCHEDULES, "sequential", None)  # nothing is taught again
+    monkeypatch.setattr(story, "assemble", assemble)
+    monkeypatch.setitem(story.SCHEDULES, "sequential", None)  # nothing is taught again
     compress(tiny, tmp_path / "out", recipe=quick(distill={"epochs": 1}))
     assert json.loads((tmp_path / "out" / "lillama.json").read_text())["version"] == 1
 

@@ -15,7 +15,7 @@ from lillama.files.packaged import package_folder
 from lillama.recipes.recipe import recipe_names
 from lillama.runs import result
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FROM_ARCHIVE = """
 import importlib.metadata, sys
 from pathlib import Path
