@@ -143,6 +143,29 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     return folder
 
 
+@pytest.fixture
+def assets() -> Path:
+    folder = Path(os.environ.get("LILLAMA_ASSETS", Path(__file__).parents[1].parent / "shared" / "assets"))
+    if not folder.is_dir():
+        pytest.skip(f"real models and texts not found at {folder}; set LILLAMA_ASSETS")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def yardstick() -> Callable[[str], Path]:
+    """Return a function that gives the folder of a yardstick model, and skips the test where it has not been fetched."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
+    from models import cached, default_cache
+
+    def find(name: str) -> Path:
+        folder = cached(name, default_cache())
+        if folder is None:
+            pytest.skip(f"python bench/models.py {name} fetches the model that this test needs")
+        return folder
+
+    return find
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of 6000 bytes that tests only read."""
