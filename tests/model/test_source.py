@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lillama.errors import ModelError
+from lillama.errors import LINE, ModelError
 from lillama.model import source
 from lillama.model.source import load_config, locate, quantization, stored_dtype
 
@@ -42,6 +42,52 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="this is a file; give the model's folder"):
         locate(tmp_path / "model.safetensors")
+
+
+def test_a_gguf_file_is_refused_with_the_way_to_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "model.Q4_1.gguf"
+    file.write_bytes(b"GGUF\3\0\0\0" + bytes(100))
+    for path in (file, tmp_path):
+        with pytest.raises(
+            ModelError, match=r"model\.Q4_1\.gguf: a GGUF file, .*gguf_file='model\.Q4_1\.gguf'.*save_p"
+        ) as e:
+            locate(path)
+        assert "\n" not in str(e.value) and len(str(e.value)) < LINE
+    file.rename(tmp_path / "sha256-1234")
+    with pytest.raises(ModelError, match="sha256-1234: a GGUF file"):
+        locate(tmp_path / "sha256-1234")
+
+
+@pytest.mark.parametrize("config", [None, '{"lang_ids": [50259], "suppress_ids": [1]}'])
+def test_a_ctranslate2_model_is_refused_with_the_way_out(config: str | None, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    (tmp_path / "model.bin").write_bytes(b"\6\0\0\0\x0c\0WhisperSpec\0\3\0\0\0" + bytes(100))
+    for path, weights in ((tmp_path, True), (tmp_path, False), (tmp_path / "model.bin", True)):
+        with pytest.raises(
+            ModelError, match=r"model\.bin: a CTranslate2 model \(WhisperSpec\), .*original Hugging Face"
+        ) as e:
+            locate(path, weights)
+        assert "\n" not in str(e.value)
+
+
+def test_other_formats_beside_safetensors_do_no_harm(tmp_path: Path) -> None:
+    for name, content in (
+        ("config.json", b"{}"),
+        ("model.safetensors", b""),
+        ("model.gguf", b"GGUF"),
+        ("model.bin", b""),
+    ):
+        (tmp_path / name).write_bytes(content)
+    assert locate(tmp_path) == tmp_path
+
+
+def test_what_only_looks_like_another_format_is_not_called_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.bin").write_bytes(b"\x80\2}q\0.")
+    (tmp_path / "folder.gguf").mkdir()
+    os.mkfifo(tmp_path / "pipe.gguf")
+    assert locate(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "a b", "/absent"])

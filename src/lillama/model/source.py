@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lillama.errors import ModelError, printable
 from lillama.files.atomic import read_json
 from lillama.model.foreign import explain_errors, reason
+from lillama.model.other_formats import refuse_other_formats
 from lillama.model.remote import announce, needs_code, runs_code
 
 WANTED = [
@@ -74,16 +75,18 @@ def locate(model: str | Path, weights: bool = True) -> Path:
         weights: whether more than the configuration is needed.
 
     Raises:
-        ModelError: no such folder, and no such model on the hub or no way to reach it.
+        ModelError: no such folder, and no such model on the hub or no way to reach it; weights of a format that is not read.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         refuse_adapter(path)
+        refuse_other_formats(path)
         if not (path / "config.json").is_file():
             raise ModelError(f"{path}: no config.json in this folder; a Hugging Face model folder is needed")
         _refuse_bottomless(path)
         return path
     if path.exists():
+        refuse_other_formats(path)
         raise ModelError(f"{path}: this is a file; give the model's folder")
     wanted = [*(WANTED if weights else CONFIG_ONLY), *(["*.py"] if runs_code() else [])]
     try:
