@@ -1,4 +1,4 @@
-"""Which state of a recovery is kept, and when it ends."""
+"""Which state of a recovery is kept, and when it goes back."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from lillama.distill.history import History
 from lillama.distill.trainer import TrainingState
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.log import HeldOut, RecoveryLog
-from lillama.recovery.training import measurement, reason_to_stop
+from lillama.recovery.training import measurement, rises
 
 START = HeldOut(kl=0.5, lm=3.0, norm=0.9)
 
@@ -28,8 +28,8 @@ def traced(*found: HeldOut, lm: float = 0.0) -> History:
     return history
 
 
-def stopped(*found: HeldOut) -> str:
-    return reason_to_stop(traced(*found), RecoveryConfig(checks=4))
+def risen(*found: HeldOut) -> bool:
+    return rises(traced(*found), RecoveryConfig(checks=4))
 
 
 def logged(history: History) -> RecoveryLog:
@@ -54,16 +54,14 @@ def test_a_state_that_is_not_finite_or_whose_activations_grew_is_not_kept():
     assert kept(traced(HeldOut(0.1, 3, 1.5), HeldOut(0.1, 3, 0.5), HeldOut(0.4, 3, 1.3))) == 3
 
 
-def test_training_ends_where_it_brings_nothing():
-    better, worse = HeldOut(0.4, 3, 0.9), HeldOut(0.6, 3, 0.9)
-    assert not stopped(worse, worse, worse)  # the rate has yet to fall
-    assert not stopped(better, worse)
-    assert stopped(better, worse, worse) == "no progress"
-    assert stopped(better, HeldOut(0.8, 3, 0.9)) == "diverged"
-    assert stopped(HeldOut(math.nan, 3, 0.9)) == "not finite"
+def test_a_loss_rises_where_it_lies_above_the_best_one():
+    better = HeldOut(0.4, 3, 0.9)
+    assert not risen(HeldOut(0.51, 3, 0.9)) and risen(HeldOut(0.53, 3, 0.9))
+    assert not risen(better, HeldOut(0.41, 3, 0.9)) and risen(better, HeldOut(0.45, 3, 0.9))
+    assert risen(HeldOut(math.nan, 3, 0.9)) and risen(HeldOut(0.4, 3, 1.5))
     bad = traced(better)
     bad.note({"kl": torch.tensor(math.nan), "lm": torch.tensor(3.0)}, 10)
-    assert reason_to_stop(bad, RecoveryConfig()) == "not finite"
+    assert rises(bad, RecoveryConfig())
 
 
 def test_patience_is_half_of_the_checks():

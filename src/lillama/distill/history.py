@@ -37,6 +37,7 @@ class History:
         best_step: after which it was reached.
         best_states: block index -> parameters of that moment.
         retried: whether the rate was halved because a loss was not finite.
+        halved: steps after which all went back to the best state, at half the rate.
         singular: linear -> largest singular value before training, where that is watched.
     """
 
@@ -47,6 +48,7 @@ class History:
     best_step: int = 0
     best_states: dict[int, State] = field(default_factory=dict)
     retried: bool = False
+    halved: list[int] = field(default_factory=list)
     singular: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -100,6 +102,7 @@ class History:
             "best": self.best,
             "best_step": self.best_step,
             "retried": self.retried,
+            "halved": self.halved,
             "singular": self.singular,
         }
 

@@ -36,16 +36,14 @@ from lillama.system.resources import trim_memory
 
 logger = logging.getLogger(__name__)
 
-SLOWER = 0.25  # of the peak rate, in a second attempt where the loss diverges in the first
 
 
 def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
     """Train all compressed blocks together, and write those that are better than before on the held-out sequences.
 
     In an encoder-decoder these are the blocks of the decoder; the encoder stays as it was taught. Nothing is done if the
-    recipe leaves recovery out, it is finished, or no block is compressed. Where the loss diverges before it has fallen,
-    training begins once more at a quarter of the rate. Blocks that stayed dense are left as they are, and so is all outside
-    the blocks.
+    recipe leaves recovery out, it is finished, or no block is compressed. Where the loss rises all blocks go back to their
+    best state and on at half the rate. Blocks that stayed dense are left as they are, and so is all outside the blocks.
     """
     last = ctx.teacher.indices(len(ctx.teacher.stacks) - 1)
     trained = {block.index: block for block in ctx.blocks if ctx.ranks(block) and block.index in last}
@@ -58,25 +56,19 @@ def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = S
     head = Head(ctx.teacher, ctx.teacher.outside(head=True), calls)
     data = RecoveryData(ctx.batch, targets, ctx.rows, ctx.job.micro_batch)
 
-    def attempt(config: RecoveryConfig) -> tuple[RecoveryLog, dict[int, State]]:
-        boundaries, name = dict[int, ActivationStore](), f"{config.lr:g}"
-        chain = _chain(ctx, trained, config, calls, inputs, boundaries, ctx.run_dir.scratch / "recovery" / name)
-        training, batches = RecoveryTraining(chain, head, data, config), _batches(ctx, config)
-        trainer = Trainer(
-            batches, config.checks, ctx.run_dir.recovery_state / name, "recover", snapshot_seconds=snapshot_seconds
-        )
-        state = trainer.fit(training, ctx.report)
-        for store in boundaries.values():
-            store.remove()
-        del chain, training
-        ctx.let_go()
-        warn_of_end(state)
-        history = state.histories[ALL]
-        return RecoveryLog.of(_lr(ctx, config), state, history), history.best_states
-
-    log, states = attempt(config)
-    if log.stopped and not log.improved:
-        log, states = attempt(replace(config, lr=SLOWER * config.lr))
+    boundaries = dict[int, ActivationStore]()
+    chain = _chain(ctx, trained, config, calls, inputs, boundaries, ctx.run_dir.scratch / "recovery")
+    training, batches = RecoveryTraining(chain, head, data, config), _batches(ctx, config)
+    place = ctx.run_dir.recovery_state
+    trainer = Trainer(batches, config.checks, place, "recover", snapshot_seconds=snapshot_seconds)
+    state = trainer.fit(training, ctx.report)
+    for store in boundaries.values():
+        store.remove()
+    del chain, training
+    ctx.let_go()
+    warn_of_end(state)
+    history = state.histories[ALL]
+    log, states = RecoveryLog.of(_lr(ctx, config), state, history), history.best_states
     grown, seals = dict[str, float](), dict[int, str]()
     for index, state in states.items():
         taught = ctx.run_dir.load_block(index)

@@ -34,6 +34,7 @@ class RecoveryJson(TypedDict):
     improved: bool
     best_step: Count
     stopped: str
+    halved: Sequence[Count]
     curve: Sequence[tuple[Count, FiniteFloat, FiniteFloat]]
     held_out: Sequence[tuple[Count, FiniteFloat, FiniteFloat, FiniteFloat]]
     grown: Mapping[str, FiniteFloat]
@@ -84,8 +85,9 @@ class RecoveryLog:
         final: of the state that was kept; None if it was not finite.
         improved: false if the start was kept.
         best_step: after which the kept state was reached.
-        stopped: why training ended before its last step: `"not finite"`, `"diverged"` (the held-out loss is half as much
-            again as at the start), `"no progress"` (better than the start, but not lately), or `""`: it did not.
+        stopped: why training ended before its last step: `"not finite"` at the start, `"no progress"` (better than the
+            start, but not lately), or `""`: it did not.
+        halved: steps after which all blocks went back to their best state, at half the rate, since the loss had risen.
         curve: rows of step, divergence and cross-entropy on the batch.
         held_out: rows of step, divergence, cross-entropy and norm on the held-out sequences.
         grown: linear -> growth of its largest singular value from start to kept state, where that is more than half.
@@ -100,6 +102,7 @@ class RecoveryLog:
     improved: bool
     best_step: int
     stopped: str
+    halved: tuple[int, ...]
     curve: tuple[tuple[int, float, float], ...]
     held_out: tuple[tuple[int, float, float, float], ...]
     grown: Mapping[str, float] = field(default_factory=dict)
@@ -116,6 +119,7 @@ class RecoveryLog:
             "improved": self.improved,
             "best_step": self.best_step,
             "stopped": self.stopped,
+            "halved": self.halved,
             "curve": self.curve,
             "held_out": self.held_out,
             "grown": self.grown,
@@ -128,7 +132,7 @@ class RecoveryLog:
         curve = [(step, losses["kl"], losses["lm"]) for step, losses in history.curve()]
         held_out = [(step, found["kl"], found["lm"], found["norm"]) for step, found in history.checks]
         return cls(
-            steps=len(history.losses),
+            steps=state.done,
             tokens=history.tokens,
             lr=lr,
             seconds=state.seconds,
@@ -137,6 +141,7 @@ class RecoveryLog:
             improved=history.best_step > 0,
             best_step=history.best_step,
             stopped=state.stopped,
+            halved=tuple(history.halved),
             curve=tuple(row for row in curve if all(map(math.isfinite, row))),
             held_out=tuple(row for row in held_out if all(map(math.isfinite, row))),
         )

@@ -29,7 +29,7 @@ from lillama.stream.head import Compared, Head
 logger = logging.getLogger(__name__)
 
 ALL = "all blocks"
-DIVERGED = 1.5  # times the start's held-out loss: no falling rate will mend that
+WORSE = 1.05  # times the best held-out loss so far: the rate is too high
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,25 @@ class RecoveryTraining:
         return {ALL: measurement(found, histories[ALL], self.config)}
 
     def review(self, state: TrainingState) -> None:
-        """End the training where it brings nothing."""
-        state.stopped = reason_to_stop(state.histories[ALL], self.config)
+        """Go back to the best state at half the rate where the loss rose; end the training where it brings nothing more."""
+        history = state.histories[ALL]
+        if not state.done:
+            state.stopped = "" if history.first_bad_step() is None else "not finite"
+        elif rises(history, self.config):
+            self._go_back(history)
+            history.halved.append(state.done)
+        elif history.best_step and history.checks_since_best >= self.config.patience:
+            state.stopped = "no progress"
+
+    def _go_back(self, history: History) -> None:
+        """Put every block into its best state, or that of the start, with fresh moments and half the rate."""
+        for index in self.groups[ALL]:
+            learner = self.pool[index]
+            learner.restore(history.best_states[index] if history.best_states else self.pool.make(index).state())
+            again = learner.with_half_lr()
+            again.step_count = learner.step_count
+            self.pool.replace(index, again)
+        history.forget_bad()
 
     def _compared(
         self,
@@ -138,27 +155,21 @@ def measurement(found: HeldOut, history: History, config: RecoveryConfig) -> Mea
     return Measurement(asdict(found), found.loss(config.lm) if kept else math.inf)
 
 
-def reason_to_stop(history: History, config: RecoveryConfig) -> str:
-    """Return why training should end now, or an empty text; waits for the device.
-
-    While the rate is high the loss may lie above the start's for long and still end below it.
-    """
+def rises(history: History, config: RecoveryConfig) -> bool:
+    """Tell whether the latest held-out loss lies above the best one, or a loss is not finite; waits for the device."""
     if history.first_bad_step() is not None:
-        return "not finite"
-    start, latest = (HeldOut(**history.checks[place][1]) for place in (0, -1))
-    if latest.loss(config.lm) > DIVERGED * start.loss(config.lm):
-        return "diverged"
-    return "no progress" if history.best_step and history.checks_since_best >= config.patience else ""
+        return True
+    return measurement(HeldOut(**history.checks[-1][1]), history, config).total > WORSE * history.best
 
 
 def warn_of_end(state: TrainingState) -> None:
-    """Warn where the recovery ended otherwise than planned."""
-    best = state.histories[ALL].best_step
-    kept = f"the state after step {best} is kept" if best else "the blocks stay as they were"
-    if state.stopped in ("not finite", "diverged"):
-        logger.warning("recovery: loss %s by step %d; %s; lower recover.lr", state.stopped, state.done, kept)
-    elif not best:
-        logger.warning("recovery did not improve on the held-out sequences; %s", kept)
+    """Warn where the recovery brought nothing."""
+    history = state.histories[ALL]
+    if state.stopped == "not finite":
+        logger.warning("recovery: the loss is not finite at the start; the blocks stay as they were")
+    elif not history.best_step:
+        halved = f", not with the rate halved {len(history.halved)} times either" if history.halved else ""
+        logger.warning("recovery did not improve on the held-out sequences%s; the blocks stay as they were", halved)
 
 
 def _update(learner: Learner, tokens: int) -> None:

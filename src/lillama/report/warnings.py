@@ -46,8 +46,10 @@ def _teaching(evidence: Evidence) -> Iterator[str]:
     recovery, allocation = evidence.recovery, evidence.allocation
     if recovery and not recovery["improved"]:
         yield "Recovery brought nothing; the blocks stay as they were taught."
-    if has(recovery, "stopped") and recovery["stopped"] in ("not finite", "diverged"):
-        yield f"Recovery was stopped: {recovery['stopped']}; lower recover.lr."
+    if has(recovery, "stopped") and recovery["stopped"] == "not finite":
+        yield "Recovery was stopped: its loss is not finite at the start."
+    if has(recovery, "halved") and len(recovery["halved"]) > 2:
+        yield f"Recovery halved its rate {len(recovery['halved'])} times, for the loss had risen; begin lower (recover.lr)."
     tried = allocation["candidates"] if has(allocation, "candidates") else []
     if len(tried) > 1 and has(allocation, "chosen") and allocation["chosen"] == 0:
         yield "Uniform ranks were taken: those by the spectra were no better on held-out calibration text."
