@@ -17,7 +17,10 @@ from lillama.distill.objective import LossScale, Objective
 from lillama.stream.calls import BlockArgs
 
 ROWS = torch.arange(8)
-needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+scalar = torch.backends.cpu.get_cpu_capability() == "DEFAULT"  # for which the code that torch writes does not compile
+needs_compiler = pytest.mark.skipif(
+    scalar or not shutil.which("c++"), reason="torch.compile needs a C++ compiler and vector instructions"
+)
 OWN = (
     "`torch.jit.script` is",
     "`torch.jit.script_method` is",
@@ -81,7 +84,7 @@ def test_only_whole_micro_batches_with_gradients_are_compiled(toy, calls):
     one.forward(BlockArgs(), torch.randn(5, 6, 12))
     one.uncompiled(BlockArgs(), torch.randn(5, 6, 12))
     assert calls == [5, 5]
-    one.with_half_lr().step(toy.batch(data, ROWS), 48)
+    one.with_lr(one.lr / 2).step(toy.batch(data, ROWS), 48)
     assert calls == [5, 5, 5]
 
 

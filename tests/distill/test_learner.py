@@ -224,6 +224,6 @@ def test_half_the_rate_is_half_of_every_tensors(toy):
     scales = [group["scale"] for group in learner.optimiser.param_groups]
     with torch.no_grad():
         learner.student.up.left.weight.mul_(100)
-    again = learner.with_half_lr()
+    again = learner.with_lr(learner.lr / 2)
     assert again.lr == learner.lr / 2 and [group["scale"] for group in again.optimiser.param_groups] == scales
     assert not again.optimiser.state and again.step_count == 0

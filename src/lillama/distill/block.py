@@ -179,7 +179,7 @@ def with_half_lr(learner: Learner, name: str, history: History) -> Learner:
             "lower distill.lr in the recipe"
         )
     logger.warning("%s: loss not finite at step %d; once more at half the learning rate", name, bad)
-    return learner.with_half_lr()
+    return learner.with_lr(learner.lr / 2)
 
 
 def note_start(pool: LearnerPool, groups: Mapping[str, tuple[int, ...]], histories: Mapping[str, History]) -> None:

@@ -82,10 +82,25 @@ class Learner:
         self.optimiser.zero_grad()
         self.step_count += 1
 
-    def with_half_lr(self) -> "Learner":
-        """Return a learner of the same student at half the rate, with a fresh optimiser."""
+    def aim(self) -> None:
+        """Take the gradient that lies in the parameters into the moments and forget it, without a step."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = 0.0
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    @torch.no_grad()
+    def move(self, lr: float) -> None:
+        """Go so far along the first step of Adam, which `aim` prepared; a negative rate goes back."""
+        for group in self.optimiser.param_groups:
+            for parameter in group["params"]:
+                if parameter in self.optimiser.state:
+                    parameter.sub_(self.optimiser.state[parameter]["exp_avg"].sign(), alpha=lr * group["scale"])
+
+    def with_lr(self, lr: float) -> "Learner":
+        """Return a learner of the same student at another rate, with a fresh optimiser."""
         trained = [name for name, parameter in self.student.named_parameters() if parameter.requires_grad]
-        again = Learner(self.student, self.optim, self.lr / 2, self.steps, self.objective, trained, self.compiled)
+        again = Learner(self.student, self.optim, lr, self.steps, self.objective, trained, self.compiled)
         for new, old in zip(again.optimiser.param_groups, self.optimiser.param_groups, strict=True):
             new["scale"] = old["scale"]
         again._fast = self._fast  # the student is the same

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lillama.distill.cost import TRAINED_BYTES
-from lillama.distill.history import State
 from lillama.distill.learner import Learner
 from lillama.distill.log import GROWTH
 from lillama.distill.pool import LearnerPool
@@ -35,7 +34,6 @@ from lillama.system.progress import Progress
 from lillama.system.resources import trim_memory
 
 logger = logging.getLogger(__name__)
-
 
 
 def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
@@ -64,11 +62,12 @@ def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = S
     state = trainer.fit(training, ctx.report)
     for store in boundaries.values():
         store.remove()
+    history = state.histories[ALL]
+    lr = chain.pool[min(trained)].lr * 2 ** len(history.halved)
     del chain, training
     ctx.let_go()
     warn_of_end(state)
-    history = state.histories[ALL]
-    log, states = RecoveryLog.of(_lr(ctx, config), state, history), history.best_states
+    log, states = RecoveryLog.of(lr, state, history), history.best_states
     grown, seals = dict[str, float](), dict[int, str]()
     for index, state in states.items():
         taught = ctx.run_dir.load_block(index)

@@ -9,6 +9,7 @@ from pydantic import Field, with_config
 from lillama.distill.config import OptimConfig
 
 BETAS = (0.9, 0.95)  # of AdamW, as distillation has them
+GUESS = 4e-3  # rate that the search for a better one begins with
 
 
 @with_config(extra="forbid")
@@ -19,7 +20,8 @@ class RecoveryConfig:
     Attributes:
         epochs: passes over the calibration tokens; 0 leaves the blocks as distillation made them.
         batch_size: sequences in one optimiser step.
-        lr: learning rate; it rises linearly, then falls along a cosine to 0.
+        lr: learning rate; it rises linearly, then falls along a cosine to 0. None measures it: the loss after a first step
+            says how far steps may go (`lillama.distill.rate`).
         lr_scale: what the rate is relative to, `rms` or `width`, as in `distill`.
         lr_width: as in `distill`.
         warmup: share of the steps in which the rate rises.
@@ -36,7 +38,7 @@ class RecoveryConfig:
 
     epochs: Annotated[int, Field(ge=0)] = 8
     batch_size: Annotated[int, Field(ge=1)] = 8
-    lr: Annotated[float, Field(gt=0)] = 4e-3
+    lr: Annotated[float, Field(gt=0)] | None = None
     lr_scale: Literal["width", "rms"] = "rms"
     lr_width: Annotated[int, Field(ge=1)] | None = 256
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -49,7 +51,7 @@ class RecoveryConfig:
     def optim(self) -> OptimConfig:
         """The optimiser and its rate: AdamW without decay, along a cosine."""
         return OptimConfig(
-            lr=self.lr,
+            lr=GUESS if self.lr is None else self.lr,
             lr_scale=self.lr_scale,
             lr_width=self.lr_width,
             lr_schedule="cosine",

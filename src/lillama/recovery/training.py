@@ -6,7 +6,7 @@ blocks need their gradients at once.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from lillama.distill.history import History, Measurement
 from lillama.distill.learner import Learner
 from lillama.distill.pool import LearnerPool
+from lillama.distill.rate import measure_lr
 from lillama.distill.split import Split
 from lillama.distill.trainer import TrainingState
 from lillama.recovery.backprop import Chain, Part
@@ -82,6 +83,14 @@ class RecoveryTraining:
         Gradients are of sums over tokens, so that those of half-precision activations do not underflow; the masters' are
         divided by the number of tokens.
         """
+        tokens, predicted = self._counts(batch)
+        sums = self._backward(batch, lambda learner: _update(learner, tokens))
+        kl, lm = sums / torch.tensor([tokens, predicted], device=sums.device)
+        histories[ALL].note({"kl": kl, "lm": lm}, tokens)
+        return (1 - self.config.lm) * kl + self.config.lm * lm
+
+    def _backward(self, batch: Int[Tensor, " n"], then: Callable[[Learner], None]) -> Float[Tensor, "2"]:
+        """Compute the gradients of a batch, block by block; return the sums of both losses over it."""
         parts = Part.of(batch, self.data.micro_batch)
         tokens, predicted = self._counts(batch)
         weights = 1 - self.config.lm, self.config.lm * tokens / predicted
@@ -92,14 +101,36 @@ class RecoveryTraining:
             sums += found.sums
             gradients.append(found.gradient)
         for index in self.chain.backward(parts, gradients):
-            _update(self.pool[index], tokens)
-        kl, lm = sums / torch.tensor([tokens, predicted], device=sums.device)
-        histories[ALL].note({"kl": kl, "lm": lm}, tokens)
-        return (1 - self.config.lm) * kl + self.config.lm * lm
+            then(self.pool[index])
+        return sums
+
+    def _find_lr(self) -> None:
+        """Set every block's rate by the held-out loss after a first step on one batch; no parameter changes."""
+        self._backward(self.data.split.train[: self.config.batch_size], Learner.aim)
+        indices, rows, gone = self.groups[ALL], self.data.split.held_out[: self.config.batch_size], 0.0
+
+        def loss_at(lr: float) -> float:
+            nonlocal gone
+            for index in indices:
+                self.pool[index].move(lr - gone)
+            gone = lr
+            return self._held_out(rows).loss(self.config.lm)
+
+        guess = self.pool[indices[0]].lr
+        lr = measure_lr(loss_at, self._held_out(rows).loss(self.config.lm), guess)
+        for index in indices:
+            learner = self.pool[index]
+            learner.restore(self.pool.make(index).state())
+            self.pool.replace(index, learner.with_lr(lr))
+        logger.info("recovery: learning rate %.2g by the loss after a first step", lr)
 
     def measure(self, histories: Mapping[str, History]) -> dict[str, Measurement]:
         """Measure the blocks as they are now on the held-out sequences."""
-        rows, sums, lengths = self.data.split.held_out, torch.zeros(2), 0.0
+        found = self._held_out(self.data.split.held_out)
+        return {ALL: measurement(found, histories[ALL], self.config)}
+
+    def _held_out(self, rows: Int[Tensor, " n"]) -> HeldOut:
+        sums, lengths = torch.zeros(2), 0.0
         for batch in rows.split(self.config.batch_size):
             parts = Part.of(batch, self.data.micro_batch)
             for part, own in zip(parts, self.chain.outputs(parts), strict=True):
@@ -109,14 +140,16 @@ class RecoveryTraining:
                 mask = self.data.batch[part.ids].masks.get(len(self.head.model.stacks) - 1)
                 lengths += (ratio if mask is None else ratio[mask.to(ratio.device)]).sum().item()
         tokens, predicted = self._counts(rows)
-        found = HeldOut(sums[0].item() / tokens, sums[1].item() / predicted, lengths / tokens)
-        return {ALL: measurement(found, histories[ALL], self.config)}
+        return HeldOut(sums[0].item() / tokens, sums[1].item() / predicted, lengths / tokens)
 
     def review(self, state: TrainingState) -> None:
         """Go back to the best state at half the rate where the loss rose; end the training where it brings nothing more."""
         history = state.histories[ALL]
-        if not state.done:
-            state.stopped = "" if history.first_bad_step() is None else "not finite"
+        if not state.done and history.first_bad_step() is not None:
+            state.stopped = "not finite"
+        elif not state.done:
+            if self.config.lr is None:
+                self._find_lr()
         elif rises(history, self.config):
             self._go_back(history)
             history.halved.append(state.done)
@@ -128,7 +161,7 @@ class RecoveryTraining:
         for index in self.groups[ALL]:
             learner = self.pool[index]
             learner.restore(history.best_states[index] if history.best_states else self.pool.make(index).state())
-            again = learner.with_half_lr()
+            again = learner.with_lr(learner.lr / 2)
             again.step_count = learner.step_count
             self.pool.replace(index, again)
         history.forget_bad()
