@@ -4,6 +4,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from cyclopts import Parameter
+
 from lillama.recipes.options import Flag, Flat, Machine, Many, Overrides, RunPlace
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ def compress(
     recipe: str = "default",
     overrides: Annotated[Overrides, Flat] = Overrides(),
     max_loss: float | None = None,
+    time: Annotated[str | None, Parameter(metavar="DURATION")] = None,
     plan: Path | None = None,
     text: Annotated[list[Path] | None, Many] = None,
     place: Annotated[RunPlace, Flat] = RunPlace(),
@@ -42,6 +45,9 @@ def compress(
     max_loss
         Instead of --keep: find the smallest model whose loss on held-out calibration text rises by at most so many nats a
         token; several models are made on the way.
+    time
+        Time that the whole command may take, for example 20m or 1h30m: calibration tokens, distillation and recovery are chosen
+        for it.
     plan
         Rank plan to replay, as an earlier run saved it (plan.json), instead of --keep.
     text
@@ -71,6 +77,7 @@ def compress(
             out,
             recipe=recipe,
             max_loss=max_loss,
+            time=time,
             rank_plan=plan,
             texts=text or (),
             machine=machine,

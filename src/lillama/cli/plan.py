@@ -99,7 +99,20 @@ def _tables(plan: "Planned") -> None:
         facts.add_row(
             "ranks", "those of `uniform`; `compress` moves budget when it has read the weights (see --preview)"
         )
-    print_tables(table, facts, *([_curve(plan)] if plan.curve else []))
+    print_tables(table, facts, _ladder(plan), *([_curve(plan)] if plan.curve else []))
+
+
+def _ladder(plan: "Planned") -> "Table":
+    from rich.table import Table
+
+    from lillama.cli.output import duration
+
+    title = "what fits into some time on this machine, about (compress --time)"
+    table = Table("time", "calibration tokens", "epochs of distillation", "epochs of recovery", title=title)
+    for rung in plan.ladder:
+        row = f"{rung.tokens:,}", str(rung.distill_epochs), f"{rung.recover_epochs:g}"
+        table.add_row(duration(rung.seconds), *row)
+    return table
 
 
 def _curve(plan: "Planned") -> "Table":

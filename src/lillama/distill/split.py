@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Int
@@ -40,6 +41,7 @@ class Batches:
         epochs: passes over them.
         size: sequences in a batch; the last one of a pass may be smaller.
         seed: of their order.
+        steps: batches in all, at most those of all passes; None takes all.
 
     Examples:
         >>> batches = Batches(torch.arange(5), epochs=2, size=3, seed=0)
@@ -51,11 +53,21 @@ class Batches:
     epochs: int
     size: int
     seed: int
+    steps: int | None = None
+
+    @classmethod
+    def of_steps(cls, train: Int[Tensor, " n"], steps: int, size: int, seed: int) -> "Batches":
+        """Return so many batches, in as many passes as they need."""
+        return cls(train, math.ceil(steps / math.ceil(len(train) / size)), size, seed, steps)
 
     def __len__(self) -> int:
-        return self.epochs * math.ceil(len(self.train) / self.size)
+        most = self.epochs * math.ceil(len(self.train) / self.size)
+        return most if self.steps is None else min(self.steps, most)
 
     def __iter__(self) -> Iterator[Int[Tensor, " batch"]]:
+        return islice(self._passes(), len(self))
+
+    def _passes(self) -> Iterator[Int[Tensor, " batch"]]:
         for epoch in range(self.epochs):
             order = torch.randperm(
                 len(self.train), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

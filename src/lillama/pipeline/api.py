@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from lillama.errors import OutputError
+from lillama.errors import OutputError, RecipeError
 from lillama.files.atomic import resolve_path
 from lillama.model.remote import remote_code
 from lillama.pipeline.compress import claim_target, compress_model, read_texts
 from lillama.pipeline.job import Planned, build_job, plan
 from lillama.pipeline.search import preview_ranks, refuse_search, search_keep
-from lillama.recipes.options import Machine, Overrides, OverridesDict, refuse_two_sizes
+from lillama.recipes.options import Machine, Overrides, OverridesDict, parse_duration, refuse_two_sizes
 from lillama.recipes.recipe import Recipe, override, recipe_name
 from lillama.runs.result import Result
 from lillama.system.progress import Report, silent
@@ -22,6 +22,7 @@ def compress(
     out: str | Path,
     *,
     max_loss: float | None = None,
+    time: str | float | None = None,
     recipe: str | Path | Recipe = "default",
     rank_plan: str | Path | None = None,
     texts: str | Path | Sequence[str | Path] = (),
@@ -41,6 +42,9 @@ def compress(
         out: folder to make: an ordinary model folder.
         max_loss: the smallest model is looked for whose loss on held-out calibration sequences rises by at most so many
             nats a token; several models are made on the way.
+        time: that the whole work may take: seconds, or a text such as "20m" or "1h30m". Calibration tokens, epochs of
+            distillation and steps of recovery are chosen for it, by what this machine does in a second; the model is then
+            that of the recipe with these, which the result names.
         recipe: name, YAML file, or `Recipe`.
         rank_plan: file of a plan to use instead of a new one.
         texts: files on which perplexity is measured before and after.
@@ -66,12 +70,17 @@ def compress(
     out, overrides = Path(out).expanduser(), Overrides.of(**options)
     refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes, max_loss=max_loss, plan=rank_plan)
     wanted, folder = override(recipe, overrides), _run_folder(out, run)
+    seconds = None if time is None else parse_duration(str(time))
     if max_loss is not None:
         refuse_search(max_loss, folder)
+        if time is not None:
+            raise RecipeError(
+                f"--time {time} and --max-loss {max_loss}: a search makes several models; give one of them"
+            )
     with (
         remote_code(trust_remote_code),
         explain_shortage(),
-        claim_target(out, folder, restart, read_texts(texts)) as target,
+        claim_target(out, folder, restart, read_texts(texts), seconds) as target,
     ):
         job = build_job(model, wanted, machine or Machine(), rank_plan, recipe_name(recipe))
         if max_loss is not None:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -31,6 +31,7 @@ from lillama.pipeline.job import Job, check_resources
 from lillama.pipeline.rank_selection import select_ranks
 from lillama.pipeline.recovery import recover
 from lillama.pipeline.schedules import distill_jointly, distill_sequentially
+from lillama.pipeline.time_budget import Deadline, fit_job, note_choice, with_steps
 from lillama.ranks.spectra import Spectra
 from lillama.report.card_plot import PLOT, kept_plot
 from lillama.runs.result import FILE, Result, Stored, TextPair, file_digests, refuse_foreign
@@ -57,6 +58,7 @@ class Target:
         run: run folder.
         restart: whether to forget an earlier run in the run folder.
         texts: name -> text that perplexity is measured on.
+        seconds: that the whole command may take; None if it takes what it takes.
         started: when the work began, in seconds of `time.monotonic`.
     """
 
@@ -65,11 +67,14 @@ class Target:
     run: Path
     restart: bool
     texts: Mapping[str, str]
+    seconds: float | None = None
     started: float = field(default_factory=time.monotonic)
 
 
 @contextmanager
-def claim_target(out: Path, run: Path, restart: bool, texts: Mapping[str, str]) -> Iterator[Target]:
+def claim_target(
+    out: Path, run: Path, restart: bool, texts: Mapping[str, str], seconds: float | None = None
+) -> Iterator[Target]:
     """Claim the folder to make, which must be new or an earlier result, while the work lasts.
 
     Raises:
@@ -77,7 +82,7 @@ def claim_target(out: Path, run: Path, restart: bool, texts: Mapping[str, str]) 
     """
     with claim_place(out) as claim:
         refuse_foreign(out)
-        yield Target(out, claim, run, restart, texts)
+        yield Target(out, claim, run, restart, texts, seconds)
 
 
 def compress_model(job: Job, target: Target, report: Report, lent: RunDir | None = None) -> Result:
@@ -90,13 +95,22 @@ def compress_model(job: Job, target: Target, report: Report, lent: RunDir | None
         lent: run whose calibration tokens and spectra are taken over.
     """
     windows = _cut_texts(job, target.texts)
+    if target.seconds is not None:
+        job = fit_job(job, target.seconds, target.run, target.restart)
     check_resources(job, target.out, target.run, _size(target.run))
     with open_run(target.run, job.identity(), target.restart) as run_dir:
         ctx = open_context(job, run_dir, report, lent)
+        if target.seconds is not None:
+            note_choice(run_dir, job.recipe, target.seconds)
+            ctx = replace(ctx, deadline=_deadline(target, target.seconds, windows))
         ctx = select_ranks(ctx)
         ctx = distill_blocks(ctx)
         recover(ctx, job.recipe.recover)
         return export_model(ctx, target, windows)
+
+
+def _deadline(target: Target, seconds: float, windows: Mapping[str, Windows]) -> Deadline:
+    return Deadline(target.started + seconds, seconds, sum(text.ids.numel() for text in windows.values()))
 
 
 def read_texts(texts: Texts) -> dict[str, str]:
@@ -135,6 +149,7 @@ def distill_blocks(ctx: RunContext) -> RunContext:
 def export_model(ctx: RunContext, target: Target, windows: Mapping[str, Windows]) -> Result:
     """Write the model folder, measure the model, write its card, and let the folder appear."""
     job, run_dir, plan = ctx.job, ctx.run_dir, ctx.job.plan
+    recipe = with_steps(job.recipe, run_dir)
 
     def compressed(block: BlockSpec) -> Mapping[str, Tensor] | None:
         if not ctx.ranks(block):
@@ -151,13 +166,13 @@ def export_model(ctx: RunContext, target: Target, windows: Mapping[str, Windows]
             plan.storage,
             compressed,
             lambda block: ctx.teacher.template(block.index),
-            job.recipe.hash,
+            recipe.hash,
             job.machine.shard_bytes,
             runs_code(),
         )
         texts, change = _measure_texts(ctx, folder, windows), _measure_change(ctx, folder)
         seconds, size = time.monotonic() - target.started, _storage_of(folder)
-        result = Result(target.out, run_dir.path, plan, size, job.recipe, texts, change, seconds, peak_memory(), pivots)
+        result = Result(target.out, run_dir.path, plan, size, recipe, texts, change, seconds, peak_memory(), pivots)
         _write_extra(folder / PLOT, lambda: kept_plot(run_dir.path))
         _write_extra(folder / "README.md", lambda: _card(ctx, result))
         write_json(folder / FILE, {**result.as_json(), "files": file_digests(folder)})

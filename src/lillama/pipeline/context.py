@@ -14,6 +14,7 @@ from lillama.lowrank.student import load_student
 from lillama.model.spec import BlockSpec
 from lillama.moments.gradients import GradientCache
 from lillama.pipeline.job import Job
+from lillama.pipeline.time_budget import Deadline
 from lillama.runs.run_dir import RunDir
 from lillama.stream.activations import ActivationPlacement
 from lillama.stream.batch import Batch, batch_of
@@ -34,6 +35,7 @@ class RunContext:
         run_dir: where results go.
         report: told about blocks and steps.
         gradients: gradients at the blocks' outputs, if the initialisation asks for them.
+        deadline: when the command should end; None if it takes what it takes.
     """
 
     job: Job
@@ -41,6 +43,7 @@ class RunContext:
     run_dir: RunDir
     report: Report
     gradients: GradientCache | None = None
+    deadline: Deadline | None = None
 
     @property
     def teacher(self) -> StreamedModel:

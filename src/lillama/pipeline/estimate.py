@@ -17,6 +17,7 @@ from lillama.system.memory import MemoryBudget
 
 TRIAL_SIZE, TRIAL_SECONDS = 1024, 0.2
 EFFICIENCY = 0.6  # of the measured matmul rate that a training step is assumed to reach
+WRITING = 0.25  # of the measured rate that a model reaches while it writes
 FINISHED_BYTES = 4  # a parameter in the file of a finished block
 NO_MEMORY = MemoryBudget(0, 0)
 
@@ -85,6 +86,21 @@ def estimate(
     )
 
 
+def seconds_of_stages(
+    plan: RankPlan,
+    recipe: Recipe,
+    itemsize: int,
+    micro_batch: int,
+    rate: float,
+    open_ranks: bool,
+    memory: MemoryBudget,
+) -> float:
+    """Return the estimated seconds of a recipe, with the text that a model writes for itself; arguments as of `estimate`."""
+    needs = estimate(plan, recipe, itemsize, micro_batch, rate, open_ranks=open_ranks, memory=memory)
+    written = 0.0 if recipe.calibration.sources else 2.0 * plan.spec.params * recipe.calibration.tokens
+    return (needs.seconds or 0.0) + written / (WRITING * rate)
+
+
 def list_stages(work: Work, recipe: Recipe, spectra: bool) -> list[StageCost]:
     """Return what each stage of a recipe costs; none where no block is compressed.
 
@@ -100,7 +116,7 @@ def list_stages(work: Work, recipe: Recipe, spectra: bool) -> list[StageCost]:
         stages.append(gradients_cost(work, spectra))
     if isinstance(recipe.ranks, Adaptive) and spectra:
         stages.append(comparison_cost(work, 1 + len(recipe.ranks.mix)))
-    if recipe.recover.epochs:
+    if recipe.recover.wanted:
         stages.append(recovery_cost(work, recipe.recover))
     return stages
 

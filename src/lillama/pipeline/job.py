@@ -19,7 +19,8 @@ from lillama.model.sizes import read_sizes
 from lillama.model.source import computed_dtype, load_config, locate
 from lillama.model.spec import ModelSpec
 from lillama.model.tokenizer import load_tokenizer, tokenizer_hash
-from lillama.pipeline.estimate import Estimate, estimate, matmul_rate
+from lillama.pipeline.estimate import Estimate, estimate, matmul_rate, seconds_of_stages
+from lillama.pipeline.time_ladder import Rung, ladder
 from lillama.ranks.plan import RankPlan
 from lillama.recipes.options import Machine, Overrides, OverridesDict, refuse_two_sizes
 from lillama.recipes.recipe import Recipe, override
@@ -41,6 +42,7 @@ class Planned:
         estimate: memory, disk and time.
         outline: whether `compress` will move budget between linears when it has read the weights.
         curve: rows of keep and predicted rise of the loss, in nats a token; empty without a preview.
+        ladder: what fits into five minutes, and into more (`--time`).
     """
 
     plan: RankPlan
@@ -48,6 +50,7 @@ class Planned:
     estimate: Estimate
     outline: bool = False
     curve: tuple[tuple[float, float], ...] = ()
+    ladder: tuple[Rung, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the value that `lillama plan --json` prints; `version` counts its breaking changes."""
@@ -63,6 +66,7 @@ class Planned:
             "linears": self.plan.rows(),
             "estimate": asdict(self.estimate),
             "curve": [{"keep": keep, "rise": rise} for keep, rise in self.curve],
+            "ladder": [asdict(rung) for rung in self.ladder],
         }
 
 
@@ -118,7 +122,11 @@ def plan(
     outline = rank_plan is None and wanted.ranks.needs_spectra
     rate, memory = matmul_rate(device, dtype), MemoryBudget.of(device)
     needs = estimate(ranks, wanted, dtype.itemsize, rows, rate, open_ranks=outline, memory=memory)
-    return Planned(ranks, wanted, needs, outline)
+
+    def cost(one: Recipe) -> float:
+        return seconds_of_stages(ranks, one, dtype.itemsize, rows, rate, outline, memory)
+
+    return Planned(ranks, wanted, needs, outline, ladder=ladder(wanted, ranks, cost))
 
 
 @dataclass(frozen=True)
@@ -219,6 +227,12 @@ def resize_job(job: Job, recipe: Recipe) -> Job:
     open_ranks = recipe.ranks.needs_spectra and bool(ranks.factorised)
     needs = _needs(ranks, recipe, job.teacher, job.machine, open_ranks, job.memory)
     return replace(job, recipe=recipe, plan=ranks, open_ranks=open_ranks, needs=needs)
+
+
+def retime_job(job: Job, recipe: Recipe) -> Job:
+    """Return a job of the same ranks by a recipe of other tokens and epochs."""
+    needs = _needs(job.plan, recipe, job.teacher, job.machine, job.open_ranks, job.memory)
+    return replace(job, recipe=recipe, needs=needs)
 
 
 def _needs(

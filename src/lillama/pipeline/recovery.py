@@ -2,7 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lillama.distill.cost import TRAINED_BYTES
+from lillama.distill.history import State
 from lillama.distill.learner import Learner
 from lillama.distill.log import GROWTH
 from lillama.distill.pool import LearnerPool
@@ -21,6 +24,8 @@ from lillama.lowrank.student import load_student
 from lillama.model.spec import BlockSpec
 from lillama.modeling.experts import routers
 from lillama.pipeline.context import RunContext
+from lillama.pipeline.time_budget import STEPS
+from lillama.pipeline.time_ladder import MOST_EPOCHS
 from lillama.recovery.backprop import Chain, KeptGraphs, Recomputed, graph_bytes
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.log import RecoveryLog
@@ -47,27 +52,56 @@ def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = S
     trained = {block.index: block for block in ctx.blocks if ctx.ranks(block) and block.index in last}
     if config.trains == "routers":
         trained = {index: block for index, block in trained.items() if routers(ctx.teacher.template(index))}
-    if not config.epochs or not trained or ctx.run_dir.is_recovered:
+    if not config.wanted or not trained or ctx.run_dir.is_recovered:
         return
     made = [StoreFactory(ctx.placement(), ctx.teacher.dtype, f"recovery-{name}", 2) for name in ("original", "own")]
+    begun = time.monotonic()
     calls, inputs, targets = _stream_both(ctx, min(trained), *made)
+    forward = (time.monotonic() - begun) / math.prod(inputs.shape[:2])
     head = Head(ctx.teacher, ctx.teacher.outside(head=True), calls)
     data = RecoveryData(ctx.batch, targets, ctx.rows, ctx.job.micro_batch)
 
-    boundaries = dict[int, ActivationStore]()
-    chain = _chain(ctx, trained, config, calls, inputs, boundaries, ctx.run_dir.scratch / "recovery")
-    training, batches = RecoveryTraining(chain, head, data, config), _batches(ctx, config)
-    place = ctx.run_dir.recovery_state
-    trainer = Trainer(batches, config.checks, place, "recover", snapshot_seconds=snapshot_seconds)
-    state = trainer.fit(training, ctx.report)
-    for store in boundaries.values():
+    @contextmanager
+    def training(config: RecoveryConfig) -> Iterator[RecoveryTraining]:
+        boundaries = dict[int, ActivationStore]()
+        chain = _chain(ctx, trained, config, calls, inputs, boundaries, ctx.run_dir.scratch / "recovery")
+        yield RecoveryTraining(chain, head, data, config)
+        for store in boundaries.values():
+            store.remove()
+
+    if ctx.deadline is not None:
+        if ctx.run_dir.decided(STEPS) is None:
+            with training(config) as one:
+                step, check = one.time_step()
+                per_epoch = len(_batches(ctx, replace(config, epochs=1, steps=None)))
+                steps = ctx.deadline.steps(step, check, config.checks, forward, MOST_EPOCHS * per_epoch)
+            del one
+            ctx.run_dir.decision(STEPS, steps)
+            logger.info("recovery: %d steps of %.2g s fit into the time", steps, step)
+        config = replace(config, steps=ctx.run_dir.decided(STEPS))
+    if config.wanted:
+        with training(config) as one:
+            trainer = Trainer(
+                _batches(ctx, config),
+                config.checks,
+                ctx.run_dir.recovery_state,
+                "recover",
+                snapshot_seconds=snapshot_seconds,
+            )
+            state = trainer.fit(one, ctx.report)
+            history = state.histories[ALL]
+            lr = one.pool[min(trained)].lr * 2 ** len(history.halved)
+        del one
+        ctx.let_go()
+        warn_of_end(state)
+        _save(ctx, trained, RecoveryLog.of(lr, state, history), history.best_states)
+    for store in (*made, calls):
         store.remove()
-    history = state.histories[ALL]
-    lr = chain.pool[min(trained)].lr * 2 ** len(history.halved)
-    del chain, training
-    ctx.let_go()
-    warn_of_end(state)
-    log, states = RecoveryLog.of(lr, state, history), history.best_states
+    trim_memory()
+
+
+def _save(ctx: RunContext, trained: Mapping[int, BlockSpec], log: RecoveryLog, states: Mapping[int, State]) -> None:
+    """Write the blocks that are better than before, and the record."""
     grown, seals = dict[str, float](), dict[int, str]()
     for index, state in states.items():
         taught = ctx.run_dir.load_block(index)
@@ -75,9 +109,6 @@ def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = S
         seals[index] = ctx.run_dir.save_recovered(index, taught | state)
     _warn_of_growth(grown)
     ctx.run_dir.finish_recovery(replace(log, grown=grown), seals)
-    for store in (*made, calls):
-        store.remove()
-    trim_memory()
 
 
 def _grown(
@@ -197,6 +228,8 @@ def _dense_blocks(ctx: RunContext) -> Callable[[int], nn.Module]:
 
 
 def _batches(ctx: RunContext, config: RecoveryConfig) -> Batches:
+    if config.steps is not None:
+        return Batches.of_steps(ctx.rows.train, config.steps, config.batch_size, ctx.job.recipe.seed)
     return Batches(ctx.rows.train, config.epochs, config.batch_size, ctx.job.recipe.seed)
 
 

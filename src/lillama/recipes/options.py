@@ -4,6 +4,7 @@ Cyclopts turns each dataclass into flags, and its docstring into their help. Not
 `lillama --help` is there at once.
 """
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +42,25 @@ def parse_size(text: str) -> int:
         with suppress(ValidationError):
             return int(TypeAdapter(ByteSize).validate_python(text))
     raise RecipeError(f"size {printable(text)!r}: give bytes, or a number with KB, MB, GB, TB, KiB, MiB or GiB")
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds that `20m`, `1h30m`, `90s` or a plain number mean.
+
+    Raises:
+        RecipeError: the text is no time, or none.
+
+    Examples:
+        >>> parse_duration("1h30m"), parse_duration("90")
+        (5400.0, 90.0)
+    """
+    parts = re.fullmatch(r"(?:([\d.]{1,9})h)?(?:([\d.]{1,9})m)?(?:([\d.]{1,9})s?)?", text.strip().lower())
+    with suppress(ValueError):
+        if parts is not None and any(parts.groups()):
+            hours, minutes, seconds = (float(part or 0) for part in parts.groups())
+            if total := 3600 * hours + 60 * minutes + seconds:
+                return total
+    raise RecipeError(f"time {printable(text)!r}: give hours, minutes or seconds, for example 1h30m, 20m or 90s")
 
 
 def _size_of(hint: Any, tokens: "Sequence[Token]") -> int:

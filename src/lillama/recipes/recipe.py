@@ -151,7 +151,7 @@ def override(recipe: "str | Path | Recipe", overrides: Overrides) -> Recipe:
     if overrides.bits is not None:  # rounded to 4 bits, pivots err twice as much (docs/findings.md)
         tree["storage"] = {"bits": overrides.bits} | ({"form": "plain"} if overrides.bits == 4 else {})
     if overrides.recover is False:
-        tree["recover"] = {"epochs": 0}
+        tree["recover"] = {"epochs": 0, "steps": None}
     return load_recipe(recipe, tree)
 
 

@@ -19,6 +19,7 @@ class RecoveryConfig:
 
     Attributes:
         epochs: passes over the calibration tokens; 0 leaves the blocks as distillation made them.
+        steps: optimiser steps in all, in the place of `epochs`; what `--time` chose is written here.
         batch_size: sequences in one optimiser step.
         lr: learning rate; it rises linearly, then falls along a cosine to 0. None measures it: the loss after a first step
             says how far steps may go (`lillama.distill.rate`).
@@ -37,6 +38,7 @@ class RecoveryConfig:
     """
 
     epochs: Annotated[int, Field(ge=0)] = 8
+    steps: Annotated[int, Field(ge=0)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 8
     lr: Annotated[float, Field(gt=0)] | None = None
     lr_scale: Literal["width", "rms"] = "rms"
@@ -46,6 +48,11 @@ class RecoveryConfig:
     lm: Annotated[float, Field(ge=0, le=1)] = 0.0
     checks: Annotated[int, Field(ge=1)] = 8
     trains: Literal["all", "routers"] = "all"
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return self.epochs > 0 if self.steps is None else self.steps > 0
 
     @property
     def optim(self) -> OptimConfig:

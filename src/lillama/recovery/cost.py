@@ -16,7 +16,9 @@ def recovery_cost(work: Work, config: RecoveryConfig) -> StageCost:
     chain, trained = work.blocks[first:], {block.spec.index for block in work.trained}
     forward = sum(2 * block.active_params for block in chain)
     back = sum((4 if block.spec.index in trained else 2) * block.active_params for block in chain)
-    learnt = config.epochs * (work.tokens - work.held_out) * (2 * forward + back + 6 * work.head_params)
+    taught = work.tokens - work.held_out
+    seen = config.epochs * taught if config.steps is None else config.steps * config.batch_size * work.seq_len
+    learnt = seen * (2 * forward + back + 6 * work.head_params)
     checked = (config.checks + 1) * work.held_out * (forward + 4 * work.head_params)
     return StageCost(
         memory=max(training_bytes(block, work) for block in work.trained) + head_bytes(work),

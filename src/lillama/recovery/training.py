@@ -6,6 +6,7 @@ blocks need their gradients at once.
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -103,6 +104,19 @@ class RecoveryTraining:
         for index in self.chain.backward(parts, gradients):
             then(self.pool[index])
         return sums
+
+    def time_step(self) -> tuple[float, float]:
+        """Return the seconds of an optimiser step and of a check on the held-out sequences, by the second of two of each."""
+        batch, rows = self.data.split.train[: self.config.batch_size], self.data.split.held_out
+        part, seconds = rows[: self.config.batch_size], dict[str, float]()
+        for _ in range(2):
+            begun = time.monotonic()
+            self._backward(batch, lambda learner: learner.optimiser.zero_grad())
+            seconds["step"] = time.monotonic() - begun
+            begun = time.monotonic()
+            self._held_out(part)
+            seconds["check"] = (time.monotonic() - begun) * len(rows) / len(part)
+        return seconds["step"], seconds["check"]
 
     def _find_lr(self) -> None:
         """Set every block's rate by the held-out loss after a first step on one batch; no parameter changes."""

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -52,6 +52,8 @@ RESULTS = re.compile(rf"(plan|allocation)\.json|spectra\.safetensors|{TAUGHT.pat
 OWN = re.compile(rf"{RESULTS.pattern}|(run|spec|metrics|machine)\.json|{LOCK}|calibration|{SCRATCH}|{HALF}")
 INNER = re.compile(rf"(\d+|log|state|tokens|manifest)\.(json|safetensors)|{LOCK}|{HALF}")  # in the folders among these
 BESIDE = re.compile(r"report\.(html|md|json)|(evaluation|bench|probe.*)\.json")  # what other commands put there
+
+Decided = TypeVar("Decided")
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,18 @@ class RunDir:
         """Return the folder of the state of a stack of blocks under training in a joint schedule."""
         return self.path / (f"joint-{stack}" if stack else "joint")
 
-    def decision(self, name: str, now: bool) -> bool:
+    def decision(self, name: str, now: Decided) -> Decided:
         """Return what was decided when this was first asked in this run; only then does `now` count, and is noted."""
         place = self.path / "machine.json"
         known = load_json(place) if place.is_file() else {}
         if name not in known:
             save_json(place, known | {name: now})
         return known.get(name, now)
+
+    def decided(self, name: str) -> Any:
+        """Return what was decided at first; None if nothing was yet."""
+        place = self.path / "machine.json"
+        return load_json(place).get(name) if place.is_file() else None
 
     def note(self, name: str, value: Any) -> None:
         """Write what this machine has beside the decisions; it binds nobody."""
@@ -279,7 +286,7 @@ class RunDir:
         for pattern in (
             "sequential/*/*/state.json",
             "joint*/state.json",
-            "recovery/*/state.json",
+            "recovery*/state.json",
             "recovered/log.json",
         ):
             for state in sorted(self.path.glob(pattern)):
