@@ -103,7 +103,7 @@ def test_every_option_reaches_the_library(monkeypatch, tmp_path):
     monkeypatch.setattr(compression, "compress", work)
     words = """org/model out --keep 0.5 --recipe paper --calibration a.txt b.txt --tokens 7 --seq-len 8 --scope blocks
         --targets mlp.* self_attn.* --ignore *.0.* --seed 4 --plan p.json --text x.txt y.txt --run r --restart
-        --device cpu --micro-batch 3 --activation-memory 4GB --shard-size 1MiB --bytes 1MB --max-loss 0.1 --bits 8
+        --device cpu --micro-batch 3 --activation-memory 4GB --shard-size 1MiB --bytes 1MB --max-loss 0.1 --time 20m --bits 8
         --no-recover --compile --trust-remote-code"""
     with pytest.raises(SystemExit):
         main(["compress", *words.split()])
@@ -128,6 +128,7 @@ def test_every_option_reaches_the_library(monkeypatch, tmp_path):
         "machine": Machine("cpu", 3, 4 * 10**9, 2**20, True),
         "nbytes": 10**6,
         "max_loss": 0.1,
+        "time": "20m",
         "bits": 8,
         "recover": False,
         "trust_remote_code": True,
