@@ -158,13 +158,17 @@ def test_padding_does_not_matter(taught):
     assert_same_bits(first, second)
 
 
-def test_little_memory_changes_nothing(taught, monkeypatch):
+MEASURED = replace(CONFIG, lr=None)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MEASURED], ids=["rate given", "rate measured"])
+def test_little_memory_changes_nothing(taught, monkeypatch, config):
     plenty, little = taught(), taught()
-    recover(plenty, CONFIG)
+    recover(plenty, config)
     little = replace(little, job=replace(little.job, memory=MemoryBudget(0, 0)))
     kept = []
     monkeypatch.setattr(recovery, "KeptGraphs", lambda: kept.append(1))
-    recover(little, CONFIG)
+    recover(little, config)
     assert not kept and list((little.run_dir.scratch / "recovery").rglob("learner-*"))
     assert_same_bits(plenty, little)
 
@@ -173,10 +177,19 @@ class Killed(BaseException):
     """The end of the process, as far as this one can play it."""
 
 
-@pytest.mark.parametrize("stop", [1, 6])
-def test_a_killed_recovery_goes_on_to_the_same_bits(taught, monkeypatch, stop):
+def test_a_measured_rate_brings_what_a_good_one_brings(taught):
+    measured, given = taught(), taught()
+    recover(measured, MEASURED)
+    recover(given, CONFIG)
+    assert log(measured)["improved"] and log(measured)["lr"] != log(given)["lr"]
+    assert log(measured)["final"]["kl"] < 1.1 * log(given)["final"]["kl"]
+
+
+@pytest.mark.parametrize("config", [CONFIG, MEASURED], ids=["rate given", "rate measured"])
+@pytest.mark.parametrize("stop", [0, 1, 6])
+def test_a_killed_recovery_goes_on_to_the_same_bits(taught, monkeypatch, stop, config):
     whole, stopped = taught(), taught()
-    recover(whole, CONFIG)
+    recover(whole, config)
     step, taken = RecoveryTraining.step, []
 
     def counted(self, *args):
@@ -187,9 +200,9 @@ def test_a_killed_recovery_goes_on_to_the_same_bits(taught, monkeypatch, stop):
 
     monkeypatch.setattr(RecoveryTraining, "step", counted)
     with pytest.raises(Killed):
-        recover(stopped, CONFIG, snapshot_seconds=-1)
-    assert stopped.run_dir.recovery_state.is_dir() and not stopped.run_dir.is_recovered
-    recover(stopped, CONFIG, snapshot_seconds=-1)
+        recover(stopped, config, snapshot_seconds=-1)
+    assert stopped.run_dir.recovery_state.is_dir() == (stop > 0) and not stopped.run_dir.is_recovered
+    recover(stopped, config, snapshot_seconds=-1)
     assert len(taken) == STEPS + 1
     assert_same_bits(whole, stopped)
 

@@ -56,8 +56,8 @@ def test_a_state_that_is_not_finite_or_whose_activations_grew_is_not_kept():
 
 def test_a_loss_rises_where_it_lies_above_the_best_one():
     better = HeldOut(0.4, 3, 0.9)
-    assert not risen(HeldOut(0.51, 3, 0.9)) and risen(HeldOut(0.53, 3, 0.9))
-    assert not risen(better, HeldOut(0.41, 3, 0.9)) and risen(better, HeldOut(0.45, 3, 0.9))
+    assert not risen(HeldOut(0.502, 3, 0.9)) and risen(HeldOut(0.53, 3, 0.9))
+    assert not risen(better, HeldOut(0.403, 3, 0.9)) and risen(better, HeldOut(0.45, 3, 0.9))
     assert risen(HeldOut(math.nan, 3, 0.9)) and risen(HeldOut(0.4, 3, 1.5))
     bad = traced(better)
     bad.note({"kl": torch.tensor(math.nan), "lm": torch.tensor(3.0)}, 10)

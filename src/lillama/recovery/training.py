@@ -31,7 +31,7 @@ from lillama.stream.head import Compared, Head
 logger = logging.getLogger(__name__)
 
 ALL = "all blocks"
-WORSE = 1.05  # times the best held-out loss so far: the rate is too high
+WORSE = 1.01  # times the best held-out loss so far: the rate is too high
 
 
 @dataclass(frozen=True)
