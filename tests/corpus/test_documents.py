@@ -283,3 +283,13 @@ def test_saved_splits_are_folders_of_their_own(tmp_path, tokenizer, name):
         "dataset_dict.json: names",
         "save the dataset anew",
     )
+
+
+def test_a_parquet_column_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    rows = [{"text": f"{number} " + "a" * 200_000, "id": number} for number in range(40)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", compression="zstd")
+    source = Source(str(tmp_path / "a.parquet"))
+    assert len(list(documents(source, None))) == 40  # of some megabytes, whatever their ratio
+    monkeypatch.setattr("lillama.corpus.sources.SMALL", 1 << 20)
+    with pytest.raises(DataError, match=r"column text unpacks .* which no text does"):
+        list(documents(source, None))

@@ -263,3 +263,12 @@ def test_a_model_card_that_is_no_file_is_not_waited_for(out: Path) -> None:
     (out / "README.md").unlink()
     os.mkfifo(out / "README.md")
     assert report([out]).chapters[0].headline
+
+
+@pytest.mark.parametrize("option", ["--evaluation", "--bench", "--probe"])
+def test_a_file_that_is_named_but_not_there_is_refused(out, tmp_path, capsys, option):
+    assert status("report", out, option, tmp_path / "nothing.json") == 2
+    command = option.removeprefix("--").replace("evaluation", "evaluate")
+    assert (
+        f"nothing.json: there is no such file; give what `lillama {command} --json` printed" in capsys.readouterr().err
+    )

@@ -40,11 +40,21 @@ def report(
     """
     import sys
 
-    from lillama.errors import plain
+    from lillama.errors import DataError, plain
     from lillama.report.artefacts import Extra
     from lillama.report.watch import default_place, watch_runs, write_report
 
+    for file in (evaluation, bench, *(probe or ())):
+        if file is not None and not watch and not file.is_file():  # a run that is watched may yet write it
+            raise DataError(
+                f"{file}: there is no such file; give what `lillama {_printer(file, evaluation, bench)} --json` printed"
+            )
     extra = Extra(evaluation, tuple(probe or ()), bench)
     place = out or default_place(paths[0])
     page = watch_runs(paths, place, extra, every) if watch else write_report(paths, place, extra)
     sys.stdout.write(f"{plain(str(page))}\n")
+
+
+def _printer(file: Path, evaluation: Path | None, bench: Path | None) -> str:
+    """Return the command that prints what a file should hold."""
+    return "evaluate" if file == evaluation else "bench" if file == bench else "probe"

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from lillama.corpus.paths import Standing, files_below, refuse_no_file, standing
 from lillama.corpus.saved import is_saved, refuse_outside
-from lillama.errors import DataError, first_line, suggestion
+from lillama.errors import DataError, first_line, printable, suggestion
 from lillama.files.atomic import digest, file_digest
 
 FIELDS = ("text", "content", "messages", "conversations", "conversation")  # looked for in this order
@@ -26,6 +26,10 @@ SPEECH, IMAGES = (".wav", ".flac", ".ogg", ".mp3"), (".png", ".jpg", ".jpeg", ".
 FEATURES = ".npy"  # log-mel features that were computed before
 SHOWN = 20  # names of fields that an error tells
 LINE, WHOLE = 64 << 20, 1 << 30  # characters of a record on one line, and of a text that is read at once
+SMALL, PACKED = (
+    1 << 28,
+    100,
+)  # bytes that a column of a Parquet file may unpack to whatever its ratio; the ratio above that
 
 DataRow = Mapping[str, Any]
 
@@ -97,12 +101,25 @@ def _parquet(path: Path, source: Source) -> Iterator[tuple[str, DataRow]]:
     try:
         with parquet.ParquetFile(path) as file:
             column = choose_field(file.schema_arrow.names, source, str(path))
+            _refuse_bomb(path, file.metadata, column)
             batches = file.iter_batches(batch_size=64, columns=[column])
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield f"{path}, record {number}", row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # values of no Python type among them
         raise DataError(f"{path}: is no readable Parquet file ({first_line(error)}); write it anew") from error
+
+
+def _refuse_bomb(path: Path, metadata: Any, column: str) -> None:
+    """Refuse a column that unpacks to far more than text does: its pages would fill the memory."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if chunk.path_in_schema.partition(".")[0] == column and unpacked > max(SMALL, PACKED * packed):
+                raise DataError(
+                    f"{path}: column {printable(column)} unpacks {packed:,} bytes to {unpacked:,}, which no text does; "
+                    "get a sound copy"
+                )
 
 
 ROWS: dict[str, Callable[[Path, Source], Iterator[tuple[str, DataRow]]]] = {
