@@ -42,7 +42,7 @@ def test_what_is_no_time_is_refused(text):
 
 def test_estimates_fill_a_part_of_the_time_and_recovery_has_the_rest():
     chosen = choose(Recipe(), 100.0, cost)
-    assert chosen.calibration.tokens == 32768 and chosen.distill.epochs == 1
+    assert chosen.calibration.tokens == 32768 and chosen.distill.epochs == 0
     alone = choose(replace(Recipe(), recover=replace(Recipe().recover, epochs=0)), 100.0, cost)
     assert alone.calibration.tokens == 32768 and alone.distill.epochs == 1
     assert choose(Recipe(), 1e-9, cost).calibration.tokens == LADDER[0]

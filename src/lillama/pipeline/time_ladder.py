@@ -7,9 +7,13 @@ from lillama.ranks.plan import RankPlan
 from lillama.recipes.recipe import Recipe
 
 LADDER = tuple(2048 * 2**power for power in range(10))  # tokens of calibration
-EPOCHS = (4, 2, 1, 0)  # of distillation
-MEASURED, DISTILLED = 0.5, 0.7  # shares of the time that estimates may fill: before any training, with distillation
-ALONE = 0.9  # the same where there is no recovery to take what is left
+EPOCHS = (
+    4,
+    2,
+    1,
+    0,
+)  # of distillation, where there is no recovery: that brings more in the same time (docs/findings.md)
+MEASURED, DISTILLED = 0.5, 0.9  # shares of the time that estimates may fill: before any training, with distillation
 MOST_EPOCHS = 16  # of recovery: more learn the text by heart
 EXPORT = 0.04  # share of the time that writing the result may take
 BUDGETS = (300.0, 1200.0, 3600.0, 10_800.0, 43_200.0)  # seconds, of which `lillama plan` tells what fits
@@ -33,7 +37,7 @@ class Rung:
 
 
 def choose(recipe: Recipe, seconds: float, cost: Callable[[Recipe], float]) -> Recipe:
-    """Return a recipe whose calibration tokens and epochs of distillation fit into some time; recovery takes the rest.
+    """Return a recipe whose calibration tokens fit into some time; recovery takes the rest, or else distillation.
 
     Args:
         recipe: that says all else.
@@ -44,10 +48,10 @@ def choose(recipe: Recipe, seconds: float, cost: Callable[[Recipe], float]) -> R
     def fits(tokens: int, epochs: int, share: float) -> bool:
         return cost(with_effort(recipe, tokens, epochs)) <= share * seconds
 
-    most = recipe.distill.epochs if not recipe.recover.wanted else max(EPOCHS)
-    measured, distilled = (MEASURED, DISTILLED) if recipe.recover.wanted else (MEASURED, ALONE)
-    tokens = max((size for size in LADDER if fits(size, 0, measured)), default=LADDER[0])
-    epochs = next((count for count in (most, *EPOCHS) if count <= most and fits(tokens, count, distilled)), 0)
+    tokens, most = max((size for size in LADDER if fits(size, 0, MEASURED)), default=LADDER[0]), recipe.distill.epochs
+    if recipe.recover.wanted:
+        return with_effort(recipe, tokens, 0)
+    epochs = next((count for count in (most, *EPOCHS) if count <= most and fits(tokens, count, DISTILLED)), 0)
     return with_effort(recipe, tokens, epochs)
 
 
