@@ -54,7 +54,7 @@ class Compiled(nn.Module):
             return None
 
     def _trial(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-        """Return the compiled block after a pass forth and back, for which nothing is kept; None if it would take too long."""
+        """Return the compiled block after a forward and a backward pass; None if compiling would take too long."""
         with torch.no_grad(), _Counter() as counter:
             self.block(*args, **kwargs)
         if counter.count > MOST_OPERATIONS:

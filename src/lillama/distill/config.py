@@ -59,13 +59,13 @@ class DistillConfig:
         schedule: `sequential` finishes one block after the other; `joint` trains all blocks on every batch, as published.
         stream: whose activations feed the student: the `teacher`'s, the `student`'s own, or `both` (the losses add up).
         loss: between the student's and the teacher's outputs.
-        norm: weight of `(|a| - |y|)^2 / |y|^2` beside the loss, for losses that do not see the scale.
-        look_ahead: weight of the same loss behind the next block: what the teacher's next block makes of the student's
-            output against what it makes of the teacher's own. 0 leaves it out.
-        sub_blocks: weight of the same loss on the outputs of the block's children that hold factorised linears
-            (attention, MLP), on average. 0 leaves it out.
-        adaptive: share of the original block's answer to the student's own input in the target of the student's
-            stream: 0 is anchored to the answer to the teacher's input, 1 forgets the errors made below.
+        norm: weight of `(|a| - |y|)^2 / |y|^2` beside the loss, for losses that do not see the scale; `a` is the student's
+            output of a token, `y` the target.
+        look_ahead: weight of `loss(f(a), f(y))` with `f` the teacher's next block, frozen. 0 leaves it out.
+        sub_blocks: weight of `mean_c loss(a_c, y_c)` over the outputs of the block's children `c` that hold factorised
+            linears (attention, MLP). 0 leaves it out.
+        adaptive: weight `w` in the target of the student's stream, `y = (1 - w) B(x) + w B(x')` with `B` the teacher's block,
+            `x` the teacher's input and `x'` the student's own: 0 is anchored to the original, 1 forgets the errors made below.
         epochs: passes over the calibration tokens; 0 keeps the initialisation.
         batch_size: sequences in one optimiser step.
         lr: learning rate, at a hidden size of `lr_width`, or relative to each tensor.

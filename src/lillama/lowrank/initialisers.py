@@ -87,7 +87,8 @@ class TwoSided:
 
     Attributes:
         damping: share of each Gram's mean eigenvalue that is added to its diagonal.
-        identity: weight of the identity against the gradients' Gram, both of the same mean eigenvalue; 1 is `whitened`.
+        identity: weight `a` of the identity in the gradients' Gram (out x out): `G <- (1 - a) G + a tr(G) / out I`; 1 is
+            `whitened`.
     """
 
     name: Literal["two-sided"] = "two-sided"

@@ -21,7 +21,7 @@ HIDDEN = "hidden_states"
 
 @dataclass(frozen=True)
 class BlockArgs:
-    """What a block is given besides its hidden state.
+    """What a block is given besides its hidden state: attention mask, position embeddings, cache ("layer kwargs").
 
     Attributes:
         args: positional arguments after the hidden state.

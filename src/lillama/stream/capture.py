@@ -1,4 +1,7 @@
-"""What comes before, between and after the blocks of a model: their calls captured, and replayed block by block."""
+"""Block inputs captured as GPTQ and AWQ do: hidden states and keyword arguments of each block's call, replayed block by block.
+
+What comes before the blocks (embeddings) and after them (last norm, head) runs here too.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
