@@ -100,10 +100,10 @@ class Learner:
     def with_lr(self, lr: float) -> "Learner":
         """Return a learner of the same student at another rate, with a fresh optimiser."""
         trained = [name for name, parameter in self.student.named_parameters() if parameter.requires_grad]
-        again = Learner(self.student, self.optim, lr, self.steps, self.objective, trained, self.compiled)
+        again = Learner(self.student, self.optim, lr, self.steps, self.objective, trained)
         for new, old in zip(again.optimiser.param_groups, self.optimiser.param_groups, strict=True):
             new["scale"] = old["scale"]
-        again._fast = self._fast  # the student is the same
+        again.compiled, again._fast = self.compiled, self._fast  # the student is the same
         return again
 
     @torch.no_grad()
