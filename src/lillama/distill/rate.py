@@ -1,9 +1,9 @@
 """The learning rate by measurement: how far the first step may go.
 
 Adam's first step moves every number by the rate, up or down. The loss along that direction falls, then rises; where it is
-smallest is within a factor of 2 of the best peak rate of a whole training, on models of 0.26 and 8 M parameters whose best rates
-lie a factor of 10 apart (docs/findings.md has the tables, and a run of 135 M). No rate relative to the weights alone does this: the good
-one falls with the error that is left.
+smallest is within a factor of 2 of the best peak rate of a whole training, on models of 0.26 and 8 M parameters whose best
+rates lie a factor of 10 apart (docs/findings.md has the tables, and a run of 135 M). No rate relative to the weights alone
+does this: the good one falls as less error is left, and differs from model to model.
 """
 
 import math

@@ -65,9 +65,11 @@ def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = S
     def training(config: RecoveryConfig) -> Iterator[RecoveryTraining]:
         boundaries = dict[int, ActivationStore]()
         chain = _chain(ctx, trained, config, calls, inputs, boundaries, ctx.run_dir.scratch / "recovery")
-        yield RecoveryTraining(chain, head, data, config)
-        for store in boundaries.values():
-            store.remove()
+        try:
+            yield RecoveryTraining(chain, head, data, config)
+        finally:
+            for store in boundaries.values():
+                store.remove()
 
     if ctx.deadline is not None:
         if ctx.run_dir.decided(STEPS) is None:
