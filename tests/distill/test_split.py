@@ -26,3 +26,15 @@ def test_held_out_sequences_are_never_trained_on():
         assert sorted(rows) == SPLIT.train.tolist()
     assert not set(torch.cat(seen).tolist()) & set(SPLIT.held_out.tolist())
     assert not torch.equal(torch.cat(seen[:4]), torch.cat(seen[4:8]))
+
+
+def test_a_part_holds_all_held_out_sequences_and_some_to_train_on():
+    part = SPLIT.part(10)
+    assert len(part) == 10 and part.tolist() == sorted(part.tolist())
+    inner = SPLIT.within(part)
+    assert part[inner.held_out].tolist() == SPLIT.held_out.tolist()
+    assert set(part[inner.train].tolist()) <= set(SPLIT.train.tolist()) and len(inner.train) + len(inner.held_out) == 10
+    assert SPLIT.part(24).tolist() == list(range(24)) and SPLIT.part(99).tolist() == list(range(24))
+    assert len(SPLIT.part(1)) == len(SPLIT.held_out) + 1
+    alone = Split.of(1, 0.5, 0)
+    assert alone.part(1).tolist() == alone.within(alone.part(1)).train.tolist() == [0]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,17 +10,19 @@ import pytest
 from lillama.errors import RecipeError
 from lillama.pipeline import time_budget
 from lillama.pipeline.api import compress
-from lillama.pipeline.job import plan
-from lillama.pipeline.time_budget import LEAST_STEPS, Deadline
-from lillama.pipeline.time_ladder import BUDGETS, LADDER, choose, ladder
-from lillama.recipes.options import parse_duration
+from lillama.pipeline.job import build_job, plan
+from lillama.pipeline.time_budget import LEAST_STEPS, Deadline, deadline_of, fit_job
+from lillama.pipeline.time_ladder import BUDGETS, LADDER, MOST_EPOCHS, choose, ladder
+from lillama.recipes.options import UNASKED, Machine, Overrides, TimeLimit, parse_duration
 from lillama.recipes.recipe import Recipe, load_recipe
 from lillama.recovery.training import RecoveryTraining
+from lillama.runs.run_dir import open_run
 
 
 def cost(recipe: Recipe) -> float:
-    """A machine that takes a millisecond a token, and as long again for each epoch of distillation."""
-    return 1e-3 * recipe.calibration.tokens * (1 + recipe.distill.epochs)
+    """A machine that takes a millisecond a token, and as long again for each epoch; half as long for one of recovery."""
+    local, epochs = recipe.distill.tokens or recipe.calibration.tokens, recipe.recover.epochs
+    return 1e-3 * (local * (1 + recipe.distill.epochs) + 0.5 * epochs * recipe.calibration.tokens)
 
 
 def test_durations_are_read():
@@ -42,23 +44,66 @@ def test_what_is_no_time_is_refused(text):
 
 def test_estimates_fill_a_part_of_the_time_and_recovery_has_the_rest():
     chosen = choose(Recipe(), 100.0, cost)
-    assert chosen.calibration.tokens == 32768 and chosen.distill.epochs == 0
+    # 33 s before recovery, and 131 s for as much text as recovery may want, of the 150 s that it may take by the estimate
+    assert (chosen.distill.tokens, chosen.distill.epochs, chosen.calibration.tokens) == (32768, 0, 131072)
     alone = choose(replace(Recipe(), recover=replace(Recipe().recover, epochs=0)), 100.0, cost)
-    assert alone.calibration.tokens == 32768 and alone.distill.epochs == 1
+    assert alone.calibration.tokens == alone.distill.tokens == 32768 and alone.distill.epochs == 1
     assert choose(Recipe(), 1e-9, cost).calibration.tokens == LADDER[0]
     assert choose(Recipe(), 1e9, cost).calibration.tokens == LADDER[-1]
+    assert choose(Recipe(), 1e9, cost, most_tokens=8192).calibration.tokens == 8192
+    assert choose(Recipe(), 1e9, cost, most_tokens=1).calibration.tokens == LADDER[0]
 
 
 def test_more_time_never_means_less_of_anything(tiny, quick):
     rungs = plan(tiny, recipe=quick(recover={"epochs": 1})).ladder
     assert [rung.seconds for rung in rungs] == list(BUDGETS)
-    tokens = [rung.tokens for rung in rungs]
-    assert tokens == sorted(tokens)
+    for key in ("tokens", "distill_tokens"):
+        found = [getattr(rung, key) for rung in rungs]
+        assert found == sorted(found)
+    assert all(rung.distill_tokens <= rung.tokens for rung in rungs)
 
 
 def test_without_anything_to_recover_no_passes_are_promised(tiny, quick):
     planned = plan(tiny, recipe=quick(), keep=1.0)
     assert {rung.recover_epochs for rung in ladder(planned.recipe, planned.plan, cost)} == {0.0}
+
+
+def test_nothing_said_of_effort_bounds_the_recipe_default_alone():
+    assert TimeLimit.of(None, "default", Overrides()) == TimeLimit(UNASKED, asked=False)
+    assert TimeLimit.of(None, "default", Overrides(tokens=4096)) is None
+    assert TimeLimit.of(None, "paper", Overrides()) is TimeLimit.of(None, Recipe(), Overrides()) is None
+    assert TimeLimit.of("20m", "paper", Overrides(tokens=4096)) == TimeLimit(1200.0)
+
+
+def test_a_bound_that_nobody_asked_for_leaves_alone_what_fits(tiny, quick, tmp_path, monkeypatch):
+    bound, recipe = TimeLimit(100.0, asked=False), quick(recover={"epochs": 2}, calibration={"tokens": 8192})
+    job = build_job(tiny, recipe, Machine())
+    monkeypatch.setattr(time_budget, "cost_of", lambda job, recipe, rate: 100.0)
+    assert fit_job(job, bound, tmp_path / "run", restart=False) is job
+    monkeypatch.setattr(time_budget, "cost_of", lambda job, recipe, rate: 1e-1 * recipe.calibration.tokens)
+    fitted = fit_job(job, bound, tmp_path / "run", restart=False)
+    assert fitted.limit == bound and fitted.recipe.calibration.tokens == 2048
+    assert deadline_of(bound, 0.0, recipe, 0).most_epochs == 2
+    assert deadline_of(TimeLimit(100.0), 0.0, recipe, 0).most_epochs == MOST_EPOCHS
+    with open_run(tmp_path / "run", job.identity()):  # begun before, and not bounded
+        assert fit_job(job, bound, tmp_path / "run", restart=False) is job
+
+
+@pytest.mark.parametrize("spoilt", [{}, {"recipe": 1}, {"recipe": {"calibration": {}, "distill": {"tokens": -1}}}])
+def test_a_choice_that_cannot_be_read_is_another_run(spoilt, tiny, quick, tmp_path):
+    limit, job = TimeLimit(100.0), build_job(tiny, quick(), Machine())
+    with open_run(tmp_path / "run", {"time": asdict(limit), **spoilt}):
+        assert fit_job(job, limit, tmp_path / "run", restart=False).recipe == job.recipe
+
+
+def test_plan_tells_the_bound(tiny, monkeypatch):
+    assert plan(tiny).limit is None
+    monkeypatch.setattr("lillama.recipes.options.UNASKED", 1e-3)
+    planned = plan(tiny)
+    assert planned.limit == TimeLimit(1e-3, asked=False)
+    assert planned.estimate.seconds == 1e-3 and planned.recipe.calibration.tokens == LADDER[0]
+    assert planned.as_json()["limit"] == {"seconds": 1e-3, "asked": False}
+    assert plan(tiny, tokens=4096).limit is None
 
 
 def test_steps_fill_what_is_left(monkeypatch):
@@ -81,6 +126,7 @@ def job(tiny, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(time_budget, "matmul_rate", lambda *_: rates["matmul"])
     monkeypatch.setattr(RecoveryTraining, "time_step", lambda self: (rates["step"], 0.0))
     monkeypatch.setattr("lillama.pipeline.time_ladder.LADDER", (640, 1280))
+    monkeypatch.setattr("lillama.pipeline.time_ladder.MEASURED", 0.0)  # the closed form sees half of the text
     rates = {"matmul": 1e9, "step": 1.0}
     recipe = quick(recover={"epochs": 4, "lr": 1e-3})
 
@@ -98,6 +144,7 @@ def weights(folder: Path) -> bytes:
 def test_what_was_chosen_is_in_the_recipe_of_the_result(job):
     result = job("out", step=500.0)
     assert result.recipe.calibration.tokens == 1280 and result.recipe.recover.steps == 5
+    assert result.recipe.distill.tokens == 640
     written = json.loads((result.path / "lillama.json").read_text())
     assert written["recipe"] == result.recipe.hash
     assert json.loads((result.run / "recovered" / "log.json").read_text())["steps"] == result.recipe.recover.steps

@@ -47,7 +47,7 @@ def compress(
         token; several models are made on the way.
     time
         Time that the whole command may take, for example 20m or 1h30m: calibration tokens, distillation and recovery are chosen
-        for it.
+        for it [default: what the recipe takes, of `default` without --tokens an hour at most].
     plan
         Rank plan to replay, as an earlier run saved it (plan.json), instead of --keep.
     text
@@ -93,9 +93,9 @@ def _table(result: "Result") -> None:
     """Print what was made, what it costs, and how to load it."""
     from rich.table import Table
 
-    from lillama.cli.output import duration, print_tables, say
+    from lillama.cli.output import print_tables, say
     from lillama.hub.usage import auto_class
-    from lillama.system.resources import readable
+    from lillama.system.resources import duration, readable
 
     spec, stored = result.plan.spec, result.stored
     table = Table("", "original", "compressed", "", title=str(result.path))

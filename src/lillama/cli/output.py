@@ -123,11 +123,3 @@ def _note(progress: Progress, tokens: int, seconds: float) -> str:
     rate = f"{tokens / seconds:,.0f} tokens/s" if tokens > 0 and seconds > 0 else ""
     loss = f"loss {progress.loss:.5f}" if progress.loss is not None else ""
     return "  ".join(part for part in (plain(progress.detail), loss, rate) if part)
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it."""
-    for most, unit, name in ((120, 1, "s"), (7200, 60, "min")):
-        if seconds < most:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 3600:.1f} h"

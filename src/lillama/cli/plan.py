@@ -74,8 +74,8 @@ def _tables(plan: "Planned") -> None:
     """Print a rank plan and what it needs."""
     from rich.table import Table
 
-    from lillama.cli.output import duration, print_tables
-    from lillama.system.resources import readable
+    from lillama.cli.output import print_tables
+    from lillama.system.resources import duration, readable
 
     spec, ranks, needs = plan.plan.spec, plan.plan, plan.estimate
     shown = [spec.blocks[index] for index in _some(len(spec.blocks))]
@@ -94,7 +94,8 @@ def _tables(plan: "Planned") -> None:
         "memory", f"about {readable(needs.memory_bytes)}, and {readable(needs.activation_bytes)} of activations"
     )
     facts.add_row("disk", f"about {readable(needs.disk_bytes)} for result and run folder")
-    facts.add_row("time", f"about {duration(needs.seconds or 0)} on this machine")
+    bound = "about" if plan.limit is None else "a limit of"
+    facts.add_row("time", f"{bound} {duration(needs.seconds or 0)} on this machine")
     if plan.outline:
         facts.add_row(
             "ranks", "those of `uniform`; `compress` moves budget when it has read the weights (see --preview)"
@@ -105,12 +106,14 @@ def _tables(plan: "Planned") -> None:
 def _ladder(plan: "Planned") -> "Table":
     from rich.table import Table
 
-    from lillama.cli.output import duration
+    from lillama.system.resources import duration
 
     title = "what fits into some time on this machine, about (compress --time)"
-    table = Table("time", "calibration tokens", "epochs of distillation", "epochs of recovery", title=title)
+    table = Table(
+        "time", "calibration tokens", "closed form", "epochs of distillation", "epochs of recovery", title=title
+    )
     for rung in plan.ladder:
-        row = f"{rung.tokens:,}", str(rung.distill_epochs), f"{rung.recover_epochs:g}"
+        row = f"{rung.tokens:,}", f"{rung.distill_tokens:,}", str(rung.distill_epochs), f"{rung.recover_epochs:g}"
         table.add_row(duration(rung.seconds), *row)
     return table
 

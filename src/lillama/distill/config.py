@@ -67,6 +67,8 @@ class DistillConfig:
         adaptive: weight `w` in the target of the student's stream, `y = (1 - w) B(x) + w B(x')` with `B` the teacher's block,
             `x` the teacher's input and `x'` the student's own: 0 is anchored to the original, 1 forgets the errors made below.
         epochs: passes over the calibration tokens; 0 keeps the initialisation.
+        tokens: that initialisation and distillation see, of the calibration tokens; None: all. Recovery sees all: of more
+            text it learns more, where the moments of the closed form gain little and cost most.
         batch_size: sequences in one optimiser step.
         lr: learning rate, at a hidden size of `lr_width`, or relative to each tensor.
         lr_scale: `width` multiplies the rate by `lr_width / hidden size`, Adam's rule for growing width (muP, arXiv
@@ -89,6 +91,7 @@ class DistillConfig:
     sub_blocks: Annotated[float, Field(ge=0)] = 0.0
     adaptive: Annotated[float, Field(ge=0, le=1)] = 0.0
     epochs: Annotated[int, Field(ge=0)] = 4
+    tokens: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 8
     lr: Annotated[float, Field(gt=0)] = 4e-2
     lr_scale: Literal["width", "rms"] = "rms"

@@ -31,6 +31,15 @@ class Split:
         count = min(max(1, round(share * total)), total - 1)
         return cls(order[count:].sort().values, order[:count].sort().values)
 
+    def part(self, sequences: int) -> Int[Tensor, " k"]:
+        """Return the indices of about so many sequences, in order: all that are held out, and at least one to train on."""
+        few = self.train[: max(1, sequences - len(self.held_out))]
+        return torch.cat([few, self.held_out]).unique()
+
+    def within(self, rows: Int[Tensor, " k"]) -> "Split":
+        """Return the split of some of the sequences, as indices into `rows`."""
+        return Split(*(torch.isin(rows, one).nonzero().flatten() for one in (self.train, self.held_out)))
+
 
 @dataclass(frozen=True)
 class Batches:

@@ -56,7 +56,8 @@ class Work:
     Attributes:
         spec: the original.
         ranks: name of each linear -> rank, or None where it stays dense.
-        tokens: of calibration.
+        tokens: of calibration that initialisation and distillation see.
+        recovered: of calibration in all, which recovery sees.
         held_out: those of them that nothing is trained on.
         seq_len: tokens of a sequence.
         itemsize: bytes of a weight or activation in memory.
@@ -68,6 +69,7 @@ class Work:
     spec: ModelSpec
     ranks: Mapping[str, int | None]
     tokens: int
+    recovered: int
     held_out: int
     seq_len: int
     itemsize: int

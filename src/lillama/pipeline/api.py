@@ -1,6 +1,7 @@
 """From a model folder to a smaller one: the public functions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -10,7 +11,7 @@ from lillama.model.remote import remote_code
 from lillama.pipeline.compress import claim_target, compress_model, read_texts
 from lillama.pipeline.job import Planned, build_job, plan
 from lillama.pipeline.search import preview_ranks, refuse_search, search_keep
-from lillama.recipes.options import Machine, Overrides, OverridesDict, parse_duration, refuse_two_sizes
+from lillama.recipes.options import Machine, Overrides, OverridesDict, TimeLimit, refuse_two_sizes
 from lillama.recipes.recipe import Recipe, override, recipe_name
 from lillama.runs.result import Result
 from lillama.system.progress import Report, silent
@@ -44,7 +45,8 @@ def compress(
             nats a token; several models are made on the way.
         time: that the whole work may take: seconds, or a text such as "20m" or "1h30m". Calibration tokens, epochs of
             distillation and steps of recovery are chosen for it, by what this machine does in a second; the model is then
-            that of the recipe with these, which the result names.
+            that of the recipe with these, which the result names. By default what the recipe takes; `default`, where no
+            `tokens` are given, an hour at most.
         recipe: name, YAML file, or `Recipe`.
         rank_plan: file of a plan to use instead of a new one.
         texts: files on which perplexity is measured before and after.
@@ -70,7 +72,7 @@ def compress(
     out, overrides = Path(out).expanduser(), Overrides.of(**options)
     refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes, max_loss=max_loss, plan=rank_plan)
     wanted, folder = override(recipe, overrides), _run_folder(out, run)
-    seconds = None if time is None else parse_duration(str(time))
+    limit = TimeLimit.of(time, recipe, overrides)
     if max_loss is not None:
         refuse_search(max_loss, folder)
         if time is not None:
@@ -80,7 +82,7 @@ def compress(
     with (
         remote_code(trust_remote_code),
         explain_shortage(),
-        claim_target(out, folder, restart, read_texts(texts), seconds) as target,
+        claim_target(out, folder, restart, read_texts(texts), limit) as target,
     ):
         job = build_job(model, wanted, machine or Machine(), rank_plan, recipe_name(recipe))
         if max_loss is not None:
@@ -115,7 +117,8 @@ def preview(
     refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes)
     wanted, machine = override(recipe, overrides), machine or Machine()
     with remote_code(trust_remote_code), explain_shortage():
-        planned = plan(model, recipe=wanted, machine=machine)
+        planned = plan(model, recipe=recipe, machine=machine, trust_remote_code=trust_remote_code, **options)
+        wanted = replace(wanted, calibration=planned.recipe.calibration, distill=planned.recipe.distill)
         job = build_job(model, wanted, machine)
         return preview_ranks(job, planned, wanted, report)
 

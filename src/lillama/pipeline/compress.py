@@ -31,8 +31,9 @@ from lillama.pipeline.job import Job, check_resources
 from lillama.pipeline.rank_selection import select_ranks
 from lillama.pipeline.recovery import recover
 from lillama.pipeline.schedules import distill_jointly, distill_sequentially
-from lillama.pipeline.time_budget import Deadline, fit_job, note_choice, with_steps
+from lillama.pipeline.time_budget import deadline_of, fit_job, with_steps
 from lillama.ranks.spectra import Spectra
+from lillama.recipes.options import TimeLimit
 from lillama.report.card_plot import PLOT, kept_plot
 from lillama.runs.result import FILE, Result, Stored, TextPair, file_digests, refuse_foreign
 from lillama.runs.run_dir import RunDir, open_run
@@ -58,7 +59,7 @@ class Target:
         run: run folder.
         restart: whether to forget an earlier run in the run folder.
         texts: name -> text that perplexity is measured on.
-        seconds: that the whole command may take; None if it takes what it takes.
+        limit: of the time that the whole command may take; None if it takes what it takes.
         started: when the work began, in seconds of `time.monotonic`.
     """
 
@@ -67,13 +68,13 @@ class Target:
     run: Path
     restart: bool
     texts: Mapping[str, str]
-    seconds: float | None = None
+    limit: TimeLimit | None = None
     started: float = field(default_factory=time.monotonic)
 
 
 @contextmanager
 def claim_target(
-    out: Path, run: Path, restart: bool, texts: Mapping[str, str], seconds: float | None = None
+    out: Path, run: Path, restart: bool, texts: Mapping[str, str], limit: TimeLimit | None = None
 ) -> Iterator[Target]:
     """Claim the folder to make, which must be new or an earlier result, while the work lasts.
 
@@ -82,7 +83,7 @@ def claim_target(
     """
     with claim_place(out) as claim:
         refuse_foreign(out)
-        yield Target(out, claim, run, restart, texts, seconds)
+        yield Target(out, claim, run, restart, texts, limit)
 
 
 def compress_model(job: Job, target: Target, report: Report, lent: RunDir | None = None) -> Result:
@@ -95,22 +96,17 @@ def compress_model(job: Job, target: Target, report: Report, lent: RunDir | None
         lent: run whose calibration tokens and spectra are taken over.
     """
     windows = _cut_texts(job, target.texts)
-    if target.seconds is not None:
-        job = fit_job(job, target.seconds, target.run, target.restart)
-    check_resources(job, target.out, target.run, _size(target.run))
-    with open_run(target.run, job.identity(), target.restart) as run_dir:
-        ctx = open_context(job, run_dir, report, lent)
-        if target.seconds is not None:
-            note_choice(run_dir, job.recipe, target.seconds)
-            ctx = replace(ctx, deadline=_deadline(target, target.seconds, windows))
+    fitted = job if target.limit is None else fit_job(job, target.limit, target.run, target.restart)
+    check_resources(fitted, target.out, target.run, _size(target.run))
+    with open_run(target.run, fitted.identity(), target.restart) as run_dir:
+        ctx = open_context(fitted, run_dir, report, lent)
+        if fitted.limit is not None:
+            measured = sum(text.ids.numel() for text in windows.values())
+            ctx = replace(ctx, deadline=deadline_of(fitted.limit, target.started, job.recipe, measured))
         ctx = select_ranks(ctx)
         ctx = distill_blocks(ctx)
-        recover(ctx, job.recipe.recover)
+        recover(ctx, fitted.recipe.recover)
         return export_model(ctx, target, windows)
-
-
-def _deadline(target: Target, seconds: float, windows: Mapping[str, Windows]) -> Deadline:
-    return Deadline(target.started + seconds, seconds, sum(text.ids.numel() for text in windows.values()))
 
 
 def read_texts(texts: Texts) -> dict[str, str]:

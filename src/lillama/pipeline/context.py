@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from lillama.calibration.pack import CalibrationSet
 from lillama.distill.log import DistillLog
@@ -66,6 +66,23 @@ class RunContext:
     def rows(self) -> Split:
         """Training and held-out sequences."""
         return Split.of(len(self.batch), self.job.recipe.distill.held_out, self.job.recipe.seed)
+
+    @cached_property
+    def local_batch(self) -> Batch:
+        """The sequences that initialisation and local distillation see."""
+        rows = self._local_rows
+        return self.batch if len(rows) == len(self.batch) else self.batch[rows]
+
+    @cached_property
+    def local_rows(self) -> Split:
+        """Training and held-out sequences among those that initialisation and local distillation see."""
+        return self.rows.within(self._local_rows)
+
+    @property
+    def _local_rows(self) -> Tensor:
+        recipe, total = self.job.recipe, len(self.batch)
+        seen = total if recipe.distill.tokens is None else recipe.distill.tokens // recipe.calibration.seq_len
+        return self.rows.part(min(seen, total))
 
     @property
     def ample(self) -> bool:

@@ -66,7 +66,8 @@ def estimate(
     work = Work(
         spec=plan.spec,
         ranks=plan.ranks,
-        tokens=recipe.calibration.tokens,
+        tokens=min(recipe.calibration.tokens, recipe.distill.tokens or recipe.calibration.tokens),
+        recovered=recipe.calibration.tokens,
         held_out=round(recipe.distill.held_out * recipe.calibration.tokens),
         seq_len=recipe.calibration.seq_len,
         itemsize=itemsize,

@@ -20,9 +20,9 @@ from lillama.model.source import computed_dtype, load_config, locate
 from lillama.model.spec import ModelSpec
 from lillama.model.tokenizer import load_tokenizer, tokenizer_hash
 from lillama.pipeline.estimate import Estimate, estimate, matmul_rate, seconds_of_stages
-from lillama.pipeline.time_ladder import Rung, ladder
+from lillama.pipeline.time_ladder import Rung, choose, ladder
 from lillama.ranks.plan import RankPlan
-from lillama.recipes.options import Machine, Overrides, OverridesDict, refuse_two_sizes
+from lillama.recipes.options import Machine, Overrides, OverridesDict, TimeLimit, refuse_two_sizes
 from lillama.recipes.recipe import Recipe, override
 from lillama.stream.activations import ActivationPlacement
 from lillama.stream.model import StreamedModel, open_streamed
@@ -43,6 +43,7 @@ class Planned:
         outline: whether `compress` will move budget between linears when it has read the weights.
         curve: rows of keep and predicted rise of the loss, in nats a token; empty without a preview.
         ladder: what fits into five minutes, and into more (`--time`).
+        limit: of the time that `compress` takes, where it would take more by what the recipe says.
     """
 
     plan: RankPlan
@@ -51,6 +52,7 @@ class Planned:
     outline: bool = False
     curve: tuple[tuple[float, float], ...] = ()
     ladder: tuple[Rung, ...] = ()
+    limit: TimeLimit | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the value that `lillama plan --json` prints; `version` counts its breaking changes."""
@@ -67,6 +69,7 @@ class Planned:
             "estimate": asdict(self.estimate),
             "curve": [{"keep": keep, "rise": rise} for keep, rise in self.curve],
             "ladder": [asdict(rung) for rung in self.ladder],
+            "limit": None if self.limit is None else asdict(self.limit),
         }
 
 
@@ -121,12 +124,19 @@ def plan(
     rows = machine.rows(wanted.calibration.seq_len, device)
     outline = rank_plan is None and wanted.ranks.needs_spectra
     rate, memory = matmul_rate(device, dtype), MemoryBudget.of(device)
-    needs = estimate(ranks, wanted, dtype.itemsize, rows, rate, open_ranks=outline, memory=memory)
 
     def cost(one: Recipe) -> float:
         return seconds_of_stages(ranks, one, dtype.itemsize, rows, rate, outline, memory)
 
-    return Planned(ranks, wanted, needs, outline, ladder=ladder(wanted, ranks, cost))
+    limit = TimeLimit.of(None, recipe, overrides)
+    if limit is not None and cost(wanted) <= limit.seconds:
+        limit = None
+    if limit is not None:
+        wanted = choose(wanted, limit.seconds, cost, wanted.calibration.tokens)
+    needs = estimate(ranks, wanted, dtype.itemsize, rows, rate, open_ranks=outline, memory=memory)
+    if limit is not None:
+        needs = replace(needs, seconds=limit.seconds)
+    return Planned(ranks, wanted, needs, outline, ladder=ladder(wanted, ranks, cost), limit=limit)
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,7 @@ class Job:
         machine: how it is computed.
         needs: memory, disk and time.
         memory: that was free when the job was prepared, shared out.
+        limit: of its time, which the recipe's tokens and epochs were chosen for; None if it takes what it takes.
     """
 
     model: str
@@ -156,6 +167,7 @@ class Job:
     machine: Machine
     needs: Estimate
     memory: MemoryBudget
+    limit: TimeLimit | None = None
 
     @property
     def device(self) -> torch.device:
@@ -169,9 +181,10 @@ class Job:
         return self.machine.rows(max(self.recipe.calibration.seq_len, utterance), self.device)
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes this run this run: recipe, model, data, ranks; equal identities give equal results."""
+        """Return what makes this run this run: its time, recipe, model, data, ranks; equal identities give equal results."""
         tokenizer = None if self.tokenizer is None else tokenizer_hash(self.tokenizer)
         return {
+            "time": None if self.limit is None else asdict(self.limit),
             "recipe": self.recipe.as_dict(),
             "model": {"files": self.teacher.reader.fingerprint(), "tokenizer": tokenizer},
             "data": {_part(source): fingerprint(source) for source in self.recipe.calibration.sources},

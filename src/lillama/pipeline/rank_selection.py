@@ -101,10 +101,10 @@ def _measure_gradients(ctx: RunContext) -> GradientCache:
             found.update({f"{blocks[index].name}.{name}": own for name, own in zip(names, values, strict=True)})
         trim_memory()
 
-    rows = ctx.rows.train[: max(1, PROBED_TOKENS // ctx.job.recipe.calibration.seq_len)]
+    rows = ctx.local_rows.train[: max(1, PROBED_TOKENS // ctx.job.recipe.calibration.seq_len)]
     generator = torch.Generator().manual_seed(ctx.job.recipe.seed)
     gradients = collect_gradient_moments(
-        ctx.teacher, ctx.batch, rows, ctx.placement(), ctx.job.micro_batch, generator, names, visit, ctx.report
+        ctx.teacher, ctx.local_batch, rows, ctx.placement(), ctx.job.micro_batch, generator, names, visit, ctx.report
     )
     if wanted:
         Spectra({name: values.numpy() for name, values in found.items()}).save(ctx.run_dir.spectra)

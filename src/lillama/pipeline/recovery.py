@@ -25,7 +25,6 @@ from lillama.model.spec import BlockSpec
 from lillama.modeling.experts import routers
 from lillama.pipeline.context import RunContext
 from lillama.pipeline.time_budget import STEPS
-from lillama.pipeline.time_ladder import MOST_EPOCHS
 from lillama.recovery.backprop import Chain, KeptGraphs, Recomputed, graph_bytes
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.log import RecoveryLog
@@ -76,7 +75,7 @@ def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = S
             with training(config) as one:
                 step, check = one.time_step()
                 per_epoch = len(_batches(ctx, replace(config, epochs=1, steps=None)))
-                steps = ctx.deadline.steps(step, check, config.checks, forward, MOST_EPOCHS * per_epoch)
+                steps = ctx.deadline.steps(step, check, config.checks, forward, ctx.deadline.most_epochs * per_epoch)
             del one
             ctx.run_dir.decision(STEPS, steps)
             logger.info("recovery: %d steps of %.2g s fit into the time", steps, step)

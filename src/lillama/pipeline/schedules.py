@@ -119,10 +119,12 @@ def _walk(ctx: RunContext) -> Iterator[tuple[BlockSpec, BlockActivations]]:
     activations, stack = None, 0
     for block in ctx.blocks:
         if activations is None:
-            activations = BlockActivations.at(0, model, ctx.batch, ctx.placement(), both, ctx.job.micro_batch, further)
+            activations = BlockActivations.at(
+                0, model, ctx.local_batch, ctx.placement(), both, ctx.job.micro_batch, further
+            )
         elif block.index not in model.indices(stack):
             stack += 1
-            activations = activations.enter_stack(model, ctx.batch, ctx.placement(), stack, further)
+            activations = activations.enter_stack(model, ctx.local_batch, ctx.placement(), stack, further)
         yield block, activations
     if activations is not None:
         activations.remove()
@@ -159,7 +161,7 @@ def _train(
     teachers: Teachers,
     snapshot_seconds: float,
 ) -> DistillLog:
-    config, rows = ctx.job.recipe.distill, ctx.rows
+    config, rows = ctx.job.recipe.distill, ctx.local_rows
     following = teachers.after(block.index) if config.look_ahead else None
     if following is not None:
         activations.compute_next_target(block.index, following)
@@ -175,7 +177,7 @@ def _train(
 
 def _trainer(ctx: RunContext, seed: int, folder: Path, snapshot_seconds: float) -> Trainer:
     config = ctx.job.recipe.distill
-    batches = Batches(ctx.rows.train, config.epochs, config.batch_size, seed)
+    batches = Batches(ctx.local_rows.train, config.epochs, config.batch_size, seed)
     return Trainer(batches, config.checks, folder, snapshot_seconds=snapshot_seconds)
 
 
@@ -216,7 +218,7 @@ def _distill_stack(ctx: RunContext, stack: int, trained: Mapping[int, BlockSpec]
             activations.own_calls,
             activations.student,
         ),
-        held_out=ctx.rows.held_out,
+        held_out=ctx.local_rows.held_out,
         config=config,
     )
     for index, taught, log in distill_stack(training, trainer, ctx.report):
@@ -232,7 +234,7 @@ def _before(ctx: RunContext, stack: int) -> Earlier:
         return {}
     for name, block in (("teacher", None), ("student", ctx.current)):
         new = StoreFactory(ctx.placement(), model.dtype, f"before-{name}", 2)
-        tables, outputs = through(model, ctx.batch, new, ctx.job.micro_batch, block=block, stacks=stack)
+        tables, outputs = through(model, ctx.local_batch, new, ctx.job.micro_batch, block=block, stacks=stack)
         ends.append(outputs)
         for table in tables:
             table.remove()
@@ -240,7 +242,9 @@ def _before(ctx: RunContext, stack: int) -> Earlier:
 
 
 def _activations(ctx: RunContext, stack: int, before: Earlier, both: bool) -> BlockActivations:
-    return BlockActivations.at(stack, ctx.teacher, ctx.batch, ctx.placement(), both, ctx.job.micro_batch, before=before)
+    return BlockActivations.at(
+        stack, ctx.teacher, ctx.local_batch, ctx.placement(), both, ctx.job.micro_batch, before=before
+    )
 
 
 def _initial_students(
@@ -251,7 +255,7 @@ def _initial_students(
     Returns:
         a loader of the initial student of a block, and the loss normalisers by block.
     """
-    config, rows, scales = ctx.job.recipe.distill, ctx.rows, dict[int, LossScale]()
+    config, rows, scales = ctx.job.recipe.distill, ctx.local_rows, dict[int, LossScale]()
     activations = _activations(ctx, stack, before, False)
     folder = ctx.run_dir.scratch
     folder.mkdir(exist_ok=True)

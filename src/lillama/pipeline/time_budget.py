@@ -2,27 +2,31 @@
 
 Tokens and epochs of distillation are chosen before the work, from what the stages say that they cost. Those figures err by
 a factor of two, so they take a part of the time only; recovery takes what is left of it, by the seconds that its own steps
-take here. What was chosen is noted in the run folder, and a resumed run follows it.
+take here. What was chosen is part of what a run is, and a resumed run follows it.
 """
 
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from lillama.errors import DamagedError
+from lillama.errors import RecipeError
 from lillama.pipeline.estimate import matmul_rate, seconds_of_stages
 from lillama.pipeline.job import Job, retime_job
-from lillama.pipeline.time_ladder import EXPORT, choose, unrecovered, with_effort
-from lillama.recipes.recipe import Recipe
+from lillama.pipeline.time_ladder import EXPORT, MOST_EPOCHS, choose
+from lillama.recipes.options import TimeLimit
+from lillama.recipes.recipe import Recipe, load_recipe
 from lillama.runs.run_dir import RunDir
+from lillama.system.resources import duration
 
 logger = logging.getLogger(__name__)
 
 LEAST_STEPS = 4  # fewer bring nothing
 
-CHOICE, STEPS = "time", "recovery steps"  # names of the decisions in the run folder
+STEPS = "recovery steps"  # name of the decision in the run folder
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,13 @@ class Deadline:
         at: in seconds of `time.monotonic`.
         seconds: that there were for the whole command.
         measured: tokens of the texts on which perplexity is measured in the end.
+        most_epochs: of recovery.
     """
 
     at: float
     seconds: float
     measured: int = 0
+    most_epochs: int = MOST_EPOCHS
 
     def steps(self, step: float, check: float, checks: int, forward: float, most: int) -> int:
         """Return the optimiser steps of a recovery that end in time.
@@ -54,27 +60,55 @@ class Deadline:
         return steps if steps >= LEAST_STEPS else 0
 
 
-def fit_job(job: Job, seconds: float, run: Path, restart: bool) -> Job:
+def fit_job(job: Job, limit: TimeLimit, run: Path, restart: bool) -> Job:
     """Return a job that fits into some time; an unfinished run in the folder has chosen already.
 
     Args:
-        job: all else of it stays.
-        seconds: of the whole command.
+        job: all else of it stays; it comes back itself where nothing had to be chosen.
+        limit: of the whole command.
         run: run folder, which need not exist.
         restart: whether what lies there is forgotten.
     """
-    known = None if restart else _noted(run)
-    if known is not None and known["seconds"] == seconds:
-        return retime_job(job, with_effort(job.recipe, known["tokens"], known["distill_epochs"]))
+    begun = None if restart else RunDir(run).identity
+    if begun is not None and begun.get("time") == asdict(limit):
+        return replace(retime_job(job, _as_begun(job.recipe, begun)), limit=limit)
+    if not limit.asked and begun is not None:
+        return job  # it was begun without a limit
     rate = matmul_rate(job.device, job.teacher.dtype)
-    return retime_job(job, choose(job.recipe, seconds, lambda one: cost_of(job, unrecovered(one), rate)))
+    whole, most = cost_of(job, job.recipe, rate), None
+    if not limit.asked:
+        if whole <= limit.seconds:
+            return job
+        most = job.recipe.calibration.tokens
+        logger.warning(
+            "the recipe default would take about %s here; %s is taken: --time says otherwise, --tokens %d takes all of it",
+            *(duration(seconds) for seconds in (whole, limit.seconds)),
+            most,
+        )
+    recipe = choose(job.recipe, limit.seconds, lambda one: cost_of(job, one, rate), most)
+    logger.info(
+        "time: %d calibration tokens, %s of them for the closed form, %d epochs of distillation, recovery in what is left",
+        recipe.calibration.tokens,
+        recipe.distill.tokens,
+        recipe.distill.epochs,
+    )
+    return replace(retime_job(job, recipe), limit=limit)
 
 
-def note_choice(run_dir: RunDir, recipe: Recipe, seconds: float) -> None:
-    """Write down what was chosen, for a run that goes on."""
-    tokens, epochs = recipe.calibration.tokens, recipe.distill.epochs
-    run_dir.decision(CHOICE, {"seconds": seconds, "tokens": tokens, "distill_epochs": epochs})
-    logger.info("time: %d calibration tokens, %d epochs of distillation, recovery in what is left", tokens, epochs)
+def _as_begun(recipe: Recipe, begun: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with the effort of a run that was begun; as it is where the run's own cannot be read."""
+    try:
+        old = begun["recipe"]
+        distill = {key: old["distill"][key] for key in ("tokens", "epochs")}
+        return load_recipe(recipe, {"calibration": {"tokens": old["calibration"]["tokens"]}, "distill": distill})
+    except (KeyError, TypeError, RecipeError):
+        return recipe  # which is another run's then, and refused as such
+
+
+def deadline_of(limit: TimeLimit, started: float, recipe: Recipe, measured: int) -> Deadline:
+    """Return when a command should end that began at an instant of `time.monotonic`; `measured` as of `Deadline`."""
+    epochs = MOST_EPOCHS if limit.asked else recipe.recover.epochs
+    return Deadline(started + limit.seconds, limit.seconds, measured, epochs)
 
 
 def cost_of(job: Job, recipe: Recipe, rate: float) -> float:
@@ -87,10 +121,3 @@ def with_steps(recipe: Recipe, run_dir: RunDir) -> Recipe:
     """Return the recipe with the steps of recovery that a run decided on by its time, if it did."""
     steps = run_dir.decided(STEPS)
     return recipe if steps is None else replace(recipe, recover=replace(recipe.recover, steps=steps))
-
-
-def _noted(run: Path) -> dict[str, int] | None:
-    try:
-        return RunDir(run).decided(CHOICE)
-    except (DamagedError, OSError):
-        return None  # opening the run names what is damaged

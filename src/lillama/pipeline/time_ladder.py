@@ -1,4 +1,4 @@
-"""What fits into some time: tokens of calibration, epochs of distillation, and what is left for recovery."""
+"""What fits into some time: calibration tokens, those of them for the closed form, epochs, and what is left for recovery."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from lillama.ranks.plan import RankPlan
 from lillama.recipes.recipe import Recipe
 
-LADDER = tuple(2048 * 2**power for power in range(10))  # tokens of calibration
+LADDER = tuple(2048 * 2**power for power in range(12))  # tokens of calibration
 EPOCHS = (
     4,
     2,
@@ -14,9 +14,12 @@ EPOCHS = (
     0,
 )  # of distillation, where there is no recovery: that brings more in the same time (docs/findings.md)
 MEASURED, DISTILLED = 0.5, 0.9  # shares of the time that estimates may fill: before any training, with distillation
+SURPLUS = 1.5  # times the text that recovery reads once by the estimate, which errs on the side of too much time
 MOST_EPOCHS = 16  # of recovery: more learn the text by heart
 EXPORT = 0.04  # share of the time that writing the result may take
 BUDGETS = (300.0, 1200.0, 3600.0, 10_800.0, 43_200.0)  # seconds, of which `lillama plan` tells what fits
+
+Cost = Callable[[Recipe], float]  # returns the estimated seconds of a recipe
 
 
 @dataclass(frozen=True)
@@ -26,36 +29,42 @@ class Rung:
     Attributes:
         seconds: that there are.
         tokens: of calibration.
-        distill_epochs: passes over them in distillation.
-        recover_epochs: about so many passes in recovery.
+        distill_tokens: those of them that initialisation and distillation see.
+        distill_epochs: passes over these.
+        recover_epochs: about so many passes over all in recovery.
     """
 
     seconds: float
     tokens: int
+    distill_tokens: int
     distill_epochs: int
     recover_epochs: float
 
 
-def choose(recipe: Recipe, seconds: float, cost: Callable[[Recipe], float]) -> Recipe:
+def choose(recipe: Recipe, seconds: float, cost: Cost, most_tokens: int | None = None) -> Recipe:
     """Return a recipe whose calibration tokens fit into some time; recovery takes the rest, or else distillation.
 
     Args:
         recipe: that says all else.
         seconds: of the whole command.
-        cost: returns the estimated seconds of a recipe, recovery left out.
+        cost: returns the estimated seconds of a recipe.
+        most_tokens: of calibration that may be chosen; None knows no bound.
     """
+    sizes = [size for size in LADDER if most_tokens is None or size <= most_tokens] or [LADDER[0]]
 
     def fits(tokens: int, epochs: int, share: float) -> bool:
-        return cost(with_effort(recipe, tokens, epochs)) <= share * seconds
+        return cost(unrecovered(with_effort(recipe, tokens, tokens, epochs))) <= share * seconds
 
-    tokens, most = max((size for size in LADDER if fits(size, 0, MEASURED)), default=LADDER[0]), recipe.distill.epochs
+    local, most = max((size for size in sizes if fits(size, 0, MEASURED)), default=sizes[0]), recipe.distill.epochs
     if recipe.recover.wanted:
-        return with_effort(recipe, tokens, 0)
-    epochs = next((count for count in (most, *EPOCHS) if count <= most and fits(tokens, count, DISTILLED)), 0)
-    return with_effort(recipe, tokens, epochs)
+        once = (with_effort(recipe, size, local, 0) for size in sizes if size > local)
+        longer = (one for one in once if cost(_recovered_once(one)) <= SURPLUS * seconds)
+        return max(longer, key=lambda one: one.calibration.tokens, default=with_effort(recipe, local, local, 0))
+    epochs = next((count for count in (most, *EPOCHS) if count <= most and fits(local, count, DISTILLED)), 0)
+    return with_effort(recipe, local, local, epochs)
 
 
-def ladder(recipe: Recipe, plan: RankPlan, cost: Callable[[Recipe], float]) -> tuple[Rung, ...]:
+def ladder(recipe: Recipe, plan: RankPlan, cost: Cost) -> tuple[Rung, ...]:
     """Return what fits into five minutes, and into more.
 
     Args:
@@ -65,24 +74,30 @@ def ladder(recipe: Recipe, plan: RankPlan, cost: Callable[[Recipe], float]) -> t
     """
     rungs = list[Rung]()
     for seconds in BUDGETS:
-        chosen = choose(recipe, seconds, lambda one: cost(unrecovered(one)))
+        chosen = choose(recipe, seconds, cost)
         left, passes = seconds * (1 - EXPORT) - cost(unrecovered(chosen)), 0.0
         if recipe.recover.wanted and plan.factorised:
-            one = replace(chosen, recover=replace(chosen.recover, epochs=1, steps=None))
-            passes = min(max(left, 0.0) / max(cost(one) - cost(unrecovered(one)), 1e-9), float(MOST_EPOCHS))
-        rungs.append(Rung(seconds, chosen.calibration.tokens, chosen.distill.epochs, round(passes, 2)))
+            an_epoch = cost(_recovered_once(chosen)) - cost(unrecovered(chosen))
+            passes = min(max(left, 0.0) / max(an_epoch, 1e-9), float(MOST_EPOCHS))
+        tokens, distill = chosen.calibration.tokens, chosen.distill
+        rungs.append(Rung(seconds, tokens, distill.tokens or tokens, distill.epochs, round(passes, 2)))
     return tuple(rungs)
 
 
-def with_effort(recipe: Recipe, tokens: int, epochs: int) -> Recipe:
-    """Return a recipe of so many calibration tokens and epochs of distillation."""
+def with_effort(recipe: Recipe, tokens: int, distill_tokens: int, distill_epochs: int) -> Recipe:
+    """Return a recipe of so many calibration tokens, those of them for the closed form, and epochs of distillation."""
     return replace(
         recipe,
         calibration=replace(recipe.calibration, tokens=tokens),
-        distill=replace(recipe.distill, epochs=epochs),
+        distill=replace(recipe.distill, tokens=distill_tokens, epochs=distill_epochs),
     )
 
 
 def unrecovered(recipe: Recipe) -> Recipe:
     """Return a recipe without recovery."""
     return replace(recipe, recover=replace(recipe.recover, epochs=0, steps=None))
+
+
+def _recovered_once(recipe: Recipe) -> Recipe:
+    """Return a recipe with one epoch of recovery."""
+    return replace(recipe, recover=replace(recipe.recover, epochs=1, steps=None))

@@ -24,6 +24,7 @@ Flag = Parameter(negative=(), show_default=False)
 Flat = Parameter(name="*")  # the fields of a dataclass, as flags of their own
 Unshown = Parameter(name="*", show=False)  # the same, taken without a word in the help
 
+UNASKED = 3600.0  # seconds that the recipe `default` takes at most, where nothing is said of tokens or time
 SIZE_DIGITS = 40  # the longest text of a size that is looked at
 CPU_TOKENS, ACCELERATOR_TOKENS = 4096, 16384  # computed at once, if the user does not say
 
@@ -168,6 +169,31 @@ class Machine:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"{name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """How long a whole command may take.
+
+    Attributes:
+        seconds: of the command.
+        asked: whether the user named it, and all of it may be filled; otherwise the recipe says what is most, and what
+            would take no longer is left as it is.
+    """
+
+    seconds: float
+    asked: bool = True
+
+    @classmethod
+    def of(cls, wanted: str | float | None, recipe: object, overrides: Overrides) -> "TimeLimit | None":
+        """Return the limit that is wanted; an hour for the recipe `default` where the user says nothing of effort.
+
+        Raises:
+            RecipeError: the text is no time.
+        """
+        if wanted is not None:
+            return cls(parse_duration(str(wanted)))
+        return cls(UNASKED, asked=False) if recipe == "default" and overrides.tokens is None else None
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,15 @@ class RunDir:
         return self.path / MARKER
 
     @property
+    def identity(self) -> dict[str, Any] | None:
+        """What the run is, as it was begun; None if there is no run, or what it says cannot be read."""
+        try:
+            found = load_json(self.marker)["identity"]
+        except (DamagedError, OSError, KeyError):
+            return None  # opening the run names what is damaged
+        return found if isinstance(found, dict) else None
+
+    @property
     def spec(self) -> Path:
         """Place of the description of the model."""
         return self.path / "spec.json"
