@@ -22,7 +22,7 @@ from lillama.hub.portable import make_portable
 from lillama.system import memory
 from lillama.system.progress import Progress
 
-SHORT = {"distill": {"epochs": 1}, "recover": {"epochs": 1}, "ranks": {"multiple_of": 1}}
+SHORT = {"distill": {"epochs": 1}, "recover": {"epochs": 1, "lr": 4e-3}, "ranks": {"multiple_of": 1}}
 JOINT = {"ranks": {"name": "uniform", "multiple_of": 1}, "distill": {"lr": 1e-3}}
 
 Ask = Callable[..., dict[str, Tensor]]
