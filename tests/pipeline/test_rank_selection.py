@@ -132,4 +132,5 @@ def test_a_preview_shows_ranks_and_a_falling_curve_and_writes_nothing(tiny, quic
     assert list(keeps) == sorted(keeps, reverse=True) and list(rises) == sorted(rises) and len(keeps) > 3
     assert not planned.outline and planned.plan.keep <= 0.8 and isinstance(recipe.ranks, Adaptive)
     assert planned.as_json()["curve"][0] == {"keep": keeps[0], "rise": rises[0]}
+    assert planned.rise is not None and rises[keeps.index(0.85)] < planned.rise < rises[keeps.index(0.7)]
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lillama.errors import BudgetError, OutputError
@@ -40,6 +40,7 @@ def made_up(spec: ModelSpec, seed: int) -> Spectra:
 
 @RELAXED
 @given(sketches, st.floats(0.3, 0.95), st.integers(0, 99), st.sampled_from([PLAIN, PIVOT]), st.sampled_from([1, 4, 8]))
+@example([[(24, 24), (24, 36)]], 0.5, 1, PLAIN, 4)
 def test_the_budget_is_met_from_below_and_no_plan_is_predicted_to_be_worse_than_uniform(
     sketch, keep: float, seed: int, storage: Storage, multiple: int
 ) -> None:

@@ -96,6 +96,8 @@ def _tables(plan: "Planned") -> None:
     facts.add_row("disk", f"about {readable(needs.disk_bytes)} for result and run folder")
     bound = "about" if plan.limit is None else "a limit of"
     facts.add_row("time", f"{bound} {duration(needs.seconds or 0)} on this machine")
+    if plan.rise is not None:
+        facts.add_row("loss", f"about {plan.rise:+.4f} nats a token before recovery, by the spectra")
     if plan.outline:
         facts.add_row(
             "ranks", "those of `uniform`; `compress` moves budget when it has read the weights (see --preview)"

@@ -110,7 +110,7 @@ def preview(
     Examples:
         >>> planned = preview("demo/model", keep=0.8, calibration="demo/text.txt", tokens=512, seq_len=64)
         >>> keep, rise = planned.curve[0]
-        >>> keep, 0 < rise < planned.curve[1][1]
+        >>> keep, 0 < rise < planned.curve[1][1] < planned.rise
         (0.95, True)
     """
     overrides = Overrides.of(**options)

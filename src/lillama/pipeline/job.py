@@ -42,6 +42,7 @@ class Planned:
         estimate: memory, disk and time.
         outline: whether `compress` will move budget between linears when it has read the weights.
         curve: rows of keep and predicted rise of the loss, in nats a token; empty without a preview.
+        rise: of the loss that is predicted for the plan, in nats a token, before any training; None without a preview.
         ladder: what fits into five minutes, and into more (`--time`).
         limit: of the time that `compress` takes, where it would take more by what the recipe says.
     """
@@ -51,6 +52,7 @@ class Planned:
     estimate: Estimate
     outline: bool = False
     curve: tuple[tuple[float, float], ...] = ()
+    rise: float | None = None
     ladder: tuple[Rung, ...] = ()
     limit: TimeLimit | None = None
 
@@ -68,6 +70,7 @@ class Planned:
             "linears": self.plan.rows(),
             "estimate": asdict(self.estimate),
             "curve": [{"keep": keep, "rise": rise} for keep, rise in self.curve],
+            "rise": self.rise,
             "ladder": [asdict(rung) for rung in self.ladder],
             "limit": None if self.limit is None else asdict(self.limit),
         }

@@ -70,7 +70,8 @@ def preview_ranks(job: Job, planned: Planned, recipe: Recipe, report: Report) ->
         spec, spectra = job.plan.spec, _measure(job, Path(folder) / "run", False, report)
     rises = {keep: _rise(spec, _at(recipe, keep), spectra) for keep in SHOWN}
     curve = tuple((keep, rise) for keep, rise in rises.items() if math.isfinite(rise))
-    return replace(planned, plan=_allocate(spec, planned.recipe, spectra), outline=False, curve=curve)
+    ranks = _allocate(spec, planned.recipe, spectra)
+    return replace(planned, plan=ranks, outline=False, curve=curve, rise=spectra.rise(ranks))
 
 
 def _measure(job: Job, run: Path, restart: bool, report: Report) -> Spectra:

@@ -94,6 +94,8 @@ class Adaptive:
         choices = self._choices(even, spectra, budget)
         budget.refuse(RankPlan(spec, _at(math.inf, choices), storage), keep, scope)
         plan = spend_budget(RankPlan(spec, _price(choices, budget), storage), spectra, budget, self.multiple_of)
+        if nbytes is None and spectra.rise(even) < spectra.rise(plan):  # where steps of rank are coarse for the budget
+            plan = even
         return fit_ranks(_shift(plan, self.shift), spectra, budget, self.multiple_of)
 
     def candidates(
