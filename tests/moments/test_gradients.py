@@ -11,6 +11,7 @@ from lillama.moments.gradients import BackwardRun, collect_block_moments, collec
 from lillama.stream.activations import ActivationPlacement
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockArgs
+from lillama.stream.draw import draw
 from lillama.stream.model import open_streamed
 from lillama.system.progress import silent
 
@@ -37,7 +38,9 @@ def by_autograd(folder, ids, mask, generator):
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     logits = model(ids, attention_mask=real.long()).logits[real]
     probabilities = logits.detach().softmax(-1)
-    labels = torch.cat([torch.multinomial(part, 1, generator=generator) for part in probabilities.split(ids.shape[1])])
+    labels = torch.cat(
+        [draw(part, torch.rand(len(part), generator=generator)) for part in probabilities.split(ids.shape[1])]
+    )
     torch.nn.functional.cross_entropy(logits, labels[:, 0], reduction="sum").backward()
     found = {}
     for name in names:
@@ -155,7 +158,7 @@ def test_gradients_cross_from_the_decoder_to_the_encoder(tmp_path):
     generator, labels = torch.Generator().manual_seed(1), []
     for part in logits.detach().split(2):  # in the micro-batches, and a few tokens at a time, as the labels were drawn
         for tokens in part.flatten(0, 1).split(6):
-            labels.append(torch.multinomial(tokens.softmax(-1), 1, generator=generator)[:, 0])
+            labels.append(draw(tokens.softmax(-1), torch.rand(len(tokens), generator=generator))[:, 0])
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.cat(labels), reduction="sum").backward()
     assert len(found) == 4
     for name, value in found.items():

@@ -17,6 +17,7 @@ from lillama.stream.activations import ActivationPlacement, ActivationStore, Sto
 from lillama.stream.batch import Batch
 from lillama.stream.calls import BlockInputs
 from lillama.stream.capture import finish, overflow, row_slices
+from lillama.stream.draw import draw
 from lillama.stream.forward import through
 from lillama.stream.model import StreamedModel
 from lillama.system.memory import LOGIT_BYTES_IN_TRAINING, tokens_of_logits
@@ -112,10 +113,10 @@ class Head:
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
                 found = self._log_probabilities(ids, leaf)
-            chances = found.detach().exp().cpu()
+            chances = found.detach().exp()
             if not chances.isfinite().all():
                 raise overflow("what the head predicts", self.model.dtype)
-            chosen = torch.multinomial(chances, 1, generator=generator).to(found.device)
+            chosen = draw(chances, torch.rand(len(chances), generator=generator).to(found.device))
             gradients += torch.autograd.grad(-found.gather(1, chosen).sum(), [leaf])
         whole = torch.zeros_like(hidden)
         whole[place] = torch.cat(gradients)
