@@ -1,22 +1,27 @@
 # Every target makes .venv when it is not there yet. `make` alone lists the targets.
 #
 #   make demo PYTHON=python3.12      another Python (3.11 or newer)
+#   make demo-real TIME=10m          another time for the compression
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo      PyTorch without CUDA, a much smaller download
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TIME = 20m
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # The matrices of the small models here are too small to share among threads; processes run side by side instead.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help demo test fuzz check house docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny kills clean
+.PHONY: help demo demo-real test fuzz check house docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny kills clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.ready  ## compress the model in demo/model at two sizes and compare what they write
 	@PATH="$(abspath $(BIN)):$$PATH" bash demo/demo.sh
+
+demo-real: $(VENV)/.ready-bench  ## fetch a real chat model, compress it within TIME=20m, and chat before and after
+	@PATH="$(abspath $(BIN)):$$PATH" TIME="$(TIME)" bash demo/real.sh
 
 test: $(VENV)/.ready  ## run all tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
@@ -74,6 +79,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) "torch>=2.6"
 	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	$(INSTALL) -e ".[bench]"
 	@touch $@
 
 $(VENV)/.ready-docs: $(VENV)/.ready

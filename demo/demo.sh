@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1 # one core for each of the two: these matrices are too small to share among threads
 options=(--tokens 16384 --text demo/text.txt)
 
-rm -rf demo/out
+rm -rf demo/out/keep-*
 mkdir -p demo/out
 
 echo "Compressing demo/model to 80 % and to 60 % of its parameters. This takes a few minutes."
