@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from lillama.cli.process import quieten  # before what it is to keep quiet
 
@@ -23,7 +24,8 @@ NEW_TOKENS = 60
 
 def answers(folder: str) -> list[str]:
     """Return what the model in a folder answers to each question: its likeliest words, after its own chat template."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     said = list[str]()
     for question in QUESTIONS:
         turns = [{"role": "user", "content": question}]
@@ -38,8 +40,9 @@ def answers(folder: str) -> list[str]:
 def main(original: str, smaller: str) -> None:
     """Compare the answers of a model and of a compressed version of it."""
     transformers.utils.logging.disable_progress_bar()
-    names = (f"{when}: {Path(folder).name}" for when, folder in (("before", original), ("after", smaller)))
-    table = Table("", *names, show_lines=True, caption=f"the likeliest answer, at most {NEW_TOKENS} tokens of it")
+    table = Table(show_lines=True, caption=f"the likeliest answer, at most {NEW_TOKENS} tokens of it")
+    for name in ("", f"before: {Path(original).name}", f"after: {Path(smaller).name}"):
+        table.add_column(name, overflow="fold")  # what has no spaces is an answer too
     for row in zip(QUESTIONS, answers(original), answers(smaller), strict=True):
         table.add_row(*row)
     print_tables(table)

@@ -38,13 +38,17 @@ def greedy(folder: Path, tokenizer: PreTrainedTokenizerFast, question: str, toke
     return ids[len(asked) :]
 
 
+def words(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids)).strip()
+
+
 def test_an_answer_is_the_likeliest_text_after_the_template(
     make_chat: MakeChat, chat_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chat, "NEW_TOKENS", 8)
     folder = make_chat(seed=0)
-    expected = [chat_tokenizer.decode(greedy(folder, chat_tokenizer, question, 8)) for question in chat.QUESTIONS]
-    assert chat.answers(str(folder)) == [f"{text.strip()} ..." for text in expected]
+    expected = [words(chat_tokenizer, greedy(folder, chat_tokenizer, question, 8)) for question in chat.QUESTIONS]
+    assert chat.answers(str(folder)) == [f"{text} ..." for text in expected]
 
 
 def test_an_answer_that_ends_by_itself_is_not_marked_as_cut(
@@ -55,7 +59,7 @@ def test_an_answer_that_ends_by_itself_is_not_marked_as_cut(
     folder = make_chat(seed=0)
     (first,) = greedy(folder, chat_tokenizer, question, 1)
     GenerationConfig(eos_token_id=first, pad_token_id=0).save_pretrained(folder)
-    assert chat.answers(str(folder)) == [chat_tokenizer.decode([first]).strip()]
+    assert chat.answers(str(folder)) == [words(chat_tokenizer, [first])]
 
 
 def test_both_answers_stand_beside_each_question(
@@ -76,3 +80,12 @@ def test_both_answers_stand_beside_each_question(
         (line,) = [line for line in lines if question in line]
         assert before in line and after in line, "what a model writes is text: no markup, and on the question's line"
     assert "\x1b[2J" not in shown
+
+
+def test_all_of_an_answer_without_spaces_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(chat, "answers", lambda folder: ["9" * 100, "", ""])
+    chat.main("dense", "small")
+    assert capsys.readouterr().out.count("9") == 200
