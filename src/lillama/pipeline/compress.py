@@ -145,7 +145,7 @@ def distill_blocks(ctx: RunContext) -> RunContext:
 def export_model(ctx: RunContext, target: Target, windows: Mapping[str, Windows]) -> Result:
     """Write the model folder, measure the model, write its card, and let the folder appear."""
     job, run_dir, plan = ctx.job, ctx.run_dir, ctx.job.plan
-    recipe = with_steps(job.recipe, run_dir)
+    recipe = replace(job.recipe, recover=with_steps(job.recipe.recover, run_dir))
 
     def compressed(block: BlockSpec) -> Mapping[str, Tensor] | None:
         if not ctx.ranks(block):

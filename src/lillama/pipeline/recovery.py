@@ -24,7 +24,7 @@ from lillama.lowrank.student import load_student
 from lillama.model.spec import BlockSpec
 from lillama.modeling.experts import routers
 from lillama.pipeline.context import RunContext
-from lillama.pipeline.time_budget import STEPS
+from lillama.pipeline.time_budget import STEPS, with_steps
 from lillama.recovery.backprop import Chain, KeptGraphs, Recomputed, graph_bytes
 from lillama.recovery.config import RecoveryConfig
 from lillama.recovery.log import RecoveryLog
@@ -79,7 +79,7 @@ def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = S
             del one
             ctx.run_dir.decision(STEPS, steps)
             logger.info("recovery: %d steps of %.2g s fit into the time", steps, step)
-        config = replace(config, steps=ctx.run_dir.decided(STEPS))
+        config = with_steps(config, ctx.run_dir)
     if config.wanted:
         with training(config) as one:
             trainer = Trainer(

@@ -6,8 +6,8 @@ take here. What was chosen is part of what a run is, and a resumed run follows i
 """
 
 import logging
-import math
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,12 +19,15 @@ from lillama.pipeline.job import Job, retime_job
 from lillama.pipeline.time_ladder import EXPORT, MOST_EPOCHS, choose
 from lillama.recipes.options import TimeLimit
 from lillama.recipes.recipe import Recipe, load_recipe
+from lillama.recovery.config import RecoveryConfig
 from lillama.runs.run_dir import RunDir
 from lillama.system.resources import duration
 
 logger = logging.getLogger(__name__)
 
 LEAST_STEPS = 4  # fewer bring nothing
+STEPS_A_CHECK = 8  # a check on the held-out sequences takes as long as one to three steps
+SEARCH = 4  # checks that the start and the search for a rate take as long as
 
 STEPS = "recovery steps"  # name of the decision in the run folder
 
@@ -51,12 +54,16 @@ class Deadline:
         Args:
             step: seconds of an optimiser step.
             check: seconds of a check on the held-out sequences.
-            checks: how many there will be after the start.
+            checks: how many there will be after the start, at most.
             forward: seconds a token of a forward pass of the original.
             most: steps that are wanted at all.
         """
         left = self.at - time.monotonic() - EXPORT * self.seconds - 2 * forward * self.measured
-        steps = min(math.floor((left - (checks + 2) * check) / step), most)
+
+        def too_many(steps: int) -> bool:
+            return steps * step + (checks_of(steps, checks) + SEARCH) * check > left
+
+        steps = bisect_left(range(most + 1), True, key=too_many) - 1
         return steps if steps >= LEAST_STEPS else 0
 
 
@@ -117,7 +124,14 @@ def cost_of(job: Job, recipe: Recipe, rate: float) -> float:
     return seconds_of_stages(job.plan, recipe, job.teacher.dtype.itemsize, rows, rate, job.open_ranks, job.memory)
 
 
-def with_steps(recipe: Recipe, run_dir: RunDir) -> Recipe:
-    """Return the recipe with the steps of recovery that a run decided on by its time, if it did."""
+def with_steps(config: RecoveryConfig, run_dir: RunDir) -> RecoveryConfig:
+    """Return a recovery with the steps that a run decided on by its time, if it did; few steps are looked at less often."""
     steps = run_dir.decided(STEPS)
-    return recipe if steps is None else replace(recipe, recover=replace(recipe.recover, steps=steps))
+    if steps is None:
+        return config
+    return replace(config, steps=steps, checks=checks_of(steps, config.checks))
+
+
+def checks_of(steps: int, most: int) -> int:
+    """Return how often the held-out sequences are looked at in so many steps."""
+    return min(most, max(2, steps // STEPS_A_CHECK))
