@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # The matrices of the small models here are too small to share among threads; processes run side by side instead.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help demo demo-real test fuzz check house docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny kills clean
+.PHONY: help demo demo-real test fuzz check house docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny bench-real kills clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,9 @@ bench-inference: $(VENV)/.ready  ## compressed against dense in use, into bench/
 
 bench-tiny: $(VENV)/.ready  ## train small models of five kinds and make them smaller, into bench/results/ (hours)
 	$(ONE_THREAD) $(BIN)/python bench/tiny_models.py
+
+bench-real: $(VENV)/.ready  ## recipes compared on SmolLM2, Whisper-base and MiniLM, into bench/results/ (hours, or a GPU)
+	$(BIN)/python bench/real.py
 
 bench-memory: $(VENV)/.ready  ## peak memory against depth, into bench/results/
 	$(ONE_THREAD) $(BIN)/python bench/memory.py
