@@ -78,7 +78,7 @@ def compute(job: Job, setting: Setting, place: Place) -> dict[str, Any]:
             told = row.make(order, model)
             entry |= {**told, "seconds": time.monotonic() - start, "allowed_bytes": plain.kept_bytes}
         reader = CheckpointReader(model)
-        entry["bytes"] = sum(reader.nbytes(name) for name in reader.names)
+        entry.setdefault("bytes", sum(reader.nbytes(name) for name in reader.names))
         entry["measured"] = kind.measure(case, setting, place, model, dense)
     return entry
 

@@ -150,5 +150,5 @@ def jobs(case: Case, rows: Mapping[str, Any], seed: int, time: str | None) -> It
     yield from (Job(case.name, name, 1.0, seed) for name, row in rows.items() if row.make is None)
     for keep in KEEPS:
         for name, row in rows.items():
-            if row.make is not None:
+            if row.make is not None and case.kind in row.kinds:
                 yield Job(case.name, name, keep, seed, time if row.timed else None)

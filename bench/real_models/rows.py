@@ -68,12 +68,25 @@ class Row:
         make: writes the model; None measures the original.
         baseline: whether `default` is held against it.
         timed: whether `--time` is for it.
+        kinds: of the models that it can be made of.
     """
 
     title: str
     make: Make | None
     baseline: bool = True
     timed: bool = False
+    kinds: tuple[str, ...] = ("language", "speech", "sentences")
+
+
+def _published(name: str) -> Make:
+    """Return a row of `real_models.published`, which is imported when it is made."""
+
+    def make(order: Order, out: Path) -> Mapping[str, Any]:
+        from real_models import published
+
+        return getattr(published, name)(order, out)
+
+    return make
 
 
 OWN = "default"  # the row that is held against the baselines
@@ -82,5 +95,7 @@ ROWS = {
     "paper-lr": Row("paper, rate 1e-3", Lillama("paper", {"distill": {"lr": 1e-3}})),
     "svd-llm": Row("SVD-LLM", Lillama("baselines/svd-llm")),
     "aa-svd-25": Row("AA-SVD, its 25 epochs", Lillama("baselines/aa-svd")),
+    "modegpt": Row("MoDeGPT-like", _published("make_modegpt"), kinds=("language",)),
+    "zero-sum": Row("Zero-Sum-SVD-like", _published("make_zero_sum"), kinds=("language",)),
     OWN: Row("default", Lillama("default"), baseline=False, timed=True),
 }

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+import lillama
 from lillama.errors import ModelError
 
 pytest.importorskip("lm_eval")
@@ -67,7 +69,7 @@ def test_the_other_models_are_computed_where_one_is_not_there(place: Place, monk
     ran: list[Job] = []
     monkeypatch.setattr(real, "run_apart", lambda job, setting, place: ran.append(job) or 0)
     assert real.main(["--out", str(place.out)]) == 2
-    assert [job.model for job in ran] == 9 * ["smollm2-135m"] + 9 * ["minilm"]
+    assert [job.model for job in ran] == 13 * ["smollm2-135m"] + 9 * ["minilm"]
     assert capsys.readouterr().err == "error: gone\n"
     assert (place.out / "real.md").read_text().count("Not computed:") == 3, "the tables say what is missing"
 
@@ -176,6 +178,19 @@ def test_a_function_that_writes_a_model_folder_is_a_row_in_one_line(tiny_case: P
     row = real.compute(Job(tiny.name, "copied", 0.8), Setting(limit=1), tiny_case)
     assert row["measured"]["texts"][0]["against"]["excess_loss"]["value"] == 0
     assert row["method"] == "copied" and row["bytes"] > row["allowed_bytes"]
+
+
+@pytest.mark.parametrize("row", ["modegpt", "zero-sum"])
+def test_a_published_method_makes_a_model_of_the_size_that_is_asked_for(
+    row: str, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    make, plain = ROWS[row].make, lillama.plan(tiny, recipe="baselines/svd", keep=0.7, scope="blocks").plan
+    assert make is not None and ROWS[row].kinds == ("language",)
+    calibration = {"sources": [{"path": str(text)}], "tokens": 640, "seq_len": 32}
+    told = make(Order(tiny, 0.7, plain.kept_bytes, calibration), tmp_path / "out")
+    assert told["calibrated_on"] == 640
+    assert abs(told["params"] - plain.kept_params) <= 0.02 * plain.spec.params
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() >= told["params"]
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng reads")
