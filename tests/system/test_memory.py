@@ -25,7 +25,9 @@ def test_processes_share_the_host_and_not_the_accelerators(machine, device, proc
 @pytest.mark.parametrize("free", [0, 7, 10**3, 10**11 + 3])
 def test_what_lies_in_memory_together_takes_at_most_seven_eighths(free):
     budget = MemoryBudget(free, 3 * free)
-    assert budget.moments == budget.graphs  # which follow upon each other
+    learners = budget.learners(1)
+    assert budget.graphs(learners) == budget.moments  # which follow upon each other
+    assert 0 <= budget.graphs(2 * learners) <= budget.graphs(0) <= budget.moments + learners
     assert 8 * (budget.activations + budget.learners(1) + budget.kept_blocks(1) + budget.moments) <= 7 * free
 
 

@@ -179,10 +179,12 @@ def _chain(
 ) -> Chain:
     """Return the blocks under training; `boundaries` is filled where graphs do not fit into memory."""
     blocks = range(min(trained), len(ctx.teacher.names))
-    resident = ctx.job.memory.learners(TRAINED_BYTES * max(block.params for block in trained.values()))
+    each = TRAINED_BYTES * max(block.params for block in trained.values())
+    resident = ctx.job.memory.learners(each)
     compiled = ctx.compiled(config.batch_size, "recovery", resident >= len(trained))
     pool = LearnerPool(_learners(ctx, config, compiled), scratch, resident)
-    if resident < len(trained) or not _graphs_fit(ctx, pool, blocks, config, calls, inputs):
+    room = ctx.job.memory.graphs(each * len(trained))
+    if resident < len(trained) or _graph_bytes(ctx, pool, blocks, config, calls, inputs) > room:
         placement, shape = ctx.placement(), (config.batch_size, *inputs.shape[1:])
         place = placement.place(len(blocks) * math.prod(shape) * inputs.dtype.itemsize)
         boundaries |= {
@@ -192,19 +194,18 @@ def _chain(
     return Chain(pool, frozenset(trained), _dense_blocks(ctx), blocks, calls, inputs, tape)
 
 
-def _graphs_fit(
+def _graph_bytes(
     ctx: RunContext,
     pool: LearnerPool,
     blocks: range,
     config: RecoveryConfig,
     calls: BlockInputs,
     inputs: ActivationStore,
-) -> bool:
-    """Tell whether the graphs of all blocks for one batch may be kept in memory."""
+) -> int:
+    """Return about what the graphs of all blocks for one batch take in memory."""
     rows = torch.arange(min(config.batch_size, ctx.job.micro_batch, inputs.shape[0]))
     run = partial(pool[blocks[0]].uncompiled, calls.select(blocks[0], rows, inputs.device))
-    needed = graph_bytes(run, inputs.read(rows)) * len(blocks) * math.ceil(config.batch_size / len(rows))
-    return needed <= ctx.job.memory.graphs
+    return graph_bytes(run, inputs.read(rows)) * len(blocks) * math.ceil(config.batch_size / len(rows))
 
 
 def _learners(ctx: RunContext, config: RecoveryConfig, compiled: int) -> Callable[[int], Learner]:

@@ -1,8 +1,8 @@
 """How the free memory is shared out among all that may lie in it at the same time.
 
 In eighths of what was free when work began: activations between blocks 2, learners 3, dense blocks 1, moments 1 and, when these
-are given back, the graphs of recovery 1. One is left for what is at work. What finds no room lies on disk or is computed again,
-to the same bits.
+are given back, the graphs of recovery 1, and what learners leave of theirs. One is left for what is at work. What finds no room
+lies on disk or is computed again, to the same bits.
 """
 
 from dataclasses import dataclass
@@ -62,10 +62,9 @@ class MemoryBudget:
         """Bytes of second moments that may be kept until the factors are initialised."""
         return eighths(self.device, 1)
 
-    @property
-    def graphs(self) -> int:
-        """Bytes of autograd's graphs through all blocks that may be kept in recovery."""
-        return eighths(self.device, 1)
+    def graphs(self, learners: int) -> int:
+        """Return the bytes of autograd's graphs through all blocks that may be kept in recovery beside the bytes of its learners."""
+        return eighths(self.device, 1) + max(0, eighths(self.device, 3) - learners)
 
     def learners(self, bytes_each: int) -> int:
         """Return how many blocks under training may stay in memory."""
