@@ -63,7 +63,7 @@ class MemoryBudget:
         return eighths(self.device, 1)
 
     def graphs(self, learners: int) -> int:
-        """Return the bytes of autograd's graphs through all blocks that may be kept in recovery beside the bytes of its learners."""
+        """Return the bytes of autograd's graphs that recovery may keep, where its learners take so many bytes."""
         return eighths(self.device, 1) + max(0, eighths(self.device, 3) - learners)
 
     def learners(self, bytes_each: int) -> int:
