@@ -32,9 +32,10 @@ class Split:
         return cls(order[count:].sort().values, order[:count].sort().values)
 
     def part(self, sequences: int) -> Int[Tensor, " k"]:
-        """Return the indices of about so many sequences, in order: all that are held out, and at least one to train on."""
-        few = self.train[: max(1, sequences - len(self.held_out))]
-        return torch.cat([few, self.held_out]).unique()
+        """Return the indices of so many sequences, in order, as large a part of them held out as of all, and one at least."""
+        total = len(torch.cat([self.train, self.held_out]).unique())
+        held = max(1, round(len(self.held_out) * sequences / total))
+        return torch.cat([self.train[: max(1, sequences - held)], self.held_out[:held]]).unique()
 
     def within(self, rows: Int[Tensor, " k"]) -> "Split":
         """Return the split of some of the sequences, as indices into `rows`."""
