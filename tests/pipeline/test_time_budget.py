@@ -109,11 +109,11 @@ def test_plan_tells_the_bound(tiny, monkeypatch):
 def test_steps_fill_what_is_left(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
     deadline = Deadline(at=1100.0, seconds=200.0, measured=1000)
-    # 100 s left, 8 of them for the result, 2 for the text, 4 for the search, 5 for checks
-    assert deadline.steps(step=2.0, check=1.0, checks=8, forward=1e-3, most=100) == 40
-    assert deadline.steps(step=2.0, check=1.0, checks=1, forward=1e-3, most=100) == 42
+    # 100 s left, 8 of them for the result, 3 for the text, 6 for the search and the end, 4 for checks
+    assert deadline.steps(step=2.0, check=1.0, checks=8, forward=1e-3, most=100) == 39
+    assert deadline.steps(step=2.0, check=1.0, checks=1, forward=1e-3, most=100) == 41
     assert deadline.steps(step=2.0, check=1.0, checks=8, forward=1e-3, most=30) == 30
-    assert deadline.steps(step=86.0 / (LEAST_STEPS - 1), check=1.0, checks=8, forward=1e-3, most=30) == 0
+    assert deadline.steps(step=84.0 / (LEAST_STEPS - 1), check=1.0, checks=8, forward=1e-3, most=30) == 0
     assert Deadline(at=900.0, seconds=200.0).steps(2.0, 1.0, 8, 0.0, 30) == 0
 
 

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 LEAST_STEPS = 4  # fewer bring nothing
 STEPS_A_CHECK = 8  # a check on the held-out sequences takes as long as one to three steps
-SEARCH = 4  # checks that the start and the search for a rate take as long as
+OTHERS = 6  # checks that the start, the search for a rate and the measuring of the finished model take as long as
+WITH_HEAD = 1.5  # times a forward pass through the blocks: with the head, and over longer windows
 
 STEPS = "recovery steps"  # name of the decision in the run folder
 
@@ -55,13 +56,13 @@ class Deadline:
             step: seconds of an optimiser step.
             check: seconds of a check on the held-out sequences.
             checks: how many there will be after the start, at most.
-            forward: seconds a token of a forward pass of the original.
+            forward: seconds a token of a forward pass of the original's blocks.
             most: steps that are wanted at all.
         """
-        left = self.at - time.monotonic() - EXPORT * self.seconds - 2 * forward * self.measured
+        left = self.at - time.monotonic() - EXPORT * self.seconds - 2 * WITH_HEAD * forward * self.measured
 
         def too_many(steps: int) -> bool:
-            return steps * step + (checks_of(steps, checks) + SEARCH) * check > left
+            return steps * step + (checks_of(steps, checks) + OTHERS) * check > left
 
         steps = bisect_left(range(most + 1), True, key=too_many) - 1
         return steps if steps >= LEAST_STEPS else 0
