@@ -67,7 +67,7 @@ def test_a_replayed_plan_decides_the_size(tiny, quick, job, tmp_path):
 
 def test_identity_sees_recipe_model_data_and_ranks(job, text, quick, tiny):
     identity = job.identity()
-    assert list(identity) == ["recipe", "model", "data", "plan"]
+    assert list(identity) == ["time", "recipe", "model", "data", "plan"]
     assert identity["recipe"] == job.recipe.as_dict()
     assert list(identity["data"]) == [str(text)]
     assert json.loads(json.dumps(identity)) == identity
