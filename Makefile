@@ -24,7 +24,7 @@ demo-real: $(VENV)/.ready-bench  ## fetch a real chat model, compress it within 
 	@PATH="$(abspath $(BIN)):$$PATH" TIME="$(TIME)" bash demo/real.sh
 
 test: $(VENV)/.ready  ## run all tests
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal  # long tests lie together: idle workers take some
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 fuzz: $(VENV)/.ready  ## damage every kind of input in 20,000 ways; each must end with success or one clear line
 	$(BIN)/python -m fuzz
