@@ -1,6 +1,5 @@
 """Rows of published methods that are no recipe of lillama; see `bench/baselines`."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,5 +38,5 @@ def _ids(order: Order) -> Any:
     from lillama.calibration.sample import sample_calibration
     from lillama.model.tokenizer import load_tokenizer
 
-    recipe = lillama.load_recipe("default", {"calibration": json.loads(json.dumps(order.calibration))})
+    recipe = lillama.load_recipe("default", {"calibration": order.calibration})
     return sample_calibration(recipe.calibration, order.model, load_tokenizer(order.model), order.seed).ids
