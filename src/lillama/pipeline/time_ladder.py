@@ -58,7 +58,7 @@ def choose(recipe: Recipe, seconds: float, cost: Cost, most_tokens: int | None =
     local, most = max((size for size in sizes if fits(size, 0, MEASURED)), default=sizes[0]), recipe.distill.epochs
     if recipe.recover.wanted:
         once = (with_effort(recipe, size, local, 0) for size in sizes if size > local)
-        longer = (one for one in once if cost(_recovered_once(one)) <= SURPLUS * seconds)
+        longer = (one for one in once if cost(_one_epoch(one)) <= SURPLUS * seconds)
         return max(longer, key=lambda one: one.calibration.tokens, default=with_effort(recipe, local, local, 0))
     epochs = next((count for count in (most, *EPOCHS) if count <= most and fits(local, count, DISTILLED)), 0)
     return with_effort(recipe, local, local, epochs)
@@ -77,7 +77,7 @@ def ladder(recipe: Recipe, plan: RankPlan, cost: Cost) -> tuple[Rung, ...]:
         chosen = choose(recipe, seconds, cost)
         left, passes = seconds * (1 - EXPORT) - cost(unrecovered(chosen)), 0.0
         if recipe.recover.wanted and plan.factorised:
-            an_epoch = cost(_recovered_once(chosen)) - cost(unrecovered(chosen))
+            an_epoch = cost(_one_epoch(chosen)) - cost(unrecovered(chosen))
             passes = min(max(left, 0.0) / max(an_epoch, 1e-9), float(MOST_EPOCHS))
         tokens, distill = chosen.calibration.tokens, chosen.distill
         rungs.append(Rung(seconds, tokens, distill.tokens or tokens, distill.epochs, round(passes, 2)))
@@ -98,6 +98,6 @@ def unrecovered(recipe: Recipe) -> Recipe:
     return replace(recipe, recover=replace(recipe.recover, epochs=0, steps=None))
 
 
-def _recovered_once(recipe: Recipe) -> Recipe:
+def _one_epoch(recipe: Recipe) -> Recipe:
     """Return a recipe with one epoch of recovery."""
     return replace(recipe, recover=replace(recipe.recover, epochs=1, steps=None))

@@ -22,15 +22,15 @@ def draw(chances: Float[Tensor, "tokens vocabulary"], uniform: Float[Tensor, " t
     tokens, size = chances.shape
     groups = F.pad(chances, (0, -size % GROUP)).view(tokens, -1, GROUP)
     sums = groups.sum(dim=-1)
-    ends = sums @ _running(sums)
+    ends = sums @ _triangle(sums)
     share = uniform[:, None] * ends[:, -1:]
     group = _first_beyond(ends, share)
     inner = groups.gather(1, group[..., None].expand(-1, -1, GROUP))[:, 0]
     left = share - (ends - sums).gather(1, group)
-    return group * GROUP + _first_beyond(inner @ _running(inner), left)
+    return group * GROUP + _first_beyond(inner @ _triangle(inner), left)
 
 
-def _running(rows: Float[Tensor, "_ n"]) -> Float[Tensor, "n n"]:
+def _triangle(rows: Float[Tensor, "_ n"]) -> Float[Tensor, "n n"]:
     """Return the matrix that rows are multiplied with for their running sums."""
     return rows.new_ones(rows.shape[1], rows.shape[1]).triu()
 
