@@ -53,7 +53,7 @@ def choose(recipe: Recipe, seconds: float, cost: Cost, most_tokens: int | None =
     sizes = [size for size in LADDER if most_tokens is None or size <= most_tokens] or [LADDER[0]]
 
     def fits(tokens: int, epochs: int, share: float) -> bool:
-        return cost(unrecovered(with_effort(recipe, tokens, tokens, epochs))) <= share * seconds
+        return cost(without_recovery(with_effort(recipe, tokens, tokens, epochs))) <= share * seconds
 
     local, most = max((size for size in sizes if fits(size, 0, MEASURED)), default=sizes[0]), recipe.distill.epochs
     if recipe.recover.wanted:
@@ -75,9 +75,9 @@ def ladder(recipe: Recipe, plan: RankPlan, cost: Cost) -> tuple[Rung, ...]:
     rungs = list[Rung]()
     for seconds in BUDGETS:
         chosen = choose(recipe, seconds, cost)
-        left, passes = seconds * (1 - EXPORT) - cost(unrecovered(chosen)), 0.0
+        left, passes = seconds * (1 - EXPORT) - cost(without_recovery(chosen)), 0.0
         if recipe.recover.wanted and plan.factorised:
-            an_epoch = cost(_one_epoch(chosen)) - cost(unrecovered(chosen))
+            an_epoch = cost(_one_epoch(chosen)) - cost(without_recovery(chosen))
             passes = min(max(left, 0.0) / max(an_epoch, 1e-9), float(MOST_EPOCHS))
         tokens, distill = chosen.calibration.tokens, chosen.distill
         rungs.append(Rung(seconds, tokens, distill.tokens or tokens, distill.epochs, round(passes, 2)))
@@ -93,7 +93,7 @@ def with_effort(recipe: Recipe, tokens: int, distill_tokens: int, distill_epochs
     )
 
 
-def unrecovered(recipe: Recipe) -> Recipe:
+def without_recovery(recipe: Recipe) -> Recipe:
     """Return a recipe without recovery."""
     return replace(recipe, recover=replace(recipe.recover, epochs=0, steps=None))
 
