@@ -125,7 +125,7 @@ def yardstick(folder: Path) -> dict[str, int]:
     model = open_streamed(folder / "model", torch.device("cpu"))
     plan = lillama.plan(folder / "model", keep=KEEP).plan
     spec = plan.spec.blocks[0]
-    ranks = {name.removeprefix(f"{spec.name}."): rank for name, rank in plan.within(spec).items()}
+    ranks = plan.ranks_within(spec)
     placement = ActivationPlacement(torch.device("cpu"), folder, 0, 1 << 40)
     batch = Batch.of_tokens(torch.zeros(MICRO_BATCH, SEQ_LEN, dtype=torch.long))
     calls, hidden = begin(model, batch, StoreFactory(placement, torch.float32, "hidden"), MICRO_BATCH)

@@ -23,6 +23,8 @@ from lillama.model.describe import describe
 from lillama.model.source import load_config
 from lillama.model.spec import BlockSpec
 from lillama.modeling.linear import LowRankLinear, PivotLinear
+from lillama.modeling.soundness import FORMAT_VERSION
+from lillama.ranks.plan import RankPlan
 from lillama.stream.model import open_streamed
 
 IN_BLOCK = {"self_attn.q_proj": 9, "self_attn.o_proj": 16, "mlp.gate_proj": 11, "mlp.up_proj": 14, "mlp.down_proj": 32}
@@ -54,10 +56,10 @@ def assembled(
             torch.nn.init.normal_(layer.right.weight, std=0.3, generator=generator)
         return {name: tensor.to(dtype) for name, tensor in student.state_dict().items()}
 
+    plan = RankPlan(spec, {linear.name: ranks.get(linear.name) for linear in spec.linears}, storage)
     return assemble(
-        folder, teacher.weights, spec, ranks, storage, compressed, lambda block: teacher.template(block.index), "cafe",
-        10**6,
-    )  # fmt: skip
+        folder, teacher.weights, plan, compressed, lambda block: teacher.template(block.index), "cafe", 10**6
+    )
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
@@ -137,7 +139,7 @@ def test_an_order_that_is_absorbed_is_not_stored_and_not_computed(original: Path
 def test_a_folder_of_a_newer_lillama_is_refused_block_by_block_too(original: Path, tmp_path: Path) -> None:
     assembled(original, tmp_path / "form", Storage("pivot"), torch.float32)
     config = json.loads((tmp_path / "form" / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = FORMAT_VERSION + 1
     (tmp_path / "form" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="newer lillama: upgrade"):
         open_streamed(tmp_path / "form", CPU)

@@ -21,6 +21,7 @@ from transformers import (
 from lillama.lowrank.install import low_rank_linears
 from lillama.modeling.linear import LowRankLinear
 from lillama.modeling.quantizer import LowRankConfig
+from lillama.modeling.soundness import FORMAT_VERSION
 
 
 def load(folder: Path, **options: object) -> LlamaForCausalLM:
@@ -215,7 +216,7 @@ def test_peft_sees_both_factors(form: str, request: pytest.FixtureRequest, tmp_p
 
 def test_a_newer_format_is_refused(saved: Saved, tmp_path: Path) -> None:
     config = json.loads((saved.folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = FORMAT_VERSION + 1
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="newer lillama: upgrade"):
         load(tmp_path)

@@ -17,7 +17,7 @@ from lillama.errors import ModelError
 from lillama.hub.export import export
 from lillama.hub.portable import portable_code
 from lillama.modeling.quantizer import LowRankConfig
-from lillama.modeling.soundness import refusal
+from lillama.modeling.soundness import FORMAT_VERSION, refusal
 from lillama.stream.model import open_streamed
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -67,7 +67,7 @@ SECTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "version a fraction": ({"format_version": 1.5}, r"format_version is 1\.5: a whole number"),
     "version zero": ({"format_version": 0}, "format_version is 0: a whole number"),
     "version true": ({"format_version": True}, "format_version is True: a whole number"),
-    "version later": ({"format_version": 3}, "newer lillama: upgrade"),
+    "version later": ({"format_version": FORMAT_VERSION + 1}, "newer lillama: upgrade"),
     "version of 91 digits": ({"format_version": 10**90}, r"format_version 1000*\.\.\. was written by a newer"),
     "a method for a key": ({"to_dict": "x"}, "to_dict is no key of a section of lillama"),
 }

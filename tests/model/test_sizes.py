@@ -69,7 +69,7 @@ def test_each_linear_counts_in_its_own_type(kind: type[PretrainedConfig] | None,
     saved_bytes = sum((one.params - one.params_at(4)) * spec.itemsize(one) for one in spec.linears)
     assert plan.kept_bytes == spec.nbytes - saved_bytes
     budget = Budget.of(spec, 1.0, "model", Storage("plain"), plan.kept_bytes)
-    assert budget.spare(ranks) == 0
+    assert budget.spare(plan) == 0
 
 
 def test_a_model_without_weights_takes_what_its_configuration_says(made_up_spec: ModelSpec) -> None:

@@ -28,7 +28,9 @@ def result(tiny, quick, tmp_path_factory):
 
 def test_the_run_folder_tells_how_ranks_were_chosen(tiny, result):
     record = json.loads((result.run / "allocation.json").read_text())
-    assert [one["share"] for one in record["candidates"]] == [0.0, 0.5, 1.0]
+    assert [(one["share"], one["narrower"] > 0) for one in record["candidates"]] == [
+        (0.0, False), (0.5, False), (1.0, False), (1.0, True),
+    ]  # fmt: skip
     best = min(record["candidates"], key=lambda one: one["kl"])
     assert record["chosen"] == best["share"] and best["kl"] > 0
     predicted = [one["predicted"] for one in record["candidates"]]
@@ -77,7 +79,7 @@ def test_an_interrupted_run_decides_once_and_ends_in_the_same_bits(tiny, quick, 
 
 def test_uniform_ranks_are_taken_where_they_are_better_and_this_is_said(tiny, quick, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
-        rank_selection, "_evaluate_plans", lambda ctx, gradients, plans: [(0.1, 0.1)] + [(0.2, 0.2)] * (len(plans) - 1)
+        rank_selection, "_evaluate_plans", lambda ctx, gradients, plans, curves: [(0.1, 0.1)] + [(0.2, 0.2)] * (len(plans) - 1)
     )
     result = compress(tiny, tmp_path / "out", recipe=quick(**BEST, distill={"epochs": 0}))
     assert "uniform ranks were better" in caplog.text

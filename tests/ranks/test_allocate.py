@@ -205,7 +205,7 @@ def test_mixtral_at_eighty_percent_touches_blocks_0_to_8_and_a_part_of_9(made_up
     spec = made_up(32, experts, others=attention + 8 * 4096 + 2 * 4096, outside=2 * 32000 * 4096 + 4096)
     assert spec.params == 46_702_792_704
     plan = Bottom()(spec, 0.8)
-    touched = [len(plan.within(block)) for block in spec]
+    touched = [len(plan.ranks_within(block)) for block in spec]
     assert touched[:9] == [24] * 9 and 0 < touched[9] < 24 and set(touched[10:]) == {0}
     assert spec.params - plan.kept_params == pytest.approx(9.34e9, rel=1e-3)
-    assert {rank for block in spec.blocks[:9] for rank in plan.within(block).values()} == {1024}
+    assert {rank for block in spec.blocks[:9] for rank in plan.ranks_within(block).values()} == {1024}

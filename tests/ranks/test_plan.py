@@ -22,7 +22,7 @@ def test_the_account_of_a_plan_is_the_sum_over_its_linears(spec: ModelSpec) -> N
     assert plan.kept_params == spec.params - 2 * 600 + 9 * 50
     assert plan.kept_bytes == 2 * plan.kept_params and plan.keep == plan.kept_params / spec.params
     assert plan.factorised == {"layers.1.up": 4, "layers.2.down": 5}
-    assert [plan.within(block) for block in spec] == [{}, {"layers.1.up": 4}, {"layers.2.down": 5}]
+    assert [plan.ranks_within(block) for block in spec] == [{}, {"up": 4}, {"down": 5}]
     assert plan["layers.1.up"] == 4 and plan["layers.1.down"] is None
 
 

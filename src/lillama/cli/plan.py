@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lillama.pipeline.job import Planned
+    from lillama.ranks.plan import RankPlan
 
 
 def plan(
@@ -82,11 +83,8 @@ def _tables(plan: "Planned") -> None:
     table = Table("linear", *(f"block {block.index}" for block in shown), title=spec.architecture)
     kinds = {linear.name.removeprefix(f"{block.name}."): linear for block in spec for linear in block.linears}
     for inner, linear in kinds.items():
-        cells = (ranks.ranks.get(f"{block.name}.{inner}") for block in shown)
-        table.add_row(
-            f"{inner} ({linear.out_features} x {linear.in_features})",
-            *("dense" if r is None else str(r) for r in cells),
-        )
+        cells = (_kept(ranks, f"{block.name}.{inner}") for block in shown)
+        table.add_row(f"{inner} ({linear.out_features} x {linear.in_features})", *cells)
     facts = Table(show_header=False)
     facts.add_row("parameters", f"{spec.params:,} -> {ranks.kept_params:,} ({ranks.keep:.2%} kept)")
     facts.add_row("bytes", f"{readable(spec.nbytes)} -> {readable(ranks.kept_bytes)} in {spec.dtype}")
@@ -103,6 +101,14 @@ def _tables(plan: "Planned") -> None:
             "ranks", "those of `uniform`; `compress` moves budget when it has read the weights (see --preview)"
         )
     print_tables(table, facts, _ladder(plan), *([_curve(plan)] if plan.curve else []))
+
+
+def _kept(plan: "RankPlan", linear: str) -> str:
+    """Return the rank of a linear, or its shape in a narrower FFN."""
+    if linear in plan.shapes:
+        return " x ".join(map(str, plan.shapes[linear]))
+    rank = plan.ranks.get(linear)
+    return "dense" if rank is None else str(rank)
 
 
 def _ladder(plan: "Planned") -> "Table":

@@ -20,10 +20,11 @@ from lillama.lowrank.pivot import Pivoting, in_order, pivot_rows
 from lillama.lowrank.quantize import refuse_without_torchao
 from lillama.lowrank.storage import Storage
 from lillama.model.checkpoint import FETCH_AGAIN, NAMED, CheckpointWriter
-from lillama.model.spec import BlockSpec, ModelSpec
+from lillama.model.spec import BlockSpec
 from lillama.model.weights import Weights
 from lillama.modeling.experts import fuse, native_names
 from lillama.modeling.quantizer import LowRankConfig
+from lillama.ranks.plan import RankPlan
 from lillama.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,7 @@ LEFT, RIGHT = ".left.weight", ".right.weight"
 def assemble(
     folder: Path,
     weights: Weights,
-    spec: ModelSpec,
-    ranks: Mapping[str, int],
-    storage: Storage,
+    plan: RankPlan,
     compressed: Callable[[BlockSpec], Mapping[str, Tensor] | None],
     template: Callable[[BlockSpec], nn.Module],
     recipe_hash: str,
@@ -50,12 +49,11 @@ def assemble(
     Args:
         folder: to be filled.
         weights: of the original.
-        spec: of the original.
-        ranks: full name -> rank of the factorised linears.
-        storage: how these are written.
+        plan: of the compressed model.
         compressed: returns the state of a block (name within it -> tensor, the factors in the plain form, of any
             floating-point type), or None if it stays as it is.
-        template: returns a block of the original without weights, its experts and Conv1Ds as linears.
+        template: returns a block without weights, its experts and Conv1Ds as linears, in the shapes that it has before
+            linears are factorised.
         recipe_hash: goes into config.json.
         shard_bytes: largest size of a weight file.
         code: whether the code that the original's settings name goes along.
@@ -63,6 +61,7 @@ def assemble(
     Returns:
         full name -> how well the pivots of a linear stand for its other rows; empty for the plain form.
     """
+    spec, ranks, storage = plan.spec, plan.factorised, plan.storage
     if storage.bits:
         refuse_without_torchao()
     source, names = weights.reader.folder, weights.sources
@@ -93,7 +92,7 @@ def assemble(
             ]
     config = without_code(read_json(source / "config.json", ModelError, FETCH_AGAIN), source, code)
     config.pop(NAMED, None)  # the weights are written under the usual names
-    _write_config(folder, config, ranks, storage, absorbed, recipe_hash)
+    _write_config(folder, config, plan, absorbed, recipe_hash)
     _log(how)
     return how
 
@@ -145,15 +144,16 @@ def _original(name: str, ranks: Mapping[str, int]) -> str:
 def _write_config(
     folder: Path,
     config: Mapping[str, Any],
-    ranks: Mapping[str, int],
-    storage: Storage,
+    plan: RankPlan,
     absorbed: list[str],
     recipe_hash: str,
 ) -> None:
     facts: dict[str, Any] = {"lillama_version": __version__, "recipe_hash": recipe_hash}
-    known = None if (storage.form, storage.bits) == ("plain", None) else asdict(storage)
-    low_rank = LowRankConfig(ranks=dict(ranks), storage=known, absorbed=absorbed, **facts)
-    write_json(folder / "config.json", dict(config) | ({"quantization_config": low_rank.to_dict()} if ranks else {}))
+    known = None if (plan.storage.form, plan.storage.bits) == ("plain", None) else asdict(plan.storage)
+    shapes = {name: list(shape) for name, shape in plan.shapes.items()}
+    low_rank = LowRankConfig(ranks=plan.factorised, storage=known, absorbed=absorbed, shapes=shapes, **facts)
+    section = {"quantization_config": low_rank.to_dict()} if plan.compresses else {}
+    write_json(folder / "config.json", dict(config) | section)
 
 
 def _log(how: Mapping[str, Pivoting]) -> None:

@@ -52,7 +52,7 @@ def card(
         recipe_text=yaml.safe_dump(public_recipe(result.recipe.as_dict()), sort_keys=False, allow_unicode=True),
         manifest=manifest,
         sources=[public_name(source) for source in sources],
-        compressed=sum(bool(plan.within(block)) for block in spec),
+        compressed=sum(plan.changes(block) for block in spec),
         kept_initialisations=kept_initialisations,
         versions=environment(),
         rights=rights,

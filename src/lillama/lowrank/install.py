@@ -1,15 +1,16 @@
-"""Put low-rank layers in the place of dense linears, and back; the model is changed in place."""
+"""Put low-rank and narrower layers in the place of dense linears, and back; the model is changed in place."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lillama.errors import ModelError, suggestion
-from lillama.modeling.linear import build_factorised, low_rank_linears, mark, merge, prepare
-from lillama.modeling.soundness import misfit, refusal
+from lillama.modeling.linear import build_factorised, low_rank_linears, mark, merge, prepare, resize
+from lillama.modeling.soundness import misfit, refusal, unshaped
 
-__all__ = ["install", "install_stored", "low_rank_linears", "merge"]
+__all__ = ["install", "install_stored", "low_rank_linears", "merge", "narrow"]
 
 
 def install(model: nn.Module, ranks: Mapping[str, int]) -> None:
@@ -49,6 +50,7 @@ def install_stored(model: nn.Module, section: Mapping[str, Any]) -> None:
     if reason:
         raise ModelError(f"{type(model).__name__}: {reason}")
     ranks, absorbed = section["ranks"], frozenset(section.get("absorbed") or ())
+    narrow(model, section.get("shapes") or {})
     prepare(model, ranks.keys())
     modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
     linears = {name: layer for name, layer in modules if isinstance(layer, nn.Linear)}
@@ -64,3 +66,31 @@ def install_stored(model: nn.Module, section: Mapping[str, Any]) -> None:
         layer = build_factorised(linears[name], rank, section.get("storage"), name not in absorbed)
         model.set_submodule(name, layer)
     mark(model)
+
+
+def narrow(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Swap the named dense layers for ones of fewer rows or columns, of the same class and type; their numbers are 0.
+
+    Args:
+        model: the whole model, or any part of it that the names start from.
+        shapes: name of a `nn.Linear` or a Conv1D -> rows and columns of its weight.
+
+    Raises:
+        ModelError: a name is not a dense layer of the model, or a shape is larger than the layer.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 96))
+        >>> narrow(model, {"0": (80, 64)})
+        >>> model[0]
+        Linear(in_features=64, out_features=80, bias=True)
+    """
+    modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
+    dense = {name: layer for name, layer in modules if isinstance(layer, nn.Linear | Conv1D)}
+    for name, shape in shapes.items():
+        if name not in dense:
+            raise ModelError(f"{name}: no dense layer of this name in {type(model).__name__}{suggestion(name, dense)}")
+        reason = unshaped(name, shape, dense[name])
+        if reason:
+            raise ModelError(reason)
+    for name, (rows, columns) in shapes.items():
+        model.set_submodule(name, resize(dense[name], rows, columns))

@@ -1,7 +1,8 @@
 """A block's student: a copy of the teacher whose linears are factorised."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,66 @@ from torch import Tensor, nn
 from lillama.lowrank.batching import stacks
 from lillama.lowrank.gram import Moments, exact_device
 from lillama.lowrank.initialisers import Initialiser
-from lillama.lowrank.install import install
+from lillama.lowrank.install import install, narrow
+from lillama.lowrank.neurons import refit
 from lillama.system.resources import trim_memory
+
+
+@dataclass(frozen=True)
+class NarrowFfn:
+    """An FFN of a block that becomes narrower.
+
+    Attributes:
+        inward: names within the block of the linears that lead to the neurons.
+        outward: name of the linear behind them.
+        kept: indices of the neurons that are kept.
+    """
+
+    inward: tuple[str, ...]
+    outward: str
+    kept: tuple[int, ...]
+
+    def shapes(self, block: nn.Module) -> dict[str, tuple[int, int]]:
+        """Return name -> rows and columns of its linears, as they become."""
+        found = {name: (len(self.kept), block.get_parameter(f"{name}.weight").shape[1]) for name in self.inward}
+        return found | {self.outward: (block.get_parameter(f"{self.outward}.weight").shape[0], len(self.kept))}
+
+
+@torch.no_grad()
+def narrow_teacher(
+    template: nn.Module, teacher: nn.Module, ffns: Iterable[NarrowFfn], moments: Mapping[str, Moments]
+) -> tuple[nn.Module, nn.Module]:
+    """Return the template and the teacher of a block with narrower FFNs, the weights behind the kept neurons refitted.
+
+    Without such FFNs they are returned as they are.
+
+    Args:
+        template: the block without weights, on the meta device; it is left as it is.
+        teacher: the block with its weights; it is left as it is, and shares those that stay with the result.
+        ffns: those that become narrower.
+        moments: name within the block -> what was measured at the last linears of the FFNs.
+    """
+    ffns = list(ffns)
+    if not ffns:
+        return template, teacher
+    shapes = {name: shape for ffn in ffns for name, shape in ffn.shapes(teacher).items()}
+    small, block = copy.deepcopy(template), copy.deepcopy(template)
+    narrow(small, shapes)
+    narrow(block, shapes)
+    state = dict(teacher.state_dict())
+    for ffn in ffns:
+        kept = torch.tensor(ffn.kept, device=state[f"{ffn.outward}.weight"].device)
+        for name in ffn.inward:
+            state |= {key: state[key][kept] for key in (f"{name}.weight", f"{name}.bias") if key in state}
+        gram, weight = moments[ffn.outward].inputs, state[f"{ffn.outward}.weight"]
+        assert gram is not None  # whoever narrows measures what comes to the neurons
+        state[f"{ffn.outward}.weight"] = refit(weight, gram, kept.to(gram.absolute.device)).to(weight)
+    block.load_state_dict(state, strict=False, assign=True)
+    for name, buffer in teacher.named_buffers():
+        if name not in state:
+            owner, _, leaf = name.rpartition(".")
+            block.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    return small, block.eval().requires_grad_(False)
 
 
 def build_student(

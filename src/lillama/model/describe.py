@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -10,10 +10,11 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lillama.errors import ModelError
+from lillama.model.ffn import find_ffns
 from lillama.model.kind import kind_of
 from lillama.model.skeleton import skeleton
 from lillama.model.source import quantization, stored_dtype
-from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
+from lillama.model.spec import BlockSpec, FfnSpec, LinearSpec, ModelSpec
 from lillama.modeling.experts import Experts, unfuse
 
 # Linears that are left dense whatever the targets say: glob of the name within the block -> the reason.
@@ -76,15 +77,19 @@ def describe_model(
         for stack in find_stacks(model)
         for name, block in model.get_submodule(stack).named_children()
     ]
-    alike: dict[object, list[LinearSpec]] = {}  # most blocks of a model are made alike, and are looked into once
+    alike: dict[object, _Inside] = {}  # most blocks of a model are made alike, and are looked into once
     blocks: list[BlockSpec] = []
     for index, (name, block) in enumerate(named):
         form = _form(block)
         if form not in alike:
             alike[form] = _inside(model, name, block, split_gate_up)
-        linears = (replace(one, name=f"{name}.{one.name}") for one in alike[form])
-        chosen = (one for one in linears if matches(one.name, name, targets) and not matches(one.name, name, ignore))
-        blocks.append(BlockSpec(name, index, _count(block), tuple(chosen)))
+        linears = (replace(one, name=f"{name}.{one.name}") for one in alike[form].linears)
+        chosen = {
+            one.name: one for one in linears if matches(one.name, name, targets) and not matches(one.name, name, ignore)
+        }
+        ffns = (_named(ffn, name) for ffn in alike[form].ffns)
+        whole = tuple(ffn for ffn in ffns if chosen.keys() >= set(ffn.linears))
+        blocks.append(BlockSpec(name, index, _count(block), tuple(chosen.values()), whole))
     if not any(block.linears for block in blocks):
         without = f" without {', '.join(ignore)}" if ignore else ""
         raise ModelError(f"targets {', '.join(targets)}{without}: no linear matches; give globs such as 'mlp.*'")
@@ -178,17 +183,30 @@ def _form(block: nn.Module) -> object:
     )
 
 
-def _inside(model: PreTrainedModel, name: str, block: nn.Module, split_gate_up: bool) -> list[LinearSpec]:
-    """Return the linears of a block that may be factorised, by their names within it."""
+@dataclass(frozen=True)
+class _Inside:
+    """The linears of a block that may be factorised, and the feed-forward networks among them, by their names within it."""
+
+    linears: tuple[LinearSpec, ...]
+    ffns: tuple[FfnSpec, ...]
+
+
+def _named(ffn: FfnSpec, block: str) -> FfnSpec:
+    """Return the network by the full names of its linears."""
+    return replace(ffn, inward=tuple(f"{block}.{name}" for name in ffn.inward), outward=f"{block}.{ffn.outward}")
+
+
+def _inside(model: PreTrainedModel, name: str, block: nn.Module, split_gate_up: bool) -> _Inside:
     opened = copy.deepcopy(block)
     unfuse(opened, split=lambda _: split_gate_up)
     _refuse_unknown_weights(type(model).__name__, name, opened)
     kept, shares = set(_names_kept_dense(opened)), _shares(model.config, opened)
-    return [
+    linears = tuple(
         LinearSpec(inner, module.out_features, module.in_features, shares.get(inner, 1.0))
         for inner, module in opened.named_modules()
         if isinstance(module, nn.Linear) and inner not in kept and not any(fnmatchcase(inner, glob) for glob in LEFT)
-    ]
+    )
+    return _Inside(linears, find_ffns(opened, linears))
 
 
 def _shares(config: PretrainedConfig, opened: nn.Module) -> dict[str, float]:

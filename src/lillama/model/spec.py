@@ -117,6 +117,30 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class FfnSpec:
+    """A feed-forward network: linears that lead to its neurons, something that treats each neuron by itself, one linear behind.
+
+    Any of its neurons may be left out (the network is then narrower), for no other number of the model knows of them.
+
+    Attributes:
+        inward: full names of the linears that the neurons are outputs of: up, and gate where there is one.
+        outward: full name of the linear that the neurons are inputs of: down.
+        neurons: how many there are.
+        biases: of each neuron.
+    """
+
+    inward: tuple[str, ...]
+    outward: str
+    neurons: int
+    biases: int = 0
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of all its linears."""
+        return (*self.inward, self.outward)
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """One repeated unit of the model.
 
@@ -125,12 +149,18 @@ class BlockSpec:
         index: position from the input.
         params: stored parameters, all kinds.
         linears: the linears that may be factorised, in the module's order.
+        ffns: the feed-forward networks among these that may be made narrower.
     """
 
     name: str
     index: int
     params: int
     linears: tuple[LinearSpec, ...]
+    ffns: tuple[FfnSpec, ...] = ()
+
+    def inner(self, name: str) -> str:
+        """Return the name within the block of a module by its full name."""
+        return name.removeprefix(f"{self.name}.")
 
     @property
     def active_params(self) -> float:
@@ -187,6 +217,11 @@ class ModelSpec:
     def linears(self) -> tuple[LinearSpec, ...]:
         """All linears that may be factorised, from input to output."""
         return tuple(linear for block in self.blocks for linear in block.linears)
+
+    @cached_property
+    def ffns(self) -> tuple[FfnSpec, ...]:
+        """All feed-forward networks that may be made narrower, from input to output."""
+        return tuple(ffn for block in self.blocks for ffn in block.ffns)
 
     @property
     def block_params(self) -> int:

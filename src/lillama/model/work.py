@@ -1,10 +1,11 @@
 """What is to be done to a model, in numbers; what a stage of it costs. Each stage tells its cost beside its code."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from lillama.model.spec import BlockSpec, ModelSpec
+from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,33 @@ class BlockWork:
     Attributes:
         spec: the block.
         ranks: name of each linear in the model -> rank, or None where it stays dense.
+        shapes: name of a linear -> rows and columns that it becomes, in a narrower FFN.
     """
 
     spec: BlockSpec
     ranks: Mapping[str, int | None]
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything of the block is compressed."""
+        return any(self.ranks[linear.name] is not None or linear.name in self.shapes for linear in self.spec.linears)
 
     @cached_property
     def kept_params(self) -> int:
         """Parameters of the student, or of the block itself where it stays dense."""
-        spec = self.spec
-        return spec.params - sum(x.params - x.params_at(self.ranks[x.name]) for x in spec.linears)
+        return self.spec.params - sum(map(self._removed, self.spec.linears))
 
     @cached_property
     def active_params(self) -> float:
         """Those of the kept parameters that a token meets."""
         spec = self.spec
-        return spec.active_params - sum(x.share * (x.params - x.params_at(self.ranks[x.name])) for x in spec.linears)
+        return spec.active_params - sum(x.share * self._removed(x) for x in spec.linears)
+
+    def _removed(self, linear: LinearSpec) -> int:
+        if linear.name in self.shapes:
+            return linear.params - math.prod(self.shapes[linear.name])
+        return linear.params - linear.params_at(self.ranks[linear.name])
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Work:
     Attributes:
         spec: the original.
         ranks: name of each linear -> rank, or None where it stays dense.
+        shapes: name of a linear -> rows and columns that it becomes, in a narrower FFN.
         tokens: of calibration that initialisation and distillation see.
         recovered: of calibration in all, which recovery sees.
         held_out: those of them that nothing is trained on.
@@ -68,6 +81,7 @@ class Work:
 
     spec: ModelSpec
     ranks: Mapping[str, int | None]
+    shapes: Mapping[str, tuple[int, int]]
     tokens: int
     recovered: int
     held_out: int
@@ -80,12 +94,12 @@ class Work:
     @cached_property
     def blocks(self) -> tuple[BlockWork, ...]:
         """All blocks, from input to output."""
-        return tuple(BlockWork(block, self.ranks) for block in self.spec)
+        return tuple(BlockWork(block, self.ranks, self.shapes) for block in self.spec)
 
     @cached_property
     def trained(self) -> tuple[BlockWork, ...]:
-        """The blocks of which at least one linear is factorised."""
-        return tuple(b for b in self.blocks if any(self.ranks[linear.name] is not None for linear in b.spec.linears))
+        """The blocks of which anything is compressed."""
+        return tuple(block for block in self.blocks if block.changed)
 
     @property
     def active_params(self) -> float:

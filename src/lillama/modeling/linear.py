@@ -1,5 +1,6 @@
 """Linear layers in factorised form. Imports torch and `experts` alone: the same text ships inside portable models."""
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from lillama.modeling.experts import GATE, UP, Experts, fuse, unfuse
 
+WHOLE = "whole_shape"  # attribute of a narrowed layer: the shape of the weight that it was made from
 SCALE = torch.bfloat16  # of quantised weights; its bits are stored as int16
 
 
@@ -241,6 +243,47 @@ def build_factorised(
     return layer.train(dense.training)
 
 
+def resize(dense: nn.Module, out_features: int, in_features: int) -> nn.Module:
+    """Return a dense layer of the same class and type on the same device, of another shape; its numbers are 0.
+
+    Args:
+        dense: an `nn.Linear`, or transformers' Conv1D; may be on the meta device.
+        out_features: width of the output.
+        in_features: width of the input.
+    """
+    weight, bias = cast(torch.Tensor, dense.weight), cast("torch.Tensor | None", dense.bias)
+    layer = copy.copy(dense)
+    layer.__dict__["_parameters"] = {}
+    shape = (out_features, in_features) if isinstance(dense, nn.Linear) else (in_features, out_features)
+    layer.weight = nn.Parameter(weight.new_zeros(shape), weight.requires_grad)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.new_zeros(out_features)))
+    names = ("out_features", "in_features") if isinstance(dense, nn.Linear) else ("nf", "nx")
+    layer.__dict__.update(zip(names, (out_features, in_features), strict=True))
+    layer.__dict__[WHOLE] = getattr(dense, WHOLE, tuple(weight.shape))
+    return layer
+
+
+def widen(layer: nn.Module) -> None:
+    """Give a layer that was narrowed by `resize` its whole shape back, in place: what it lacks is 0.
+
+    Of an FFN all linears must be: the neurons that were left out then get 0 behind them, and change nothing.
+    """
+    whole = cast(tuple[int, int] | None, layer.__dict__.pop(WHOLE, None))
+    if whole is None:
+        return
+    weight, bias = cast(torch.Tensor, layer.weight), cast("torch.Tensor | None", layer.bias)
+    grown = weight.new_zeros(whole)
+    grown[: weight.shape[0], : weight.shape[1]] = weight.detach()
+    layer.weight = nn.Parameter(grown, weight.requires_grad)
+    out_features, in_features = whole if isinstance(layer, nn.Linear) else whole[::-1]
+    if bias is not None:
+        whole_bias = bias.new_zeros(out_features)
+        whole_bias[: len(bias)] = bias.detach()
+        layer.bias = nn.Parameter(whole_bias, bias.requires_grad)
+    names = ("out_features", "in_features") if isinstance(layer, nn.Linear) else ("nf", "nx")
+    layer.__dict__.update(zip(names, (out_features, in_features), strict=True))
+
+
 def prepare(model: nn.Module, names: Collection[str]) -> None:
     """Swap fused experts and Conv1Ds that hold any of the named linears for linears, in place.
 
@@ -292,6 +335,8 @@ def low_rank_linears(model: nn.Module) -> Iterator[tuple[str, Factorised]]:
 def merge(model: nn.Module) -> None:
     """Multiply every factorised layer of `model` back into a dense one, as the original has it, in place.
 
+    Narrower FFNs get their neurons back, with zeros behind them.
+
     Examples:
         >>> model = nn.Sequential(LowRankLinear(64, 96, rank=8, bias=False))
         >>> merge(model)
@@ -300,4 +345,6 @@ def merge(model: nn.Module) -> None:
     """
     for name, layer in list(low_rank_linears(model)):
         model.set_submodule(name, densify(layer))
+    for layer in model.modules():
+        widen(layer)
     fuse(model)

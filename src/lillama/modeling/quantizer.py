@@ -1,9 +1,9 @@
 """Teach transformers to load low-rank models with its own classes: linears are swapped before the weights arrive.
 
 `config.json` carries `quantization_config = {"quant_method": "lillama", "ranks": {module: rank}, "format_version": 1}`;
-version 2 adds `storage` and `absorbed` for weights that are not stored as two plain factors. Importing this module
-registers the method. Its text also ships inside portable models (see `portable.py`), therefore it imports nothing of
-lillama but what ships with it, on one line.
+version 2 adds `storage` and `absorbed` for weights that are not stored as two plain factors, version 3 `shapes` for dense
+layers of fewer neurons. Importing this module registers the method. Its text also ships inside portable models (see
+`portable.py`), therefore it imports nothing of lillama but what ships with it, on one line.
 """
 
 from collections.abc import Collection, Iterator
@@ -14,8 +14,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lillama.modeling.linear import build_factorised, low_rank_linears, mark, merge, prepare
-from lillama.modeling.soundness import AGAIN, fault, misfit, refusal
+from lillama.modeling.linear import build_factorised, low_rank_linears, mark, merge, prepare, resize
+from lillama.modeling.soundness import AGAIN, fault, misfit, refusal, unshaped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -33,6 +33,8 @@ class LowRankConfig(QuantizationConfigMixin):
         format_version: of names and layout in the weight files; by default the lowest that will do.
         storage: `form`, `bits` and `group_size` of the stored weights; None is the plain form, not quantised.
         absorbed: linears in the pivot form whose rows stand pivots first in the model itself.
+        shapes: name of a dense layer in the full model -> rows and columns of its weight, where it is narrower than the
+            rest of the configuration says.
         extra: further facts (version of lillama, hash of the recipe), kept as they are.
 
     Raises:
@@ -45,21 +47,30 @@ class LowRankConfig(QuantizationConfigMixin):
         format_version: Any = None,
         storage: Any = None,
         absorbed: Any = None,
+        shapes: Any = None,
         **extra: Any,
     ) -> None:
-        version = (2 if storage else 1) if format_version is None else format_version
-        _refuse(refusal({"format_version": version, "ranks": ranks, "storage": storage, "absorbed": absorbed}))
+        version = (3 if shapes else 2 if storage else 1) if format_version is None else format_version
+        section = {
+            "format_version": version,
+            "ranks": ranks,
+            "storage": storage,
+            "absorbed": absorbed,
+            "shapes": shapes,
+        }
+        _refuse(refusal(section))
         _refuse(next((f"{key} is no key of a section of lillama" for key in extra if hasattr(type(self), key)), None))
         self.__dict__.update(extra)
         self.ranks: dict[str, int] = ranks
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (an enum that cannot be extended)
         self.storage, self.absorbed = storage, absorbed or []
+        self.shapes: dict[str, tuple[int, int]] = shapes or {}
         self.format_version = version
 
     def to_dict(self) -> dict[str, Any]:
         """Return the section as it is written; what version 1 does not know appears only where it says something."""
         section = super().to_dict()
-        for key in ("storage", "absorbed"):
+        for key in ("storage", "absorbed", "shapes"):
             if not section[key]:
                 del section[key]
         return section
@@ -78,8 +89,14 @@ class LowRankQuantizer(HfQuantizer):
         missed here cannot pass silently: the empty `weight` in the file does not fit a dense linear.
         """
         prefix, config = f"{model.base_model_prefix}.", self.quantization_config
-        aliases = {name: (name, name.removeprefix(prefix), prefix + name) for name in config.ranks}
-        prepare(model, {known for names in aliases.values() for known in names})
+        aliases = {name: (name, name.removeprefix(prefix), prefix + name) for name in (*config.ranks, *config.shapes)}
+        layers = dict(model.named_modules())
+        for name, (rows, columns) in config.shapes.items():
+            known = next((known for known in aliases[name] if hasattr(layers.get(known), "weight")), None)
+            if known is not None:
+                _refuse(unshaped(name, (rows, columns), layers[known]))
+                model.set_submodule(known, resize(layers[known], rows, columns))
+        prepare(model, {known for name in config.ranks for known in aliases[name]})
         linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
         for name, rank in config.ranks.items():
             known = next((known for known in aliases[name] if known in linears), None)
@@ -99,7 +116,8 @@ class LowRankQuantizer(HfQuantizer):
             ValueError: a tensor was missing, or no order, no scale, or of the wrong type: transformers would go on with
                 random numbers.
         """
-        missing = next(_missing(model, self.quantization_config.ranks), None)
+        config = self.quantization_config
+        missing = next(_missing(model, (*config.ranks, *config.shapes)), None)
         _refuse(missing and f"{missing}: this tensor is missing from the weights; {AGAIN}")
         _refuse(fault(model))
         model.is_quantized = False  # pyright: ignore[reportArgumentType]

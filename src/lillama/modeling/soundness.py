@@ -4,7 +4,7 @@ Each function returns the reason of a refusal, or None: who calls knows the fold
 `linear` alone, on one line: the same text ships inside portable models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, cast
 
@@ -13,7 +13,8 @@ from torch import nn
 
 from lillama.modeling.linear import Factorised, low_rank_linears
 
-FORMAT_VERSION = 2  # of names and layout in the weight files; 1 knows the plain form alone, in floating point
+# Of names and layout in the weight files; 1 knows the plain form alone, in floating point, 2 no other shapes.
+FORMAT_VERSION = 3
 FORMS, BITS = ("plain", "pivot"), (None, 4, 8)
 AGAIN = "fetch the model again"
 INFINITE = 0x7F80  # the bits of a scale of infinity, and of all that is smaller and positive below them
@@ -33,7 +34,27 @@ def refusal(section: Any) -> str | None:
             f"{FORMAT_VERSION})"
         )
     ranks, storage = section.get("ranks"), section.get("storage")
-    return _ranks(ranks) or _storage(storage) or _absorb(section.get("absorbed"), ranks, storage)
+    return (
+        _ranks(ranks)
+        or _shapes(section.get("shapes"))
+        or _storage(storage)
+        or _absorb(section.get("absorbed"), ranks, storage)
+    )
+
+
+def unshaped(name: str, shape: Sequence[int], dense: nn.Module) -> str | None:
+    """Return why a shape is none that a dense layer may be narrowed to, or None.
+
+    Args:
+        name: of the layer in the full model.
+        shape: rows and columns of the weight.
+        dense: an `nn.Linear` or a Conv1D; may be on the meta device.
+    """
+    weight = cast(torch.Tensor, dense.weight)
+    rows, columns = weight.shape if isinstance(dense, nn.Linear) else reversed(weight.shape)
+    if shape[0] <= rows and shape[1] <= columns:
+        return None
+    return f"{name}: shape {_excerpt(list(shape))} is not possible: the linear has {rows} x {columns}; {AGAIN}"
 
 
 def misfit(name: str, rank: int, linear: nn.Linear) -> str | None:
@@ -96,6 +117,20 @@ def _ranks(ranks: Any) -> str | None:
             return f"ranks name {_excerpt(name)}: the name of a linear is expected; {AGAIN}"
         if not _whole(rank, 1):
             return f"{name}: rank {_excerpt(rank)} is not possible; leave the layer out of the ranks to keep it dense"
+    return None
+
+
+def _shapes(shapes: Any) -> str | None:
+    if shapes is None:
+        return None
+    if not isinstance(shapes, Mapping):
+        return f"shapes are {_excerpt(shapes)}: a mapping of names to rows and columns is expected; {AGAIN}"
+    for name, shape in cast(Mapping[Any, Any], shapes).items():
+        if not isinstance(name, str):
+            return f"shapes name {_excerpt(name)}: the name of a linear is expected; {AGAIN}"
+        sizes = cast(list[Any], shape) if isinstance(shape, list | tuple) else []
+        if len(sizes) != 2 or not all(_whole(size, 1) for size in sizes):
+            return f"{name}: shape {_excerpt(shape)} is not possible: rows and columns are expected; {AGAIN}"
     return None
 
 

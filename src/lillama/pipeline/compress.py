@@ -148,7 +148,7 @@ def export_model(ctx: RunContext, target: Target, windows: Mapping[str, Windows]
     recipe = replace(job.recipe, recover=with_steps(job.recipe.recover, run_dir))
 
     def compressed(block: BlockSpec) -> Mapping[str, Tensor] | None:
-        if not ctx.ranks(block):
+        if not ctx.changes(block):
             return None
         recovered = run_dir.load_recovered(block.index)
         return run_dir.load_block(block.index) if recovered is None else recovered
@@ -157,11 +157,9 @@ def export_model(ctx: RunContext, target: Target, windows: Mapping[str, Windows]
         pivots = assemble(
             folder,
             ctx.teacher.weights,
-            plan.spec,
-            plan.factorised,
-            plan.storage,
+            plan,
             compressed,
-            lambda block: ctx.teacher.template(block.index),
+            ctx.template,
             recipe.hash,
             job.machine.shard_bytes,
             runs_code(),
@@ -227,7 +225,7 @@ def _sample_tokens(job: Job, run_dir: RunDir, report: Report, lent: RunDir | Non
 
 
 def _warn_of_kept_initialisations(ctx: RunContext) -> None:
-    logs = [ctx.run_dir.block_log(block.index) for block in ctx.blocks if ctx.ranks(block)]
+    logs = [ctx.run_dir.block_log(block.index) for block in ctx.blocks if ctx.changes(block)]
     kept = [log["block"] for log in logs if log["steps"] and not log["improved"]]
     if kept:
         logger.warning(
@@ -251,7 +249,7 @@ def _write_extra(file: Path, text: Callable[[], str]) -> None:
 
 def _card(ctx: RunContext, result: Result) -> str:
     job = ctx.job
-    logs = [ctx.run_dir.block_log(block.index) for block in ctx.blocks if ctx.ranks(block)]
+    logs = [ctx.run_dir.block_log(block.index) for block in ctx.blocks if ctx.changes(block)]
     return card(
         result,
         base_model=str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model,

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 from lillama.calibration.pack import CalibrationSet
 from lillama.distill.log import DistillLog
 from lillama.distill.split import Split
+from lillama.lowrank.install import narrow
 from lillama.lowrank.student import load_student
 from lillama.model.spec import BlockSpec
 from lillama.moments.gradients import GradientCache
 from lillama.pipeline.job import Job
 from lillama.pipeline.time_budget import Deadline
+from lillama.ranks.spectra import Spectra
+from lillama.ranks.widths import WidthCurve
 from lillama.runs.run_dir import RunDir
 from lillama.stream.activations import ActivationPlacement
 from lillama.stream.batch import Batch, batch_of
@@ -54,13 +58,13 @@ class RunContext:
     def blocks(self) -> tuple[BlockSpec, ...]:
         """All blocks up to the last one that is compressed; those above need not run."""
         spec = self.job.plan.spec
-        last = max((block.index for block in spec if self.ranks(block)), default=-1)
+        last = max((block.index for block in spec if self.changes(block)), default=-1)
         return spec.blocks[: last + 1]
 
     @property
     def unfinished(self) -> tuple[BlockSpec, ...]:
         """The blocks that are to be compressed and are not yet."""
-        return tuple(block for block in self.blocks if self.ranks(block) and not self.run_dir.has_block(block.index))
+        return tuple(block for block in self.blocks if self.changes(block) and not self.run_dir.has_block(block.index))
 
     @property
     def rows(self) -> Split:
@@ -106,7 +110,26 @@ class RunContext:
 
     def ranks(self, block: BlockSpec) -> dict[str, int]:
         """Return name within the block -> rank."""
-        return {name.removeprefix(f"{block.name}."): rank for name, rank in self.job.plan.within(block).items()}
+        return self.job.plan.ranks_within(block)
+
+    def widths(self, block: BlockSpec) -> dict[str, int]:
+        """Return name within the block of the last linear of a narrower FFN -> neurons that it keeps."""
+        return self.job.plan.widths_within(block)
+
+    @cached_property
+    def width_curves(self) -> Mapping[str, WidthCurve]:
+        """Name of an FFN's last linear -> in which order its neurons are left out."""
+        return Spectra.load(self.run_dir.spectra).widths if self.job.plan.widths else {}
+
+    def changes(self, block: BlockSpec) -> bool:
+        """Return whether anything of a block is compressed."""
+        return self.job.plan.changes(block)
+
+    def template(self, block: BlockSpec) -> nn.Module:
+        """Return a block without weights, in the shapes that its student has before linears are factorised."""
+        template = self.teacher.template(block.index)
+        narrow(template, self.job.plan.shapes_within(block))
+        return template
 
     def seed(self, block: BlockSpec) -> int:
         """Return the seed of a block's random choices."""
@@ -120,7 +143,7 @@ class RunContext:
     def current(self, index: int) -> nn.Module:
         """Return a block of the compressed model as it is by now."""
         block = self.job.plan.spec.blocks[index]
-        return self.finished(block) if self.ranks(block) else self.teacher.block(index)
+        return self.finished(block) if self.changes(block) else self.teacher.block(index)
 
     def save(self, block: BlockSpec, student: nn.Module, log: DistillLog) -> None:
         """Write a finished student, its parameters in fp32."""
@@ -135,14 +158,14 @@ class RunContext:
                 name,
                 ratio,
             )
-        made_from = {"calibration": self.tokens.seal, "ranks": self.ranks(block)}
+        made_from = {"calibration": self.tokens.seal, "ranks": self.ranks(block), "widths": self.widths(block)}
         self.run_dir.save_block(block.index, student.state_dict(), log, made_from)
         moved = f"{log.block}: held-out loss {log.initial:.5f} -> {log.final:.5f}"
         self.report(Progress("taught", block.index + 1, len(self.blocks), moved))
 
     def finished(self, block: BlockSpec) -> nn.Module:
         """Return a finished student as it was written, to compute with."""
-        template, state = self.teacher.template(block.index), self.run_dir.load_block(block.index)
+        template, state = self.template(block), self.run_dir.load_block(block.index)
         return load_student(template, self.ranks(block), state, self.teacher.device, self.teacher.dtype)
 
     def drop_gradients(self) -> "RunContext":

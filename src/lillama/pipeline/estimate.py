@@ -66,6 +66,7 @@ def estimate(
     work = Work(
         spec=plan.spec,
         ranks=plan.ranks,
+        shapes=plan.shapes,
         tokens=min(recipe.calibration.tokens, recipe.distill.tokens or recipe.calibration.tokens),
         recovered=recipe.calibration.tokens,
         held_out=round(recipe.distill.held_out * recipe.calibration.tokens),

@@ -191,7 +191,7 @@ class Job:
             "recipe": self.recipe.as_dict(),
             "model": {"files": self.teacher.reader.fingerprint(), "tokenizer": tokenizer},
             "data": {_part(source): fingerprint(source) for source in self.recipe.calibration.sources},
-            "plan": "by spectra" if self.open_ranks else digest(dict(self.plan.ranks)),
+            "plan": "by spectra" if self.open_ranks else digest([dict(self.plan.ranks), dict(self.plan.widths)]),
         }
 
 
@@ -227,7 +227,7 @@ def build_job(
     wordless = not teacher.kind.takes_tokens and teacher.kind.stacks == 1
     tokenizer = None if wordless else load_tokenizer(folder)
     ranks, recipe = resolve_budget(_describe(teacher, recipe), recipe, rank_plan)
-    open_ranks = rank_plan is None and recipe.ranks.needs_spectra and bool(ranks.factorised)
+    open_ranks = rank_plan is None and recipe.ranks.needs_spectra and ranks.compresses
     if recipe.storage.bits is not None:
         refuse_without_torchao()
     for key in teacher.weights.keys:
@@ -240,7 +240,7 @@ def build_job(
 def resize_job(job: Job, recipe: Recipe) -> Job:
     """Return a job of another size, its ranks by the recipe: another `keep` or `bytes` than that of the job's own recipe."""
     ranks, recipe = resolve_budget(job.plan.spec, recipe, None)
-    open_ranks = recipe.ranks.needs_spectra and bool(ranks.factorised)
+    open_ranks = recipe.ranks.needs_spectra and ranks.compresses
     needs = _needs(ranks, recipe, job.teacher, job.machine, open_ranks, job.memory)
     return replace(job, recipe=recipe, plan=ranks, open_ranks=open_ranks, needs=needs)
 

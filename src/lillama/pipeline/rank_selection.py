@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,15 +12,17 @@ from lillama.files.artefacts import save_json
 from lillama.lowrank.batching import stacks
 from lillama.lowrank.factors import spectrum
 from lillama.lowrank.gram import Moments, exact_device
-from lillama.lowrank.student import build_student, load_student
+from lillama.lowrank.student import build_student, load_student, narrow_teacher
 from lillama.model.spec import BlockSpec
 from lillama.moments.cost import moments_fit
 from lillama.moments.gradients import PROBED_TOKENS, GradientCache, collect_gradient_moments
 from lillama.pipeline.context import RunContext
+from lillama.pipeline.narrowing import measure_widths, narrow_ffns
 from lillama.ranks.adaptive import Adaptive
 from lillama.ranks.candidates import AllocationJson, Candidate
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
+from lillama.ranks.widths import WidthCurve
 from lillama.stream.activations import ActivationStore, StoreFactory
 from lillama.stream.calls import BlockInputs
 from lillama.stream.capture import advance, begin
@@ -45,7 +47,7 @@ def select_ranks(ctx: RunContext) -> RunContext:
     elif not open_ranks:
         ctx = _with_plan(ctx, RankPlan.load(run.plan, job.plan.spec, job.recipe.storage))
     gradients = None
-    lost = job.open_ranks and not run.spectra.is_file()
+    lost = (job.open_ranks or bool(job.plan.widths)) and not run.spectra.is_file()
     if open_ranks or lost or (job.recipe.init.needs_gradient and ctx.unfinished):
         gradients = _measure_gradients(ctx)
     if open_ranks:
@@ -61,10 +63,15 @@ def select_ranks(ctx: RunContext) -> RunContext:
 def _forget_other_ranks(ctx: RunContext) -> None:
     """Remove blocks that were taught by another plan than the one that was made again."""
     run, found = ctx.run_dir, [block for block in ctx.job.plan.spec if ctx.run_dir.has_block(block.index)]
-    other = [block.name for block in found if run.block_log(block.index)["ranks"] != ctx.ranks(block)]
+    other = [block.name for block in found if not _made_by_plan(ctx, block)]
     if other:
         logger.warning("%s: taught with other ranks than those of plan.json; all blocks are taught again", other[0])
         run.forget_blocks()
+
+
+def _made_by_plan(ctx: RunContext, block: BlockSpec) -> bool:
+    log = ctx.run_dir.block_log(block.index)
+    return log["ranks"] == ctx.ranks(block) and log["widths"] == ctx.widths(block)
 
 
 def measure_spectra(ctx: RunContext) -> Spectra:
@@ -81,6 +88,8 @@ def _with_plan(ctx: RunContext, plan: RankPlan) -> RunContext:
 def _measure_gradients(ctx: RunContext) -> GradientCache:
     """Measure gradients, and the spectra if they are not there yet; moments are kept where memory allows."""
     wanted, found = not ctx.run_dir.spectra.is_file(), dict[str, Tensor]()
+    ranks, curves = ctx.job.recipe.ranks, dict[str, WidthCurve]()
+    narrows = bool(ctx.job.plan.widths) or (isinstance(ranks, Adaptive) and ranks.narrow)
     blocks, kept = ctx.job.plan.spec.blocks, dict[int, dict[str, Moments]]()
     fits = moments_fit(blocks, ctx.job.memory.moments)
 
@@ -99,6 +108,8 @@ def _measure_gradients(ctx: RunContext) -> GradientCache:
         for names in stacks(shapes, exact_device(ctx.job.device)):
             values = _spectra([weights[name] for name in names], [measured[name] for name in names])
             found.update({f"{blocks[index].name}.{name}": own for name, own in zip(names, values, strict=True)})
+        if narrows:
+            curves.update(measure_widths(blocks[index], block, measured))
         trim_memory()
 
     rows = ctx.local_rows.train[: max(1, PROBED_TOKENS // ctx.job.recipe.calibration.seq_len)]
@@ -107,7 +118,7 @@ def _measure_gradients(ctx: RunContext) -> GradientCache:
         ctx.teacher, ctx.local_batch, rows, ctx.placement(), ctx.job.micro_batch, generator, names, visit, ctx.report
     )
     if wanted:
-        Spectra({name: values.numpy() for name, values in found.items()}).save(ctx.run_dir.spectra)
+        Spectra({name: values.numpy() for name, values in found.items()}, curves).save(ctx.run_dir.spectra)
     return replace(gradients, kept=kept)
 
 
@@ -134,23 +145,28 @@ def _pick_plan(ctx: RunContext, gradients: GradientCache) -> RankPlan:
     """Return the candidate that is best on the held-out sequences with its initial factors."""
     recipe, spec, spectra = ctx.job.recipe, ctx.job.plan.spec, Spectra.load(ctx.run_dir.spectra)
     assert isinstance(recipe.ranks, Adaptive)  # no other allocator leaves ranks open
-    plans = recipe.ranks.candidates(spec, recipe.keep, recipe.scope, recipe.storage, spectra, recipe.bytes)
+    tried = recipe.ranks.candidates(spec, recipe.keep, recipe.scope, recipe.storage, spectra, recipe.bytes)
+    plans = [plan for _, plan in tried]
+    measured = _evaluate_plans(ctx, gradients, plans, spectra.widths)
     found = [
-        Candidate(share, plans[share].keep, spectra.rise(plans[share]), kl, rise)
-        for share, (kl, rise) in zip(plans, _evaluate_plans(ctx, gradients, list(plans.values())), strict=True)
+        Candidate(share, plan.keep, spectra.rise(plan), kl, rise, len(plan.widths))
+        for (share, plan), (kl, rise) in zip(tried, measured, strict=True)
     ]
-    best = min(found, key=lambda candidate: (candidate.kl, candidate.share))
+    place = min(range(len(found)), key=lambda place: (found[place].kl, found[place].share, found[place].narrower))
+    best, chosen = found[place], plans[place]
     if best.share == 0 and len(found) > 1:
         logger.warning("uniform ranks were better than adaptive ones on the held-out calibration tokens, and are taken")
-    plans[best.share].save(ctx.run_dir.plan)
+    chosen.save(ctx.run_dir.plan)
     rows = [candidate.as_json() for candidate in found]
     value: AllocationJson = {"version": VERSION, "chosen": best.share, "candidates": rows}
     save_json(ctx.run_dir.allocation, value)
-    return plans[best.share]
+    return chosen
 
 
 @torch.no_grad()
-def _evaluate_plans(ctx: RunContext, gradients: GradientCache, plans: list[RankPlan]) -> list[tuple[float, float]]:
+def _evaluate_plans(
+    ctx: RunContext, gradients: GradientCache, plans: list[RankPlan], curves: Mapping[str, WidthCurve]
+) -> list[tuple[float, float]]:
     """Return divergence and rise of the loss, in nats a held-out token, of each plan with its initial factors."""
     model, spec, rate = ctx.teacher, ctx.job.plan.spec, ctx.job.micro_batch
     held_out, placement = ctx.batch[ctx.rows.held_out], ctx.placement()
@@ -165,7 +181,7 @@ def _evaluate_plans(ctx: RunContext, gradients: GradientCache, plans: list[RankP
         for index in model.indices(stack):
             block = spec.blocks[index]
             ctx.report(Progress("ranks", index, len(spec.blocks), block.name))
-            _advance(ctx, gradients, block, plans, calls, now)
+            _advance(ctx, gradients, block, plans, curves, calls, now)
             trim_memory()
         for name, store in now.items():
             ends[name].append(store)
@@ -184,33 +200,40 @@ def _advance(
     gradients: GradientCache,
     block: BlockSpec,
     plans: list[RankPlan],
+    curves: Mapping[str, WidthCurve],
     calls: Mapping[str, BlockInputs],
     now: Mapping[str, ActivationStore],
 ) -> None:
     """Run a block of the original, and its initial student by every plan, each on its own activations."""
-    model, ranks = ctx.teacher, {f"plan-{n}": _within(block, plan) for n, plan in enumerate(plans)}
-    teacher = model.block(block.index)
-    state = _widest(ctx, gradients, block, teacher, list(ranks.values()))
+    model, by_name = ctx.teacher, {f"plan-{n}": plan for n, plan in enumerate(plans)}
+    teacher, widest = model.block(block.index), _widest(block, plans)
+    ffns = {name: narrow_ffns(block, plan.widths_within(block), curves) for name, plan in by_name.items()}
+    needed = dict.fromkeys([*widest, *(ffn.outward for some in ffns.values() for ffn in some)])
+    found = gradients.moments(block.index, teacher, needed) if needed else {}
+    trim_memory()
+    state = _factors(ctx, block, teacher, widest, found)
     for name, store in now.items():
         runner = teacher
-        if name in ranks:
-            cut = _truncate(state, teacher, ranks[name])
-            runner = load_student(model.template(block.index), ranks[name], cut, model.device, model.dtype)
+        if name in by_name:
+            template, narrowed = narrow_teacher(model.template(block.index), teacher, ffns[name], found)
+            ranks = by_name[name].ranks_within(block)
+            cut = _truncate(state, narrowed, ranks)
+            runner = load_student(template, ranks, cut, model.device, model.dtype)
         advance(runner, block.index, calls[name], store, store, ctx.job.micro_batch)
 
 
-def _within(block: BlockSpec, plan: RankPlan) -> dict[str, int]:
-    return {name.removeprefix(f"{block.name}."): rank for name, rank in plan.within(block).items()}
+def _widest(block: BlockSpec, plans: Iterable[RankPlan]) -> dict[str, int]:
+    """Return the largest rank that any plan gives to each linear of a block."""
+    ranks = [plan.ranks_within(block) for plan in plans]
+    return {
+        name: max(plan.get(name, 0) for plan in ranks) for name in sorted({name for plan in ranks for name in plan})
+    }
 
 
-def _widest(
-    ctx: RunContext, gradients: GradientCache, block: BlockSpec, teacher: nn.Module, ranks: list[dict[str, int]]
+def _factors(
+    ctx: RunContext, block: BlockSpec, teacher: nn.Module, widest: Mapping[str, int], found: Mapping[str, Moments]
 ) -> dict[str, Tensor]:
-    """Return a block's student state at the largest rank that any plan gives to each linear."""
-    widest = {name: max(plan.get(name, 0) for plan in ranks) for name in {name for plan in ranks for name in plan}}
-    widest = {linear: widest[linear] for linear in sorted(widest)}
-    found = gradients.moments(block.index, teacher, widest) if widest else {}
-    trim_memory()
+    """Return the state of a block's student at the largest ranks."""
     generator = torch.Generator().manual_seed(ctx.seed(block))
     template, init = ctx.teacher.template(block.index), ctx.job.recipe.init
     return build_student(template, teacher, widest, init, found, generator).state_dict()

@@ -48,7 +48,7 @@ def recover(ctx: RunContext, config: RecoveryConfig, snapshot_seconds: float = S
     best state and on at half the rate. Blocks that stayed dense are left as they are, and so is all outside the blocks.
     """
     last = ctx.teacher.indices(len(ctx.teacher.stacks) - 1)
-    trained = {block.index: block for block in ctx.blocks if ctx.ranks(block) and block.index in last}
+    trained = {block.index: block for block in ctx.blocks if ctx.changes(block) and block.index in last}
     if config.trains == "routers":
         trained = {index: block for index, block in trained.items() if routers(ctx.teacher.template(index))}
     if not config.wanted or not trained or ctx.run_dir.is_recovered:
@@ -213,7 +213,7 @@ def _learners(ctx: RunContext, config: RecoveryConfig, compiled: int) -> Callabl
     steps, specs = len(_batches(ctx, config)), {block.index: block for block in ctx.blocks}
 
     def learner(index: int) -> Learner:
-        template, state = ctx.teacher.template(index), ctx.run_dir.load_block(index)
+        template, state = ctx.template(specs[index]), ctx.run_dir.load_block(index)
         ranks, device = ctx.ranks(specs[index]), ctx.teacher.device
         student = load_student(template, ranks, state, device, torch.float32)
         names = routers(student) if config.trains == "routers" else None

@@ -20,9 +20,10 @@ from lillama.distill.split import Batches
 from lillama.distill.trainer import SNAPSHOT_SECONDS, Trainer
 from lillama.files.artefacts import load_tensors, save_tensors
 from lillama.lowrank.gram import Gram, Moments
-from lillama.lowrank.student import build_student, load_student
+from lillama.lowrank.student import build_student, load_student, narrow_teacher
 from lillama.model.spec import BlockSpec
 from lillama.pipeline.context import RunContext
+from lillama.pipeline.narrowing import narrow_ffns
 from lillama.stream.activations import ActivationStore, StoreFactory
 from lillama.stream.forward import through
 from lillama.stream.model import StreamedModel
@@ -89,8 +90,8 @@ def _finish_block(
     ctx: RunContext, block: BlockSpec, activations: BlockActivations, teachers: Teachers, snapshot_seconds: float
 ) -> None:
     """Finish a block, and move both streams behind it."""
-    teacher, ranks = teachers.take(block.index), ctx.ranks(block)
-    untrained = bool(ranks) and not ctx.run_dir.has_block(block.index)
+    teacher, changes = teachers.take(block.index), ctx.changes(block)
+    untrained = changes and not ctx.run_dir.has_block(block.index)
     grams = _target(ctx, block, teacher, activations, untrained)
     student = None
     if untrained:
@@ -104,7 +105,7 @@ def _finish_block(
         ctx.save(block, student, _train(ctx, block, student, activations, teachers, snapshot_seconds))
         ctx.run_dir.remove_states()
         student = None
-    if ranks:
+    if changes:
         student = ctx.finished(block)
     elif activations.parted:
         student = teacher
@@ -134,11 +135,10 @@ def _target(
     ctx: RunContext, block: BlockSpec, teacher: nn.Module, activations: BlockActivations, untrained: bool
 ) -> dict[str, Gram]:
     """Compute the target of a block, and on the way all else that its student will need; return the Grams."""
-    recipe, ranks = ctx.job.recipe, ctx.ranks(block)
+    recipe, ranks, widths = ctx.job.recipe, ctx.ranks(block), ctx.widths(block)
     parts = sub_blocks(ranks) if untrained and recipe.distill.sub_blocks else ()
-    return activations.compute_target(
-        block.index, teacher, parts, ranks if untrained and recipe.init.needs_gram else ()
-    )
+    needed = [*(ranks if recipe.init.needs_gram else ()), *widths]
+    return activations.compute_target(block.index, teacher, parts, needed if untrained else ())
 
 
 def initial_student(ctx: RunContext, block: BlockSpec, teacher: nn.Module, grams: Mapping[str, Gram]) -> nn.Module:
@@ -150,7 +150,10 @@ def initial_student(ctx: RunContext, block: BlockSpec, teacher: nn.Module, grams
         probed = gradients.moments(block.index, teacher, ranks, inputs=not grams)
         trim_memory()
     found = {name: Moments(grams.get(name), probed[name].gradients if probed else None) for name in ranks}
-    return build_student(ctx.teacher.template(block.index), teacher, ranks, init, found, generator)
+    ffns = narrow_ffns(block, ctx.widths(block), ctx.width_curves)
+    neurons = {ffn.outward: Moments(grams[ffn.outward]) for ffn in ffns}
+    template, teacher = narrow_teacher(ctx.teacher.template(block.index), teacher, ffns, neurons)
+    return build_student(template, teacher, ranks, init, found, generator)
 
 
 def _train(
@@ -187,7 +190,7 @@ def distill_jointly(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS)
     Of an encoder-decoder the encoder is finished first: the decoder is taught on what the finished encoder gives it.
     """
     for stack in range(len(ctx.teacher.stacks)):
-        trained = {b.index: b for b in ctx.blocks if ctx.ranks(b) and b.index in ctx.teacher.indices(stack)}
+        trained = {b.index: b for b in ctx.blocks if ctx.changes(b) and b.index in ctx.teacher.indices(stack)}
         if any(not ctx.run_dir.has_block(index) for index in trained):
             _distill_stack(ctx, stack, trained, snapshot_seconds)
             ctx.let_go()
@@ -272,7 +275,7 @@ def _initial_students(
 
     def initial(index: int) -> nn.Module:
         state = load_tensors(folder / f"initial-{index:04}.safetensors")
-        template, ranks = ctx.teacher.template(index), ctx.ranks(trained[index])
+        template, ranks = ctx.template(trained[index]), ctx.ranks(trained[index])
         return load_student(template, ranks, state, ctx.teacher.device, torch.float32)
 
     return initial, scales

@@ -76,7 +76,7 @@ def ladder(recipe: Recipe, plan: RankPlan, cost: Cost) -> tuple[Rung, ...]:
     for seconds in BUDGETS:
         chosen = choose(recipe, seconds, cost)
         left, passes = seconds * (1 - EXPORT) - cost(without_recovery(chosen)), 0.0
-        if recipe.recover.wanted and plan.factorised:
+        if recipe.recover.wanted and plan.compresses:
             an_epoch = cost(_one_epoch(chosen)) - cost(without_recovery(chosen))
             passes = min(max(left, 0.0) / max(an_epoch, 1e-9), float(MOST_EPOCHS))
         tokens, distill = chosen.calibration.tokens, chosen.distill

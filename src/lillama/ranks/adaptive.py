@@ -2,8 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
 from typing import Annotated, ClassVar, Literal
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from pydantic import Field, with_config
 
 from lillama.lowrank.storage import Storage
-from lillama.model.spec import LinearSpec, ModelSpec
-from lillama.ranks.allocators import Published, Ranks, Shape, Uniform, shape_of, worthwhile
+from lillama.model.spec import FfnSpec, LinearSpec, ModelSpec
+from lillama.ranks.allocators import Published, Ranks, Uniform, shape_of, worthwhile
 from lillama.ranks.budget import Budget
 from lillama.ranks.greedy import fit_ranks, spend_budget
-from lillama.ranks.plan import PLAIN, RankPlan, Scope
+from lillama.ranks.plan import PLAIN, RankPlan, Scope, Shape
 from lillama.ranks.spectra import Spectra
+from lillama.ranks.widths import WidthCurve
 
 LEAST_PRICE = 1e-24  # of a number or byte that is considered, as a share of the highest
 
@@ -47,7 +48,7 @@ class Adaptive:
 
     Every linear may have any multiple of `multiple_of` as its rank, or stay dense. The choice minimises
     `rise + price * stored numbers`, linear by linear, with the price at which the budget is met (Lagrange); what is left
-    over goes where it saves most.
+    over goes where it saves most. Where that is better, all linears of an FFN stay dense and its width is chosen instead.
 
     Attributes:
         multiple_of: every rank is a multiple of this; halved for what is left over where the model is so small that the
@@ -56,6 +57,7 @@ class Adaptive:
         mix: shares of the way from `uniform` to these ranks that are tried on held-out calibration tokens, `uniform`
             itself always among them; the best one is taken.
         shift: budget moved between linears of one block, on top.
+        narrow: whether FFNs may be made narrower; such a plan is one more that is tried.
     """
 
     name: Literal["adaptive"] = "adaptive"
@@ -63,6 +65,7 @@ class Adaptive:
     floor: Annotated[float, Field(ge=0, le=1)] = 0.25
     mix: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0, 0.5)
     shift: Shift = Shift()
+    narrow: bool = True
     needs_spectra: ClassVar[bool] = True
 
     def __call__(
@@ -92,8 +95,8 @@ class Adaptive:
             return even
         budget = Budget.of(spec, keep, scope, storage, nbytes)
         choices = self._choices(even, spectra, budget)
-        budget.refuse(RankPlan(spec, _at(math.inf, choices), storage), keep, scope)
-        plan = spend_budget(RankPlan(spec, _price(choices, budget), storage), spectra, budget, self.multiple_of)
+        budget.refuse(_at(math.inf, choices, budget), keep, scope)
+        plan = spend_budget(_price(choices, budget), spectra, budget, self.multiple_of)
         if nbytes is None and spectra.rise(even) < spectra.rise(plan):  # where steps of rank are coarse for the budget
             plan = even
         return fit_ranks(_shift(plan, self.shift), spectra, budget, self.multiple_of)
@@ -106,24 +109,39 @@ class Adaptive:
         storage: Storage,
         spectra: Spectra,
         nbytes: int | None = None,
-    ) -> dict[float, RankPlan]:
-        """Return share of the way from `uniform` -> plan, of which the best is to be found by measuring."""
+    ) -> list[tuple[float, RankPlan]]:
+        """Return shares of the way from `uniform` with their plans, of which the best is to be found by measuring.
+
+        Where narrower FFNs are predicted to lose less, the plan that has them comes last.
+        """
         budget = Budget.of(spec, keep, scope, storage, nbytes)
-        even, best = self(spec, keep, scope, storage), self(spec, keep, scope, storage, spectra, nbytes)
+        ranks = replace(self, narrow=False)
+        even, best = self(spec, keep, scope, storage), ranks(spec, keep, scope, storage, spectra, nbytes)
         even = fit_ranks(even, spectra, budget, self.multiple_of) if nbytes is not None else even
         mixed = {share: _between(even, best, share, self.multiple_of) for share in self.mix if share < 1}
-        between = {share: fit_ranks(plan, spectra, budget, self.multiple_of) for share, plan in mixed.items()}
-        return {0.0: even} | between | ({1.0: best} if 1.0 in self.mix else {})
+        between = [(share, fit_ranks(plan, spectra, budget, self.multiple_of)) for share, plan in mixed.items()]
+        found = [(0.0, even), *between, *([(1.0, best)] if 1.0 in self.mix else [])]
+        if not self.narrow:
+            return found
+        narrow = self(spec, keep, scope, storage, spectra, nbytes)
+        return [*found, (1.0, narrow)] if narrow.widths else found
 
-    def _choices(self, even: RankPlan, spectra: Spectra, budget: Budget) -> list["_Choices"]:
+    def _choices(self, even: RankPlan, spectra: Spectra, budget: Budget) -> "_AllChoices":
         """Return what all linears may choose; those of one shape and one uniform rank choose from the same."""
         alike = defaultdict[tuple[Shape, int | None], list[LinearSpec]](list)
         for linear, rank in even:
             alike[shape_of(linear), rank].append(linear)
-        return [
+        linears = [
             _Choices.of(linears, self.floor * (rank or min(shape)), self.multiple_of, spectra, budget)
             for (shape, rank), linears in alike.items()
         ]
+        named = {linear.name: linear for linear in budget.spec.linears}
+        narrow = [
+            _Widths.of(ffn, [named[name] for name in ffn.linears], spectra.widths[ffn.outward], budget)
+            for ffn in budget.spec.ffns
+            if self.narrow and ffn.outward in spectra.widths
+        ]
+        return _AllChoices(linears, narrow)
 
 
 Allocator = Published | Adaptive
@@ -154,30 +172,80 @@ class _Choices:
             return np.full(len(self.names), np.argmin(self.costs))
         return np.argmin(self.rises + price * self.costs, axis=1)
 
-    def cost(self, price: float) -> int:
-        """Return what all of them cost together at their best ranks."""
-        return int(self.costs[self.at(price)].sum())
+    def best(self, price: float) -> Iterator[tuple[str, tuple[int | None, float, int]]]:
+        """Yield each linear with its best rank, what it loses and what it costs."""
+        for row, (name, place) in enumerate(zip(self.names, self.at(price).tolist(), strict=True)):
+            yield name, (self.ranks[place], float(self.rises[row, place]), int(self.costs[place]))
 
 
-def _at(price: float, choices: Iterable[_Choices]) -> Ranks:
-    """Return every linear's best rank."""
-    return {
-        name: some.ranks[place]
-        for some in choices
-        for name, place in zip(some.names, some.at(price).tolist(), strict=True)
-    }
+@dataclass(frozen=True)
+class _Widths:
+    """The widths that an FFN may have, what its linears cost together, and what they lose; the first one is whole."""
+
+    ffn: FfnSpec
+    widths: Int64[np.ndarray, " widths"]
+    costs: Int64[np.ndarray, " widths"]
+    rises: Float64[np.ndarray, " widths"]
+
+    @classmethod
+    def of(cls, ffn: FfnSpec, linears: Sequence[LinearSpec], curve: WidthCurve, budget: Budget) -> "_Widths":
+        def cost(width: int) -> int:
+            shapes = [(width, linear.in_features) for linear in linears[:-1]] + [(linears[-1].out_features, width)]
+            return sum(budget.cost(linear, None, shape) for linear, shape in zip(linears, shapes, strict=True))
+
+        return cls(ffn, curve.widths, np.array([cost(int(width)) for width in curve.widths]), curve.rises)
+
+    def best(self, price: float) -> tuple[int, float, int]:
+        """Return the best width, what it loses and what it costs."""
+        place = int(np.argmin(self.costs if math.isinf(price) else self.rises + price * self.costs))
+        return int(self.widths[place]), float(self.rises[place]), int(self.costs[place])
 
 
-def _price(choices: Sequence[_Choices], budget: Budget) -> Ranks:
-    """Return the ranks at the lowest price at which the budget is met."""
-    high = max(float(some.rises.max()) for some in choices) + 1e-30
+@dataclass(frozen=True)
+class _AllChoices:
+    """What all linears and FFNs may choose."""
+
+    linears: Sequence[_Choices]
+    ffns: Sequence[_Widths]
+
+    def at(self, price: float) -> tuple[Ranks, dict[str, int], int]:
+        """Return the best ranks and widths where a unit of cost is worth `price` nats, and what they cost."""
+        found = {name: best for some in self.linears for name, best in some.best(price)}
+        ranks: Ranks = {name: rank for name, (rank, _, _) in found.items()}
+        widths, total = dict[str, int](), sum(cost for _, _, cost in found.values())
+        for one in self.ffns:
+            own = [found[name] for name in one.ffn.linears]
+            rise, cost = sum(loss for _, loss, _ in own), sum(cost for _, _, cost in own)
+            width, narrow_rise, narrow_cost = one.best(price)
+            better = narrow_rise + price * narrow_cost < rise + price * cost
+            if width < one.ffn.neurons and (narrow_cost < cost if math.isinf(price) else better):
+                ranks |= dict.fromkeys(one.ffn.linears)
+                widths[one.ffn.outward] = width
+                total += narrow_cost - cost
+        return ranks, widths, total
+
+    @property
+    def most(self) -> float:
+        """The largest loss that any choice may bring."""
+        return max(float(some.rises.max()) for some in (*self.linears, *self.ffns))
+
+
+def _at(price: float, choices: _AllChoices, budget: Budget) -> RankPlan:
+    """Return the plan of the best choices."""
+    ranks, widths, _ = choices.at(price)
+    return RankPlan(budget.spec, ranks, budget.storage, widths)
+
+
+def _price(choices: _AllChoices, budget: Budget) -> RankPlan:
+    """Return the plan at the lowest price at which the budget is met."""
+    high = choices.most + 1e-30
     low, best = high * LEAST_PRICE, math.inf
     while low < (price := math.sqrt(low * high)) < high:
-        if sum(some.cost(price) for some in choices) <= budget.for_linears:
+        if choices.at(price)[2] <= budget.for_linears:
             high = best = price
         else:
             low = price
-    return _at(best, choices)
+    return _at(best, choices, budget)
 
 
 def _between(even: RankPlan, best: RankPlan, share: float, step: int) -> RankPlan:
@@ -205,7 +273,11 @@ def _shift(plan: RankPlan, shift: Shift) -> RankPlan:
         return plan
     ranks = dict(plan.ranks)
     for block in plan.spec.blocks:
-        inner = {linear.name.removeprefix(f"{block.name}."): linear for linear in block.linears}
+        inner = {
+            linear.name.removeprefix(f"{block.name}."): linear
+            for linear in block.linears
+            if linear.name not in plan.shapes
+        }
         givers = [linear for name, linear in inner.items() if any(fnmatch(name, glob) for glob in shift.take)]
         takers = [linear for name, linear in inner.items() if any(fnmatch(name, glob) for glob in shift.give)]
         if not givers or not takers:
@@ -216,4 +288,4 @@ def _shift(plan: RankPlan, shift: Shift) -> RankPlan:
             ranks[linear.name] = _rank_for(shape_of(linear), numbers, 1, plan.storage)
         for linear in takers:
             ranks[linear.name] = _rank_for(shape_of(linear), int(plan.numbers(linear) + moved), 1, plan.storage)
-    return RankPlan(plan.spec, ranks, plan.storage)
+    return replace(plan, ranks=ranks)

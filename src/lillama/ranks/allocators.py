@@ -15,10 +15,9 @@ from pydantic import Field, with_config
 from lillama.errors import BudgetError
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import LinearSpec, ModelSpec
-from lillama.ranks.plan import PLAIN, RankPlan, Scope, budget
+from lillama.ranks.plan import PLAIN, RankPlan, Scope, Shape, budget
 
 Ranks = dict[str, int | None]
-Shape = tuple[int, int]  # rows and columns of a weight; what a rank costs depends on nothing else
 TOLERANCE = 0.005  # a budget is met from below within this share of the model, or of its blocks
 BISECTIONS = 32  # of the share of the break-even ranks
 PRINTED = 10_000  # the smallest reachable keep is named in steps of 1 / PRINTED

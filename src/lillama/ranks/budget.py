@@ -1,6 +1,6 @@
 """What a rank plan may store, in numbers or in bytes, and what each rank costs of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -8,7 +8,7 @@ from lillama.errors import BudgetError
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import LinearSpec, ModelSpec
 from lillama.ranks.allocators import resolve_numbers, tolerance, unreachable
-from lillama.ranks.plan import RankPlan, Scope
+from lillama.ranks.plan import RankPlan, Scope, Shape
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,23 @@ class Budget:
             return cls(spec, storage, resolve_numbers(spec, keep, scope), tolerance(spec, scope), False)
         return cls(spec, storage, nbytes, tolerance(spec, "model") * spec.bytes_per_param, True)
 
-    def cost(self, linear: LinearSpec, rank: int | None) -> int:
-        """Return what a linear costs at a rank."""
-        return self._cost(linear.out_features, linear.in_features, rank, self.spec.itemsize(linear))
+    def cost(self, linear: LinearSpec, rank: int | None, shape: Shape | None = None) -> int:
+        """Return what a linear costs at a rank, of a narrower FFN at its shape."""
+        return self._cost(*(shape or (linear.out_features, linear.in_features)), rank, self.spec.itemsize(linear))
 
     def useful(self, linear: LinearSpec, rank: int) -> int | None:
         """Return a rank, or None (dense) where it would not cost less than the dense weight."""
         possible = rank <= min(linear.out_features, linear.in_features)
         return rank if possible and self.cost(linear, rank) < self.cost(linear, None) else None
 
-    def spare(self, ranks: Mapping[str, int | None]) -> int:
+    def spare(self, plan: RankPlan) -> int:
         """Return what is left; negative where the ranks are too high."""
-        return self.for_linears - sum(self.cost(linear, ranks[linear.name]) for linear in self.spec.linears)
+        shapes = plan.shapes
+        return self.for_linears - sum(self.cost(linear, rank, shapes.get(linear.name)) for linear, rank in plan)
 
     def refuse(self, smallest: RankPlan, keep: float, scope: Scope) -> None:
         """Raise `BudgetError` if even the smallest plan is too large."""
-        if self.spare(smallest.ranks) >= 0:
+        if self.spare(smallest) >= 0:
             return
         if not self.in_bytes:
             raise unreachable(smallest, keep, scope)

@@ -14,6 +14,7 @@ class CandidateJson(TypedDict):
     predicted: float
     kl: float
     rise: float
+    narrower: int
 
 
 class AllocationJson(TypedDict):
@@ -34,6 +35,7 @@ class Candidate:
         predicted: rise of the loss by the spectra, in nats a token.
         kl: divergence from the original's predictions on the held-out sequences, in nats a token.
         rise: of the text's own cross-entropy there, in nats a token.
+        narrower: FFNs that it makes narrower.
     """
 
     share: float
@@ -41,6 +43,7 @@ class Candidate:
     predicted: float
     kl: float
     rise: float
+    narrower: int = 0
 
     def as_json(self) -> CandidateJson:
         """Return the value for JSON."""
@@ -50,4 +53,5 @@ class Candidate:
             "predicted": self.predicted,
             "kl": self.kl,
             "rise": self.rise,
+            "narrower": self.narrower,
         }

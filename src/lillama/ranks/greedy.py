@@ -12,7 +12,7 @@ from lillama.ranks.spectra import Spectra
 def fit_ranks(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) -> RankPlan:
     """Return the plan cut down to the budget if it is above, and with what is left spent, in steps fine enough."""
     plan = spend_budget(cut_ranks(plan, spectra, budget, step), spectra, budget, step)
-    while step > 1 and budget.spare(plan.ranks) > budget.slack:
+    while step > 1 and budget.spare(plan) > budget.slack:
         step //= 2
         plan = spend_budget(plan, spectra, budget, step)
     return plan
@@ -23,7 +23,7 @@ def spend_budget(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) ->
 
     A linear that can no longer be afforded never will be: what is left only shrinks. Of equal ones the last name wins.
     """
-    ranks, spare = dict(plan.ranks), budget.spare(plan.ranks)
+    ranks, spare = dict(plan.ranks), budget.spare(plan)
     linears = sorted(plan.spec.linears, key=lambda linear: linear.name, reverse=True)
 
     def raised(place: int) -> list[tuple[float, int, int | None, int]]:
@@ -49,10 +49,10 @@ def spend_budget(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) ->
 
 def cut_ranks(plan: RankPlan, spectra: Spectra, budget: Budget, step: int) -> RankPlan:
     """Lower the ranks that lose least loss for what they save until the budget is met; of equal ones the first name."""
-    ranks, spare = dict(plan.ranks), budget.spare(plan.ranks)
+    ranks, spare = dict(plan.ranks), budget.spare(plan)
     if spare >= 0:
         return plan
-    linears = {linear.name: linear for linear in plan.spec.linears}
+    linears = {linear.name: linear for linear in plan.spec.linears if linear.name not in plan.shapes}
     worth = [
         row for linear in linears.values() for row in _lower_ranks(linear, ranks[linear.name], step, spectra, budget)
     ]

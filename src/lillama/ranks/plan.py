@@ -1,9 +1,10 @@
-"""A rank plan: which rank each linear gets, what that costs, and its form on disk."""
+"""A rank plan: which rank each linear gets, how wide each FFN stays, what that costs, and its form on disk."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -15,27 +16,33 @@ from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 
 VERSION = 1
 Scope = Literal["model", "blocks"]
+Shape = tuple[int, int]  # rows and columns of a weight
 PLAIN = Storage("plain")
-PlannedJson = TypedDict("PlannedJson", {"name": str, "out": Size, "in": Size, "rank": Size | None})
+PlannedJson = TypedDict(
+    "PlannedJson",
+    {"name": str, "out": Size, "in": Size, "rank": Size | None, "kept": NotRequired[Sequence[Size]]},
+)  # `kept`: rows and columns of the linears of narrower FFNs
 
 
 class PlanJson(TypedDict):
-    """`plan.json`."""
+    """`plan.json`; `widths` is missing where every FFN has its own width."""
 
     version: int
     architecture: str
     storage: StorageJson
     linears: list[PlannedJson]
+    widths: NotRequired[dict[str, Size]]
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """A rank for every linear of a model; None leaves it dense.
+    """A rank for every linear of a model; None leaves it dense. An FFN may be made narrower, its linears stay dense then.
 
     Attributes:
         spec: of the model that the plan is for.
         ranks: name of every linear of the spec -> rank or None.
         storage: form in which factorised weights are stored, which decides what a rank costs.
+        widths: name of an FFN's last linear -> neurons that are kept; FFNs that it does not name keep all.
 
     Examples:
         >>> from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
@@ -48,6 +55,7 @@ class RankPlan:
     spec: ModelSpec
     ranks: Mapping[str, int | None]
     storage: Storage = PLAIN
+    widths: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __getitem__(self, name: str) -> int | None:
         return self.ranks[name]
@@ -55,35 +63,75 @@ class RankPlan:
     def __iter__(self) -> Iterator[tuple[LinearSpec, int | None]]:
         return ((linear, self.ranks[linear.name]) for linear in self.spec.linears)
 
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Name -> rows and columns of the linears of narrower FFNs, in the model's order."""
+        found: dict[str, Shape] = {}
+        linears = {linear.name: linear for linear in self.spec.linears}
+        for ffn in self.spec.ffns:
+            width = self.widths.get(ffn.outward)
+            if width is not None:
+                found |= {name: (width, linears[name].in_features) for name in ffn.inward}
+                found[ffn.outward] = linears[ffn.outward].out_features, width
+        return found
+
+    def shape(self, linear: LinearSpec) -> Shape:
+        """Return rows and columns of what a linear's weight becomes, before it is factorised."""
+        return self.shapes.get(linear.name, (linear.out_features, linear.in_features))
+
     def numbers(self, linear: LinearSpec) -> int:
         """Return the numbers that are stored for a linear."""
-        return self.storage.numbers(linear.out_features, linear.in_features, self.ranks[linear.name])
+        return self.storage.numbers(*self.shape(linear), self.ranks[linear.name])
 
     def nbytes(self, linear: LinearSpec) -> int:
         """Return the bytes that are stored for a linear."""
-        rank, itemsize = self.ranks[linear.name], self.spec.itemsize(linear)
-        return self.storage.nbytes(linear.out_features, linear.in_features, rank, itemsize)
+        return self.storage.nbytes(*self.shape(linear), self.ranks[linear.name], self.spec.itemsize(linear))
 
     @property
     def kept_params(self) -> int:
         """Numbers stored for the whole model under this plan."""
-        return self.spec.params - sum(linear.params - self.numbers(linear) for linear in self.spec.linears)
+        removed = sum(linear.params - self.numbers(linear) for linear in self.spec.linears)
+        return self.spec.params - removed - self._lost_biases
 
     @property
     def kept_bytes(self) -> int:
         """Bytes stored for the whole model under this plan."""
         spec = self.spec
-        return spec.nbytes - sum(one.params * spec.itemsize(one) - self.nbytes(one) for one in spec.linears)
+        removed = sum(one.params * spec.itemsize(one) - self.nbytes(one) for one in spec.linears)
+        return spec.nbytes - removed - self._lost_biases * spec.bytes_per_param
+
+    @property
+    def _lost_biases(self) -> int:
+        """Biases of the neurons that are left out."""
+        return sum(ffn.biases * (ffn.neurons - self.widths.get(ffn.outward, ffn.neurons)) for ffn in self.spec.ffns)
 
     @property
     def keep(self) -> float:
         """Share of the whole model's parameters that remains."""
         return self.kept_params / self.spec.params
 
-    def within(self, block: BlockSpec) -> dict[str, int]:
-        """Return name -> rank of the linears of one block that are factorised."""
-        ranks = ((linear.name, self.ranks[linear.name]) for linear in block.linears)
+    def ranks_within(self, block: BlockSpec) -> dict[str, int]:
+        """Return name within a block -> rank of its linears that are factorised."""
+        ranks = ((block.inner(linear.name), self.ranks[linear.name]) for linear in block.linears)
         return {name: rank for name, rank in ranks if rank is not None}
+
+    def widths_within(self, block: BlockSpec) -> dict[str, int]:
+        """Return name within a block of the last linear of a narrower FFN -> neurons that it keeps."""
+        return {block.inner(ffn.outward): self.widths[ffn.outward] for ffn in block.ffns if ffn.outward in self.widths}
+
+    def shapes_within(self, block: BlockSpec) -> dict[str, Shape]:
+        """Return name within a block -> shape of its linears that belong to narrower FFNs."""
+        names = (linear.name for linear in block.linears if linear.name in self.shapes)
+        return {block.inner(name): self.shapes[name] for name in names}
+
+    def changes(self, block: BlockSpec) -> bool:
+        """Return whether anything of a block is compressed."""
+        return bool(self.ranks_within(block) or self.widths_within(block))
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything of the model is compressed."""
+        return bool(self.factorised or self.widths)
 
     @property
     def factorised(self) -> dict[str, int]:
@@ -98,14 +146,17 @@ class RankPlan:
             "storage": self.storage.as_json(),
             "linears": self.rows(),
         }
+        if self.widths:
+            value["widths"] = dict(self.widths)
         save_json(path, value)
 
     def rows(self) -> list[PlannedJson]:
         """Return all linears with their ranks, for JSON."""
-        return [
-            {"name": linear.name, "out": linear.out_features, "in": linear.in_features, "rank": rank}
-            for linear, rank in self
-        ]
+        rows: list[PlannedJson] = []
+        for linear, rank in self:
+            row: PlannedJson = {"name": linear.name, "out": linear.out_features, "in": linear.in_features, "rank": rank}
+            rows.append({**row, "kept": list(self.shapes[linear.name])} if linear.name in self.shapes else row)
+        return rows
 
     @classmethod
     def load(cls, path: Path, spec: ModelSpec, storage: Storage = PLAIN) -> "RankPlan":
@@ -132,7 +183,8 @@ class RankPlan:
             if name in ranks:
                 raise RecipeError(f"{path}: linear {name} stands there twice; leave one of the two")
             ranks[name] = rank
-        return cls(spec, {name: ranks.get(name) for name in shapes}, storage)
+        widths = _check_widths(content.get("widths"), spec, ranks, path)
+        return cls(spec, {name: ranks.get(name) for name in shapes}, storage, widths)
 
 
 def _check(row: Any, shapes: Mapping[str, tuple[int, int]], path: Path) -> tuple[str, int | None]:
@@ -155,6 +207,30 @@ def _check(row: Any, shapes: Mapping[str, tuple[int, int]], path: Path) -> tuple
             f"{path}: linear {name}: rank {printable(rank)} is not a whole number from 1 to {min(shapes[name])}"
         )
     return name, rank
+
+
+def _check_widths(found: Any, spec: ModelSpec, ranks: Mapping[str, int | None], path: Path) -> dict[str, int]:
+    """Return the widths of a plan if the model can have them."""
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise RecipeError(f"{path}: widths are {printable(found)}; names of linears with whole numbers are needed")
+    ffns = {ffn.outward: ffn for ffn in spec.ffns}
+    for name, width in cast(dict[str, Any], found).items():
+        if name not in ffns:
+            raise RecipeError(
+                f"{path}: widths name {printable(name)}, which is the last linear of no FFN{suggestion(name, ffns)}"
+            )
+        if type(width) is not int or not 1 <= width <= ffns[name].neurons:
+            raise RecipeError(
+                f"{path}: width {printable(width)} of {name} is not a whole number from 1 to {ffns[name].neurons}"
+            )
+        factorised = next((linear for linear in ffns[name].linears if ranks.get(linear) is not None), None)
+        if factorised is not None:
+            raise RecipeError(
+                f"{path}: {factorised} has a rank and {name} a width; the linears of a narrower FFN stay dense: leave one"
+            )
+    return cast(dict[str, int], found)
 
 
 def budget(spec: ModelSpec, keep: float, scope: Scope) -> int:

@@ -1,7 +1,7 @@
-"""Whitened singular spectra of all linears: what the loss is predicted to rise by when a rank is kept."""
+"""Whitened singular spectra of all linears: what the loss is predicted to rise by when a rank or a width is kept."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from lillama.files.artefacts import load_tensors, save_tensors
 from lillama.ranks.plan import RankPlan
+from lillama.ranks.widths import WidthCurve
+
+ORDER, RISES, NEURONS = ".order", ".rises", ".neurons"  # behind the name of an FFN's last linear
 
 Values = NDArray[np.float64]
 
@@ -26,6 +29,7 @@ class Spectra:
 
     Attributes:
         singular: name of a linear -> its singular values, the largest first.
+        widths: name of an FFN's last linear -> what its widths lose, by the same second-order expansion.
 
     Examples:
         >>> Spectra({"up": np.array([3.0, 2.0, 1.0])}).rises("up").tolist()
@@ -33,6 +37,7 @@ class Spectra:
     """
 
     singular: Mapping[str, Values]
+    widths: Mapping[str, WidthCurve] = field(default_factory=dict[str, WidthCurve])
 
     def rises(self, name: str) -> Values:
         """Return the predicted rise of the loss, in nats a token, for the ranks 0, 1, ..., full of a linear."""
@@ -40,7 +45,8 @@ class Spectra:
 
     def rise(self, plan: RankPlan) -> float:
         """Return the predicted rise of the loss under a rank plan, in nats a token; interactions are left out."""
-        return float(sum(self.rises(linear.name)[rank] for linear, rank in plan if rank is not None))
+        narrower = sum(self.widths[name].rise(width) for name, width in plan.widths.items() if name in self.widths)
+        return float(sum(self.rises(linear.name)[rank] for linear, rank in plan if rank is not None) + narrower)
 
     @cached_property
     def _curves(self) -> dict[str, Values]:
@@ -48,7 +54,12 @@ class Spectra:
 
     def save(self, path: Path) -> None:
         """Write the spectra; `load` reads them back."""
-        save_tensors(path, {name: torch.tensor(values) for name, values in self.singular.items()})
+        tensors = {name: torch.tensor(values) for name, values in self.singular.items()}
+        for name, curve in self.widths.items():
+            tensors[f"{name}{ORDER}"] = torch.tensor(curve.order)
+            tensors[f"{name}{RISES}"] = torch.tensor(curve.rises)
+            tensors[f"{name}{NEURONS}"] = torch.tensor(curve.neurons)
+        save_tensors(path, tensors)
 
     @classmethod
     def load(cls, path: Path) -> "Spectra":
@@ -57,7 +68,14 @@ class Spectra:
         Raises:
             DamagedError: the file is missing or damaged.
         """
-        return cls({name: values.numpy() for name, values in load_tensors(path).items()})
+        found = {name: values.numpy() for name, values in load_tensors(path).items()}
+        widths = {
+            name: WidthCurve(
+                found.pop(f"{name}{ORDER}"), found.pop(f"{name}{RISES}"), int(found.pop(f"{name}{NEURONS}"))
+            )
+            for name in [name.removesuffix(NEURONS) for name in found if name.endswith(NEURONS)]
+        }
+        return cls(found, widths)
 
 
 def _tails(values: Values) -> Values:

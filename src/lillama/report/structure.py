@@ -1,12 +1,13 @@
 """Figures about the shape: sizes, ranks and spectra."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import fmean
 
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import BlockJson
-from lillama.ranks.plan import PLAIN
+from lillama.ranks.plan import PLAIN, PlannedJson
 from lillama.report.artefacts import Evidence, JsonValues
 from lillama.report.charts import ChartPair, bars, heat
 from lillama.report.figure import Cell, Figure
@@ -59,23 +60,36 @@ def ranks(evidence: Evidence) -> Figure | None:
     named = _by_name(blocks, full)
     if not any(named):
         return None
-    shares = {one["name"]: (one["rank"] or full[one["name"]]) / full[one["name"]] for one in planned}
-    rows = tuple(
-        (one["name"], full[one["name"]], one["rank"] if one["rank"] is not None else "dense", 100 * shares[one["name"]])
-        for one in planned
-    )
+    shares = {one["name"]: _share_of_rank(one, full[one["name"]]) for one in planned}
+    rows = tuple((one["name"], full[one["name"]], _kept(one), 100 * shares[one["name"]]) for one in planned)
     plot = _map(
         "Share of the full rank kept by each linear", blocks, named, lambda names: fmean(shares[name] for name in names)
     )
     return Figure(
         "ranks",
         "Rank plan",
-        "Share of the full rank in %, linears by blocks; a stronger colour keeps more, 100 stays dense. Of experts the mean.",
+        "Share of the full rank in %, linears by blocks; a stronger colour keeps more, 100 stays dense. Of experts the mean, "
+        "of a narrower FFN the share of its neurons.",
         (plot,),
         ("linear", "full rank", "rank", "share, %"),
         rows,
         legend=(),
     )
+
+
+def _share_of_rank(one: PlannedJson, full: int) -> float:
+    """Return the share of its full rank that a linear keeps, or of an FFN's neurons."""
+    kept = one.get("kept")
+    if kept:
+        return math.prod(kept) / (one["out"] * one["in"])
+    return (one["rank"] or full) / full
+
+
+def _kept(one: PlannedJson) -> Cell:
+    kept = one.get("kept")
+    if kept:
+        return " x ".join(map(str, kept))
+    return one["rank"] if one["rank"] is not None else "dense"
 
 
 def shares(evidence: Evidence) -> str:
@@ -133,9 +147,13 @@ def _numbers(evidence: Evidence) -> dict[str, tuple[int, int]]:
     """Return linear -> numbers of the original, and stored ones."""
     storage = Storage(**evidence.plan["storage"]) if has(evidence.plan, "storage") else PLAIN
     return {
-        one["name"]: (one["out"] * one["in"], storage.numbers(one["out"], one["in"], one["rank"]))
-        for one in evidence.linears
+        one["name"]: (one["out"] * one["in"], storage.numbers(*_shape(one), one["rank"])) for one in evidence.linears
     }
+
+
+def _shape(one: PlannedJson) -> tuple[int, int]:
+    rows, columns = one.get("kept") or (one["out"], one["in"])
+    return rows, columns
 
 
 def _sums(values: Iterable[tuple[int, int]]) -> tuple[int, int]:
