@@ -39,7 +39,7 @@ def answer(request: dict[str, Any]) -> None:
         return model
 
     model = run("loaded", request["folder"])
-    if model.can_generate():
+    if request["write"] and model.can_generate():
         prompt = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
         found["written"] = model.generate(**prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     if request["again"]:

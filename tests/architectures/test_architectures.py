@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from architectures.rows import ROWS, Row, write_images, write_speech
-from lillama import compress, export, load_recipe
+from lillama import compress, export, load_recipe, plan
 from lillama.hub.portable import make_portable
 from lillama.system import memory
 from lillama.system.progress import Progress
@@ -45,7 +46,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ask]]:
         for mode in ("import", "remote")
     }  # fmt: skip
 
-    def ask(mode: str, folder: Path, row: Row, again: Path | None = None) -> dict[str, Tensor]:
+    def ask(mode: str, folder: Path, row: Row, again: Path | None = None, write: bool = True) -> dict[str, Tensor]:
         server, inputs, answer = servers[mode], folder.parent / "inputs.st", folder.parent / f"{folder.name}-{mode}.st"
         save_file(row.inputs(), inputs)
         request: dict[str, Any] = {
@@ -53,6 +54,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ask]]:
             "auto": row.auto,
             "inputs": str(inputs),
             "answer": str(answer),
+            "write": write,
         }
         assert server.stdin is not None and server.stdout is not None
         print(
@@ -139,8 +141,20 @@ def test_architecture(
     for file in files:
         assert (tmp_path / "halves" / file).read_bytes() == written[file], file
 
-    # The published schedule, all blocks on every batch, runs too; it takes gate and up of an expert apart.
-    joint = compress(tmp_path / "model", tmp_path / "joint", recipe=load_recipe("paper", JOINT), **given)
+    # The published schedule, all blocks on every batch, runs too; it takes gate and up of an expert apart. Each FFN has half
+    # of its neurons, where the architecture's may.
+    recipe = load_recipe("paper", JOINT)
+    planned = plan(tmp_path / "model", recipe=recipe, **given).plan
+    widths = {ffn.outward: ffn.neurons // 2 for ffn in planned.spec.ffns}
+    dense = {name for ffn in planned.spec.ffns for name in ffn.linears}
+    ranks = {name: None if name in dense else rank for name, rank in planned.ranks.items()}
+    replace(planned, ranks=ranks, widths=widths).save(tmp_path / "plan.json")
+    fixed = given | {"rank_plan": tmp_path / "plan.json"}
+    del fixed["keep"]
+    joint = compress(tmp_path / "model", tmp_path / "joint", recipe=recipe, **fixed)
     assert 0 <= joint.held_out.kl + 1e-4 < 1
-    if row.kind == "experts":
-        check_dense(tmp_path / "joint", asked["import"](tmp_path / "joint", row)["loaded"])
+    assert joint.stored.params == joint.plan.kept_params
+    loaded = asked["import"](tmp_path / "joint", row, write=False)["loaded"]
+    check_dense(tmp_path / "joint", loaded)
+    make_portable(tmp_path / "joint")
+    check(asked["remote"](tmp_path / "joint", row, write=False)["loaded"], loaded)

@@ -79,7 +79,9 @@ def test_an_interrupted_run_decides_once_and_ends_in_the_same_bits(tiny, quick, 
 
 def test_uniform_ranks_are_taken_where_they_are_better_and_this_is_said(tiny, quick, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
-        rank_selection, "_evaluate_plans", lambda ctx, gradients, plans, curves: [(0.1, 0.1)] + [(0.2, 0.2)] * (len(plans) - 1)
+        rank_selection,
+        "_evaluate_plans",
+        lambda ctx, gradients, plans, curves: [(0.1, 0.1)] + [(0.2, 0.2)] * (len(plans) - 1),
     )
     result = compress(tiny, tmp_path / "out", recipe=quick(**BEST, distill={"epochs": 0}))
     assert "uniform ranks were better" in caplog.text
