@@ -122,7 +122,7 @@ def test_architecture(
         dense = small.with_name(f"{small.name}-dense")
         export(small, dense, "dense")
         assert tensor_names(dense) == tensor_names(tmp_path / "model")
-        check(asked["remote"](dense, row)["loaded"], loaded, 1e-4)
+        check(asked["remote"](dense, row, write=False)["loaded"], loaded, 1e-4)
 
     check_dense(tmp_path / "small", loaded["loaded"])
 
@@ -153,7 +153,6 @@ def test_architecture(
     del fixed["keep"]
     joint = compress(tmp_path / "model", tmp_path / "joint", recipe=recipe, **fixed)
     assert 0 <= joint.held_out.kl + 1e-4 < 1
-    assert joint.stored.params == joint.plan.kept_params
     loaded = asked["import"](tmp_path / "joint", row, write=False)["loaded"]
     check_dense(tmp_path / "joint", loaded)
     make_portable(tmp_path / "joint")
