@@ -43,9 +43,12 @@ def test_what_is_no_time_is_refused(text):
 
 
 def test_estimates_fill_a_part_of_the_time_and_recovery_has_the_rest():
-    chosen = choose(Recipe(), 100.0, cost)
-    # 33 s before recovery, and 131 s for as much text as recovery may want, of the 150 s that it may take by the estimate
+    given = load_recipe(Recipe(), {"calibration": {"sources": [{"path": "text.txt"}]}})
+    chosen = choose(given, 90.0, cost)
+    # 33 s before recovery, and 66 s for an epoch of recovery: 98 s of the 135 s that both may take by the estimate
     assert (chosen.distill.tokens, chosen.distill.epochs, chosen.calibration.tokens) == (32768, 0, 131072)
+    written = choose(Recipe(), 90.0, cost)  # by the model itself, which takes time too: nothing that is not read
+    assert (written.distill.tokens, written.calibration.tokens) == (32768, 65536)
     alone = choose(replace(Recipe(), recover=replace(Recipe().recover, epochs=0)), 100.0, cost)
     assert alone.calibration.tokens == alone.distill.tokens == 32768 and alone.distill.epochs == 1
     assert choose(Recipe(), 1e-9, cost).calibration.tokens == LADDER[0]

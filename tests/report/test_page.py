@@ -135,7 +135,15 @@ def test_text_unlike_the_calibration_is_told(out, unfinished):
     texts = json.loads((unfinished / "metrics.json").read_text())["texts"]
     texts[0]["after"]["perplexity"] = 15.0
     change(unfinished / "metrics.json", texts=texts)
-    assert "the calibration text is unlike it" in report([unfinished]).chapters[0].doubts[0]
+    assert any("the calibration text is unlike it" in line for line in report([unfinished]).chapters[0].doubts)
+
+
+def test_a_large_loss_is_told_first(out, unfinished):
+    texts = json.loads((unfinished / "metrics.json").read_text())["texts"]
+    texts[0]["before"]["perplexity"], texts[0]["after"]["perplexity"] = 10.0, 15.0
+    change(unfinished / "metrics.json", texts=texts, held_out={"kl": 0.4, "rise": 0.4})
+    (doubt,) = report([unfinished]).chapters[0].doubts
+    assert "perplexity is 50% higher than the original's; keep more" in doubt
 
 
 def test_few_pairs_are_told(out, unfinished):

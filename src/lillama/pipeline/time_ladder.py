@@ -58,7 +58,8 @@ def choose(recipe: Recipe, seconds: float, cost: Cost, most_tokens: int | None =
     local, most = max((size for size in sizes if fits(size, 0, MEASURED)), default=sizes[0]), recipe.distill.epochs
     if recipe.recover.wanted:
         once = (with_effort(recipe, size, local, 0) for size in sizes if size > local)
-        longer = (one for one in once if cost(_one_epoch(one)) <= SURPLUS * seconds)
+        surplus = SURPLUS if recipe.calibration.sources else 1.0  # what the model writes costs time, read or not
+        longer = (one for one in once if cost(_one_epoch(one)) <= surplus * seconds)
         return max(longer, key=lambda one: one.calibration.tokens, default=with_effort(recipe, local, local, 0))
     epochs = next((count for count in (most, *EPOCHS) if count <= most and fits(local, count, DISTILLED)), 0)
     return with_effort(recipe, local, local, epochs)

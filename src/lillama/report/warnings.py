@@ -10,15 +10,29 @@ from lillama.report.schemas import has
 GROWTH = 1.5  # of a largest singular value, as when it is made
 SHORT, FEW = 50_000, 100  # tokens of calibration; minimal pairs in a group
 UNLIKE, SLACK = 2.0, 0.05  # times the held-out rise, and nats besides
+LOST = 0.2  # nats a token of any text: perplexity is a fifth higher
 
 
 def doubts(evidence: Evidence) -> Iterator[str]:
     """Yield warnings, the gravest first."""
+    yield from _loss(evidence)
     yield from _domain(evidence)
     yield from _teaching(evidence)
     yield from _growth(evidence)
     yield from _calibration(evidence)
     yield from _require(evidence)
+
+
+def _loss(evidence: Evidence) -> Iterator[str]:
+    lost = {
+        text["name"]: math.log(text["after"]["perplexity"] / text["before"]["perplexity"]) for text in evidence.texts
+    }
+    worst = max(lost, key=lambda name: lost[name], default="")
+    if worst and lost[worst] > LOST:
+        yield (
+            f"Much is lost: on {worst} perplexity is {math.expm1(lost[worst]):.0%} higher than the original's; keep more "
+            "(--keep), give it more time (--time) or calibration text, or store fewer bits instead (storage.bits)."
+        )
 
 
 def _domain(evidence: Evidence) -> Iterator[str]:
