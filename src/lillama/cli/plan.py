@@ -83,7 +83,7 @@ def _tables(plan: "Planned") -> None:
     table = Table("linear", *(f"block {block.index}" for block in shown), title=spec.architecture)
     kinds = {linear.name.removeprefix(f"{block.name}."): linear for block in spec for linear in block.linears}
     for inner, linear in kinds.items():
-        cells = (_kept(ranks, f"{block.name}.{inner}") for block in shown)
+        cells = (_cell(ranks, f"{block.name}.{inner}") for block in shown)
         table.add_row(f"{inner} ({linear.out_features} x {linear.in_features})", *cells)
     facts = Table(show_header=False)
     facts.add_row("parameters", f"{spec.params:,} -> {ranks.kept_params:,} ({ranks.keep:.2%} kept)")
@@ -103,7 +103,7 @@ def _tables(plan: "Planned") -> None:
     print_tables(table, facts, _ladder(plan), *([_curve(plan)] if plan.curve else []))
 
 
-def _kept(plan: "RankPlan", linear: str) -> str:
+def _cell(plan: "RankPlan", linear: str) -> str:
     """Return the rank of a linear, or its shape in a narrower FFN."""
     if linear in plan.shapes:
         return " x ".join(map(str, plan.shapes[linear]))

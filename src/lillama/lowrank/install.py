@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lillama.errors import ModelError, suggestion
 from lillama.modeling.linear import build_factorised, low_rank_linears, mark, merge, prepare, resize
-from lillama.modeling.soundness import misfit, refusal, unshaped
+from lillama.modeling.soundness import misfit, refusal, shape_misfit
 
 __all__ = ["install", "install_stored", "low_rank_linears", "merge", "narrow"]
 
@@ -89,7 +89,7 @@ def narrow(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
     for name, shape in shapes.items():
         if name not in dense:
             raise ModelError(f"{name}: no dense layer of this name in {type(model).__name__}{suggestion(name, dense)}")
-        reason = unshaped(name, shape, dense[name])
+        reason = shape_misfit(name, shape, dense[name])
         if reason:
             raise ModelError(reason)
     for name, (rows, columns) in shapes.items():

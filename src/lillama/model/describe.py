@@ -87,7 +87,7 @@ def describe_model(
         chosen = {
             one.name: one for one in linears if matches(one.name, name, targets) and not matches(one.name, name, ignore)
         }
-        ffns = (_named(ffn, name) for ffn in alike[form].ffns)
+        ffns = (_full_names(ffn, name) for ffn in alike[form].ffns)
         whole = tuple(ffn for ffn in ffns if chosen.keys() >= set(ffn.linears))
         blocks.append(BlockSpec(name, index, _count(block), tuple(chosen.values()), whole))
     if not any(block.linears for block in blocks):
@@ -191,7 +191,7 @@ class _Inside:
     ffns: tuple[FfnSpec, ...]
 
 
-def _named(ffn: FfnSpec, block: str) -> FfnSpec:
+def _full_names(ffn: FfnSpec, block: str) -> FfnSpec:
     """Return the network by the full names of its linears."""
     return replace(ffn, inward=tuple(f"{block}.{name}" for name in ffn.inward), outward=f"{block}.{ffn.outward}")
 

@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama.modeling.linear import build_factorised, low_rank_linears, mark, merge, prepare, resize
-from lillama.modeling.soundness import AGAIN, fault, misfit, refusal, unshaped
+from lillama.modeling.soundness import AGAIN, fault, misfit, refusal, shape_misfit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -94,7 +94,7 @@ class LowRankQuantizer(HfQuantizer):
         for name, (rows, columns) in config.shapes.items():
             known = next((known for known in aliases[name] if hasattr(layers.get(known), "weight")), None)
             if known is not None:
-                _refuse(unshaped(name, (rows, columns), layers[known]))
+                _refuse(shape_misfit(name, (rows, columns), layers[known]))
                 model.set_submodule(known, resize(layers[known], rows, columns))
         prepare(model, {known for name in config.ranks for known in aliases[name]})
         linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}

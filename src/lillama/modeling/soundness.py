@@ -42,7 +42,7 @@ def refusal(section: Any) -> str | None:
     )
 
 
-def unshaped(name: str, shape: Sequence[int], dense: nn.Module) -> str | None:
+def shape_misfit(name: str, shape: Sequence[int], dense: nn.Module) -> str | None:
     """Return why a shape is none that a dense layer may be narrowed to, or None.
 
     Args:

@@ -61,7 +61,7 @@ def ranks(evidence: Evidence) -> Figure | None:
     if not any(named):
         return None
     shares = {one["name"]: _share_of_rank(one, full[one["name"]]) for one in planned}
-    rows = tuple((one["name"], full[one["name"]], _kept(one), 100 * shares[one["name"]]) for one in planned)
+    rows = tuple((one["name"], full[one["name"]], _kept_form(one), 100 * shares[one["name"]]) for one in planned)
     plot = _map(
         "Share of the full rank kept by each linear", blocks, named, lambda names: fmean(shares[name] for name in names)
     )
@@ -85,7 +85,7 @@ def _share_of_rank(one: PlannedJson, full: int) -> float:
     return (one["rank"] or full) / full
 
 
-def _kept(one: PlannedJson) -> Cell:
+def _kept_form(one: PlannedJson) -> Cell:
     kept = one.get("kept")
     if kept:
         return " x ".join(map(str, kept))
