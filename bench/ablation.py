@@ -31,6 +31,7 @@ DEFAULT: dict[str, Any] = {}
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("default", DEFAULT),
     "no-allocation": ("- adaptive ranks (uniform)", UNIFORM),
+    "no-narrow": ("- narrower FFNs (ranks alone)", {"ranks": {"name": "adaptive", "narrow": False}}),
     "no-pivot": ("- pivot storage (plain factors)", PLAIN),
     "no-local": ("- local distillation", {"distill": {"epochs": 0}}),
     "no-recovery": ("- recovery tail", NO_TAIL),

@@ -14,3 +14,13 @@ def factor_flops(linear: LinearSpec) -> int:
 def decomposition_bytes(block: BlockSpec) -> int:
     """Return the bytes that the decomposition of a block's largest linear takes."""
     return 8 * MATRICES * max(min(linear.in_features, linear.out_features) for linear in block.linears) ** 2
+
+
+def elimination_flops(neurons: int) -> float:
+    """Return about how many fp32 operations take as long as finding the order in which neurons are left out, in fp64."""
+    return 16.0 * neurons**3
+
+
+def elimination_bytes(neurons: int) -> int:
+    """Return the bytes of what is held on the way: the Gram, its factor and inverse, what is left of it, twice."""
+    return 5 * 8 * neurons**2

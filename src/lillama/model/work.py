@@ -77,6 +77,7 @@ class Work:
         micro_batch: sequences that are computed at once.
         gradients: whether gradients at the linears' outputs are measured.
         moments_kept: whether moments stay in memory from when the spectra are measured; else they are computed again.
+        narrows: whether the widths of FFNs are measured beside the spectra.
     """
 
     spec: ModelSpec
@@ -90,6 +91,7 @@ class Work:
     micro_batch: int
     gradients: bool
     moments_kept: bool
+    narrows: bool = False
 
     @cached_property
     def blocks(self) -> tuple[BlockWork, ...]:

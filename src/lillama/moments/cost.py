@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from lillama.lowrank.cost import decomposition_bytes, factor_flops
+from lillama.lowrank.cost import decomposition_bytes, elimination_bytes, elimination_flops, factor_flops
 from lillama.lowrank.gram import TILE, WIDEST, gram_size
 from lillama.model.spec import BlockSpec, LinearSpec
 from lillama.model.work import BlockWork, StageCost, Work
@@ -23,8 +23,13 @@ def gradients_cost(work: Work, spectra: bool) -> StageCost:
     return StageCost(
         memory=max(*(measuring_bytes(block, work) for block in work.trained), head_bytes(work)),
         activations=work.activation_bytes((len(work.spec.blocks) + 2) * probed_tokens(work)),
-        flops=probed_tokens(work) * flops + (sum(map(factor_flops, work.spec.linears)) if spectra else 0),
+        flops=probed_tokens(work) * flops + (_spectra_flops(work) if spectra else 0),
     )
+
+
+def _spectra_flops(work: Work) -> float:
+    narrowing = sum(elimination_flops(ffn.neurons) for ffn in work.spec.ffns) if work.narrows else 0.0
+    return sum(map(factor_flops, work.spec.linears)) + narrowing
 
 
 def probed_tokens(work: Work) -> int:
@@ -43,7 +48,8 @@ def measuring_bytes(block: BlockWork, work: Work) -> int:
     grams = sum(gram_size(width) for width, _ in _input_widths(block.spec))
     gradients = sum(map(_held_at_outputs, block.spec.linears)) if work.gradients else 0
     moments = 8 * (grams + gradients) + decomposition_bytes(block.spec)
-    return block.spec.params * work.itemsize + moments + work.graph_bytes(block)
+    neurons = max((ffn.neurons for ffn in block.spec.ffns), default=0) if work.narrows else 0
+    return block.spec.params * work.itemsize + moments + max(work.graph_bytes(block), elimination_bytes(neurons))
 
 
 def input_moment_flops(block: BlockSpec) -> float:

@@ -75,6 +75,7 @@ def estimate(
         micro_batch=micro_batch,
         gradients=spectra or recipe.init.needs_gradient,
         moments_kept=spectra and moments_fit(plan.spec, memory.moments),
+        narrows=spectra and isinstance(recipe.ranks, Adaptive) and recipe.ranks.narrow,
     )
     stages = list_stages(work, recipe, spectra)
     flops = round(sum(stage.flops for stage in stages))
@@ -117,7 +118,7 @@ def list_stages(work: Work, recipe: Recipe, spectra: bool) -> list[StageCost]:
     if work.gradients:
         stages.append(gradients_cost(work, spectra))
     if isinstance(recipe.ranks, Adaptive) and spectra:
-        stages.append(comparison_cost(work, 1 + len(recipe.ranks.mix)))
+        stages.append(comparison_cost(work, 1 + len(recipe.ranks.mix) + work.narrows))
     if recipe.recover.wanted:
         stages.append(recovery_cost(work, recipe.recover))
     return stages
