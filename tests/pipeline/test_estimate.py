@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lillama.lowrank.initialisers import Svd, TwoSided, Whitened
-from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
+from lillama.model.spec import BlockSpec, FfnSpec, LinearSpec, ModelSpec
 from lillama.moments.gradients import PROBED_TOKENS
 from lillama.pipeline.estimate import EFFICIENCY, estimate, matmul_rate
 from lillama.ranks.adaptive import Adaptive
@@ -97,6 +97,19 @@ def test_spectra_and_the_comparison_of_rank_plans_are_counted(plan: Plan, free: 
     moments = 1000 * 3 * (4 * DENSE + 4 * SQUARES)  # once more for the plans, or once for all
     assert chosen.flops - even.flops == spectra + passed + (-moments if free else moments)
     assert estimate(plan(), adaptive, 4, 2, open_ranks=False) == estimate(plan(), base, 4, 2)
+
+
+def test_the_widths_of_ffns_are_counted_with_the_plan_that_uses_them(plan: Plan) -> None:
+    base = recipe("teacher", epochs=1)
+    base = replace(base, distill=replace(base.distill, held_out=0.1))
+    narrow, ranks = (replace(base, ranks=Adaptive(mix=(0.5,), narrow=narrow)) for narrow in (True, False))
+    whole = plan(blocks=3)
+    up, down = "layers.0.up", "layers.0.down"  # of the names of the spec's linears none is looked at
+    ffns = (FfnSpec((up,), down, 192),)
+    spec = replace(whole.spec, blocks=tuple(replace(block, ffns=ffns) for block in whole.spec.blocks))
+    found, without = (estimate(replace(whole, spec=spec), one, 4, 2) for one in (narrow, ranks))
+    assert found.flops - without.flops == 3 * 16 * 192**3 + 100 * (3 * 2 * KEPT + 4 * HEAD)
+    assert estimate(whole, narrow, 4, 2) == estimate(whole, ranks, 4, 2)  # there is none
 
 
 def test_many_plans_over_many_held_out_tokens_are_the_most_activations_there_are(plan: Plan) -> None:

@@ -75,7 +75,7 @@ def estimate(
         micro_batch=micro_batch,
         gradients=spectra or recipe.init.needs_gradient,
         moments_kept=spectra and moments_fit(plan.spec, memory.moments),
-        narrows=spectra and isinstance(recipe.ranks, Adaptive) and recipe.ranks.narrow,
+        narrows=spectra and isinstance(recipe.ranks, Adaptive) and recipe.ranks.narrow and bool(plan.spec.ffns),
     )
     stages = list_stages(work, recipe, spectra)
     flops = round(sum(stage.flops for stage in stages))
