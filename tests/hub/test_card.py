@@ -92,6 +92,13 @@ def test_body_tells_all_facts() -> None:
         assert told in text
 
 
+def test_narrower_networks_are_told() -> None:
+    spec = RESULT.plan.spec
+    narrower = replace(RESULT, plan=replace(RESULT.plan, widths={"layers.0.down": 3, "layers.1.down": 4}))
+    assert spec.blocks and "have fewer neurons" not in card(**FACTS)
+    assert "or, in 2 feed-forward networks, have fewer neurons, taught" in card(**FACTS | {"result": narrower})
+
+
 def test_table_rows_are_not_torn_apart() -> None:
     lines = card(**FACTS).splitlines()
     first = lines.index("|---|---:|---:|---:|")

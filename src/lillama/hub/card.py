@@ -53,6 +53,7 @@ def card(
         manifest=manifest,
         sources=[public_name(source) for source in sources],
         compressed=sum(plan.changes(block) for block in spec),
+        narrower=len(plan.widths),
         kept_initialisations=kept_initialisations,
         versions=environment(),
         rights=rights,

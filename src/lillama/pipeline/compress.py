@@ -256,7 +256,7 @@ def _card(ctx: RunContext, result: Result) -> str:
         recipe_name=job.recipe_name,
         manifest=ctx.tokens.manifest,
         rights=rights_of(job.teacher.reader.folder),
-        kept_initialisations=sum(not log["improved"] for log in logs),
+        kept_initialisations=sum(bool(log["steps"]) and not log["improved"] for log in logs),
         plot=PLOT,
     )
 
