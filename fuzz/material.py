@@ -5,6 +5,7 @@ import logging
 import random
 import shutil
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from lillama import compress, load_recipe, plan
+from lillama.ranks.plan import RankPlan
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 16,
@@ -63,17 +65,25 @@ def make(folder: Path) -> None:
     _llama(base / "model")
     untaught = load_recipe("default", UNTAUGHT)
     (base / "recipe.yaml").write_text(untaught.as_yaml(), encoding="utf-8")
-    plan(base / "model", recipe=untaught).plan.save(base / "plan.json")
+    _narrower(plan(base / "model", recipe=untaught).plan).save(base / "plan.json")
     shutil.copytree(base, folder / "sharded")
     LlamaForCausalLM.from_pretrained(base / "model").save_pretrained(folder / "sharded" / "model", max_shard_size=8000)
     (folder / "sharded" / "model" / "model.safetensors").unlink()
-    for name, form in FORMS.items():
-        _compressed(base, folder / name, UNTAUGHT | {"storage": form})
+    for name, form in {**FORMS, "narrow": {"form": "plain"}}.items():
+        _compressed(base, folder / name, UNTAUGHT | {"storage": form}, "plan.json" if name == "narrow" else None)
         shutil.rmtree(folder / name / "model")
         (folder / name / "out").rename(folder / name / "model")
     _compressed(base, folder / "finished", TAUGHT)
     for name, architecture in OTHERS.items():
         _configuration(name, architecture).save_pretrained(folder / name / "model")
+
+
+def _narrower(planned: RankPlan) -> RankPlan:
+    """Return a plan whose first FFN has half of its neurons."""
+    ffn = planned.spec.ffns[0]
+    return replace(
+        planned, ranks={**planned.ranks, **dict.fromkeys(ffn.linears)}, widths={ffn.outward: ffn.neurons // 2}
+    )
 
 
 def _llama(folder: Path) -> None:
@@ -85,13 +95,13 @@ def _llama(folder: Path) -> None:
     (folder / "README.md").write_text(README, encoding="utf-8")
 
 
-def _compressed(base: Path, folder: Path, recipe: dict[str, Any]) -> None:
+def _compressed(base: Path, folder: Path, recipe: dict[str, Any], rank_plan: str | None = None) -> None:
     """Copy the folder of a model and compress it there into `out`, with the run folder `out.run`."""
     shutil.copytree(base, folder)
     chosen = load_recipe("default", recipe)
     (folder / "recipe.yaml").write_text(chosen.as_yaml(), encoding="utf-8")
     with chdir(folder):  # the run remembers its text by the name that the command gives
-        compress("model", "out", recipe=chosen, calibration="text.txt", tokens=128, seq_len=16)
+        compress("model", "out", recipe=chosen, rank_plan=rank_plan, calibration="text.txt", tokens=128, seq_len=16)
 
 
 def _configuration(name: str, architecture: str) -> PretrainedConfig:

@@ -44,7 +44,7 @@ class Target:
     within: Place = ()
 
 
-COMPRESSED = ("plain", "pivot", "int8", "int4")
+COMPRESSED = ("plain", "pivot", "int8", "int4", "narrow")
 OTHERS = ("gpt2", "whisper", "mixtral", "mamba", "bert", "t5", "gpt_oss", "gemma3_text", "clip_vision_model", "opt")
 TARGETS = {
     "config": Target(
