@@ -136,10 +136,11 @@ class Adaptive:
             for (shape, rank), linears in alike.items()
         ]
         named = {linear.name: linear for linear in budget.spec.linears}
+        counts = budget.in_bytes or budget.storage.bits is None  # else dense numbers are dearer than the budget knows
         narrow = [
             _Widths.of(ffn, [named[name] for name in ffn.linears], spectra.widths[ffn.outward], budget)
             for ffn in budget.spec.ffns
-            if self.narrow and ffn.outward in spectra.widths
+            if self.narrow and counts and ffn.outward in spectra.widths
         ]
         return _AllChoices(linears, narrow)
 
