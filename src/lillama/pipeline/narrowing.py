@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 from torch import nn
 
 from lillama.lowrank.gram import Moments
@@ -45,6 +44,5 @@ def narrow_ffns(block: BlockSpec, widths: Mapping[str, int], curves: Mapping[str
         name = block.inner(ffn.outward)
         if name in widths:
             inward = tuple(map(block.inner, ffn.inward))
-            kept = np.sort(curves[ffn.outward].kept(widths[name])).tolist()
-            found.append(NarrowFfn(inward, name, tuple(kept)))
+            found.append(NarrowFfn(inward, name, tuple(curves[ffn.outward].kept(widths[name]).tolist())))
     return found
