@@ -33,7 +33,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "no-allocation": ("- adaptive ranks (uniform)", UNIFORM),
     "no-narrow": ("- narrower FFNs (ranks alone)", {"ranks": {"name": "adaptive", "narrow": False}}),
     "no-pivot": ("- pivot storage (plain factors)", PLAIN),
-    "no-local": ("- local distillation", {"distill": {"epochs": 0}}),
+    "local": ("+ local distillation of every block", {"distill": {"blocks": "all"}}),
     "no-recovery": ("- recovery tail", NO_TAIL),
     "no-two-sided": ("- two-sided whitening (one-sided)", WHITENED),
     "base": ("local distillation alone: uniform, plain, whitened", BASE),
@@ -45,11 +45,20 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "only-sub-blocks": ("+ loss by sub-block 0.3", BASE | {"distill": {"sub_blocks": 0.3}}),
     "only-adaptive-target": ("+ adaptive target 0.5", BASE | {"distill": {"adaptive": 0.5}}),
     "only-norm": ("+ norm term 0.1", BASE | {"distill": {"norm": 0.1}}),
-    "look-ahead": ("default + look-ahead 0.5", {"distill": {"look_ahead": 0.5}}),
-    "sub-blocks": ("default + loss by sub-block 0.3", {"distill": {"sub_blocks": 0.3}}),
-    "adaptive-target": ("default + adaptive target 0.5", {"distill": {"adaptive": 0.5}}),
-    "norm": ("default + norm term 0.1", {"distill": {"norm": 0.1}}),
-    "l1-cosine": ("default, published loss", {"distill": {"loss": {"name": "l1-cosine"}}}),
+    "local-look-ahead": ("+ local distillation, look-ahead 0.5", {"distill": {"blocks": "all", "look_ahead": 0.5}}),
+    "local-sub-blocks": (
+        "+ local distillation, loss by sub-block 0.3",
+        {"distill": {"blocks": "all", "sub_blocks": 0.3}},
+    ),
+    "local-adaptive-target": (
+        "+ local distillation, adaptive target 0.5",
+        {"distill": {"blocks": "all", "adaptive": 0.5}},
+    ),
+    "local-norm": ("+ local distillation, norm term 0.1", {"distill": {"blocks": "all", "norm": 0.1}}),
+    "local-l1-cosine": (
+        "+ local distillation, published loss",
+        {"distill": {"blocks": "all", "loss": {"name": "l1-cosine"}}},
+    ),
 }
 
 

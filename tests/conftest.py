@@ -195,6 +195,7 @@ def quick(text: Path) -> Callable[..., Recipe]:
                 "recover": {"epochs": 0},
                 "distill": {
                     "schedule": "sequential", "stream": "both", "loss": {"name": "mse"}, "epochs": 2, "batch_size": 8,
+                    "blocks": "all",
                     "lr": 2e-3, "lr_scale": "width", "lr_width": None, "lr_schedule": "cosine", "warmup": 0.05,
                     "betas": [0.9, 0.999], "weight_decay": 0.0, "clip": 1.0, "held_out": 0.1,
                 },

@@ -1,5 +1,6 @@
 """What only an encoder-decoder can get wrong: looking ahead at the end of a stack, and resuming between two."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,21 @@ def test_looking_ahead_ends_at_the_end_of_a_stack(bart: Path, text: Path, tmp_pa
         bart, tmp_path / "out", keep=0.8, scope="blocks", recipe=recipe, calibration=text, tokens=384, seq_len=32
     )
     assert result.held_out.kl < 1
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "joint"])
+def test_only_blocks_that_recovery_does_not_reach_are_taught_by_themselves(
+    bart: Path, text: Path, tmp_path: Path, schedule: str
+) -> None:
+    changes = {"distill": {"epochs": 1, "schedule": schedule}, "recover": {"epochs": 1, "lr": 1e-3}}
+    recipe = load_recipe("default", SHORT | changes)
+    result = compress(
+        bart, tmp_path / "out", keep=0.8, scope="blocks", recipe=recipe, calibration=text, tokens=384, seq_len=32
+    )
+    logs = [json.loads(log.read_text()) for log in sorted((result.run / "blocks").glob("*.json"))]
+    taught = {log["block"] for log in logs if log["steps"]}
+    assert taught == {log["block"] for log in logs if ".encoder." in log["block"]}
+    assert len(taught) < len(logs) and json.loads((result.run / "recovered" / "log.json").read_text())["steps"]
 
 
 def test_a_joint_run_goes_on_wherever_it_was_stopped(bart: Path, text: Path, tmp_path: Path, monkeypatch) -> None:

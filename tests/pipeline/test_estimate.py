@@ -123,7 +123,7 @@ def test_the_recovery_tail_is_counted_from_the_first_trained_block_to_the_head(
     plan: Plan, factorised: tuple[int, ...], chain: int
 ) -> None:
     base = recipe("teacher", epochs=1)
-    base = replace(base, distill=replace(base.distill, held_out=0.1))
+    base = replace(base, distill=replace(base.distill, held_out=0.1, blocks="all"))
     tail = replace(base, recover=replace(base.recover, epochs=2, checks=4, batch_size=3))
     made = plan(factorised=factorised)
     without, found = estimate(made, base, 4, 2), estimate(made, tail, 4, 2)
@@ -224,3 +224,15 @@ def test_an_expert_costs_what_the_tokens_cost_that_come_to_it(plan: Plan) -> Non
     assert fed == 2 * 6 * 64**2 + 6 * 10 * 2 * 4 * 64 + grams
     assert (some.flops - FACTORS) / 1000 - 8 * other == fed / 4
     assert some.memory_bytes < every.memory_bytes and some.disk_bytes == every.disk_bytes
+
+
+def test_blocks_that_recovery_reaches_are_not_taught_by_themselves(plan: Plan) -> None:
+    base = recipe("teacher", epochs=3)
+    tail = replace(base, recover=replace(base.recover, epochs=1))
+    taught = replace(tail, distill=replace(tail.distill, blocks="all"))
+    local = 3 * 1000 * 6 * 3 * KEPT
+    assert estimate(plan(), taught, 4, 2).flops - estimate(plan(), tail, 4, 2).flops == local
+    assert replace(base, distill=replace(base.distill, blocks="all")).distill_in(last_stack=True) == taught.distill
+    assert tail.distill_in(last_stack=True).epochs == 0 and tail.distill_in(last_stack=False) == tail.distill
+    routers = replace(tail, recover=replace(tail.recover, trains="routers"))
+    assert routers.distill_in(last_stack=True).epochs == 3

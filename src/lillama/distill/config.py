@@ -67,6 +67,8 @@ class DistillConfig:
         adaptive: weight `w` in the target of the student's stream, `y = (1 - w) B(x) + w B(x')` with `B` the teacher's block,
             `x` the teacher's input and `x'` the student's own: 0 is anchored to the original, 1 forgets the errors made below.
         epochs: passes over the calibration tokens; 0 keeps the initialisation.
+        blocks: that are taught so: `all` of them, or only those that recovery leaves `unrecovered`, such as an encoder's:
+            what a block learns alone, recovery learns better (docs/findings.md).
         tokens: that initialisation and distillation see, of the calibration tokens; None: all. Recovery sees all: of more
             text it learns more, where the moments of the closed form gain little and cost most.
         batch_size: sequences in one optimiser step.
@@ -91,6 +93,7 @@ class DistillConfig:
     sub_blocks: Annotated[float, Field(ge=0)] = 0.0
     adaptive: Annotated[float, Field(ge=0, le=1)] = 0.0
     epochs: Annotated[int, Field(ge=0)] = 4
+    blocks: Literal["all", "unrecovered"] = "unrecovered"
     tokens: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 8
     lr: Annotated[float, Field(gt=0)] = 4e-2

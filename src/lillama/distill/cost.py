@@ -15,8 +15,15 @@ BLOCK_BYTES = 32  # a parameter of the block that is taught in a sequential sche
 JOINT_BYTES = 36
 
 
-def distillation_cost(work: Work, config: DistillConfig, init: Initialiser) -> StageCost:
-    """Return what the blocks' initialisation and training cost."""
+def distillation_cost(work: Work, config: DistillConfig, last_epochs: int, init: Initialiser) -> StageCost:
+    """Return what the blocks' initialisation and training cost.
+
+    Args:
+        work: to be done.
+        config: how blocks are taught.
+        last_epochs: those of `config`, or none, in the last stack.
+        init: computes the factors.
+    """
     spec, tokens, trained = work.spec, work.tokens, work.trained
     joint = config.schedule == "joint"
     own_stream = not joint and config.stream != "teacher"
@@ -29,7 +36,8 @@ def distillation_cost(work: Work, config: DistillConfig, init: Initialiser) -> S
     ahead = max(block.params for block in spec) if config.look_ahead else 0
     # Forward and backward through the next block, without its weights.
     further = 4 * max(block.active_params for block in spec) if config.look_ahead else 0
-    training = sum((3 * 2 * block.active_params + further) * fed * config.epochs for block in trained)
+    epochs = {block.spec.stack: config.epochs for block in trained} | {work.spec.blocks[-1].stack: last_epochs}
+    training = sum((3 * 2 * block.active_params + further) * fed * epochs[block.spec.stack] for block in trained)
     stores = (3 if own_stream else 2) + bool(config.look_ahead) + bool(config.adaptive)
     parts = max(len(_children(block.spec)) for block in trained) if config.sub_blocks else 0
     probed = len(spec.blocks) * probed_tokens(work) if init.needs_gradient else 0

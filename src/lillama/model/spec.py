@@ -158,6 +158,11 @@ class BlockSpec:
     linears: tuple[LinearSpec, ...]
     ffns: tuple[FfnSpec, ...] = ()
 
+    @property
+    def stack(self) -> str:
+        """Full name of the list of blocks that it is one of."""
+        return self.name.rpartition(".")[0]
+
     def inner(self, name: str) -> str:
         """Return the name within the block of a module by its full name."""
         return name.removeprefix(f"{self.name}.")

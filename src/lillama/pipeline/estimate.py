@@ -114,7 +114,7 @@ def list_stages(work: Work, recipe: Recipe, spectra: bool) -> list[StageCost]:
     """
     if not work.trained:
         return []
-    stages = [distillation_cost(work, recipe.distill, recipe.init)]
+    stages = [distillation_cost(work, recipe.distill, recipe.distill_in(last_stack=True).epochs, recipe.init)]
     if work.gradients:
         stages.append(gradients_cost(work, spectra))
     if isinstance(recipe.ranks, Adaptive) and spectra:

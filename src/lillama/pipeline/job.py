@@ -135,7 +135,7 @@ def plan(
     if limit is not None and cost(wanted) <= limit.seconds:
         limit = None
     if limit is not None:
-        wanted = choose(wanted, limit.seconds, cost, wanted.calibration.tokens)
+        wanted = choose(wanted, limit.seconds, cost, spec.kind.stacks, wanted.calibration.tokens)
     needs = estimate(ranks, wanted, dtype.itemsize, rows, rate, open_ranks=outline, memory=memory)
     if limit is not None:
         needs = replace(needs, seconds=limit.seconds)

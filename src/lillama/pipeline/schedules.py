@@ -10,6 +10,7 @@ from torch import nn
 
 from lillama.distill.activations import BlockActivations, Earlier
 from lillama.distill.block import BlockData, distill_block
+from lillama.distill.config import DistillConfig
 from lillama.distill.cost import LEARNER_BYTES
 from lillama.distill.joint import JointData, JointTraining, distill_stack
 from lillama.distill.learner import Learner
@@ -164,22 +165,26 @@ def _train(
     teachers: Teachers,
     snapshot_seconds: float,
 ) -> DistillLog:
-    config, rows = ctx.job.recipe.distill, ctx.local_rows
+    config, rows = _config(ctx, ctx.teacher.stack_of(block.index)), ctx.local_rows
     following = teachers.after(block.index) if config.look_ahead else None
     if following is not None:
         activations.compute_next_target(block.index, following)
     data = BlockData(activations, block.index, config.stream, following)
     objective = Objective(config, data.loss_scale(config.loss, rows.held_out))
     folder = ctx.run_dir.block_state(block.index)
-    trainer = _trainer(ctx, ctx.seed(block), folder, snapshot_seconds)
+    trainer = _trainer(ctx, config, ctx.seed(block), folder, snapshot_seconds)
     compiled = ctx.compiled(config.batch_size, "blocks")
     lr = config.optim.peak_lr(ctx.job.plan.spec.hidden_size)
     learner = Learner(student, config.optim, lr, len(trainer.batches), objective, compiled=compiled)
     return distill_block(learner, block.name, data, rows.held_out, trainer, ctx.report)
 
 
-def _trainer(ctx: RunContext, seed: int, folder: Path, snapshot_seconds: float) -> Trainer:
-    config = ctx.job.recipe.distill
+def _config(ctx: RunContext, stack: int) -> DistillConfig:
+    """Return how the blocks of a stack are taught."""
+    return ctx.job.recipe.distill_in(stack == len(ctx.teacher.stacks) - 1)
+
+
+def _trainer(ctx: RunContext, config: DistillConfig, seed: int, folder: Path, snapshot_seconds: float) -> Trainer:
     batches = Batches(ctx.local_rows.train, config.epochs, config.batch_size, seed)
     return Trainer(batches, config.checks, folder, snapshot_seconds=snapshot_seconds)
 
@@ -197,9 +202,9 @@ def distill_jointly(ctx: RunContext, snapshot_seconds: float = SNAPSHOT_SECONDS)
 
 
 def _distill_stack(ctx: RunContext, stack: int, trained: Mapping[int, BlockSpec], snapshot_seconds: float) -> None:
-    config, before = ctx.job.recipe.distill, _before(ctx, stack)
+    config, before = _config(ctx, stack), _before(ctx, stack)
     initial, scales = _initial_students(ctx, trained, stack, before)
-    trainer = _trainer(ctx, ctx.job.recipe.seed, ctx.run_dir.joint_state(stack), snapshot_seconds)
+    trainer = _trainer(ctx, config, ctx.job.recipe.seed, ctx.run_dir.joint_state(stack), snapshot_seconds)
     lr, resident = config.optim.peak_lr(ctx.job.plan.spec.hidden_size), _resident(ctx, trained)
     compiled = ctx.compiled(config.batch_size, f"stack {stack}", resident >= len(trained))
 

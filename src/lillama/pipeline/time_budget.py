@@ -93,7 +93,7 @@ def fit_job(job: Job, limit: TimeLimit, run: Path, restart: bool) -> Job:
             *(duration(seconds) for seconds in (whole, limit.seconds)),
             most,
         )
-    recipe = choose(job.recipe, limit.seconds, lambda one: cost_of(job, one, rate), most)
+    recipe = choose(job.recipe, limit.seconds, lambda one: cost_of(job, one, rate), job.plan.spec.kind.stacks, most)
     logger.info(
         "time: %d calibration tokens, %s of them for the closed form, %d epochs of distillation, recovery in what is left",
         recipe.calibration.tokens,

@@ -12,8 +12,9 @@ EPOCHS = (
     2,
     1,
     0,
-)  # of distillation, where there is no recovery: that brings more in the same time (docs/findings.md)
-MEASURED, DISTILLED = 0.5, 0.9  # shares of the time that estimates may fill: before any training, with distillation
+)  # of distillation, where recovery does not reach: that brings more in the same time (docs/findings.md)
+# Shares of the time that estimates may fill: before any training, with that of the stacks before the last, with distillation.
+MEASURED, EARLIER, DISTILLED = 0.5, 0.7, 0.9
 SURPLUS = 1.5  # times the text that recovery reads once by the estimate, which errs on the side of too much time
 MOST_EPOCHS = 16  # of recovery: more learn the text by heart
 EXPORT = 0.04  # share of the time that writing the result may take
@@ -41,26 +42,30 @@ class Rung:
     recover_epochs: float
 
 
-def choose(recipe: Recipe, seconds: float, cost: Cost, most_tokens: int | None = None) -> Recipe:
+def choose(recipe: Recipe, seconds: float, cost: Cost, stacks: int = 1, most_tokens: int | None = None) -> Recipe:
     """Return a recipe whose calibration tokens fit into some time; recovery takes the rest, or else distillation.
 
     Args:
         recipe: that says all else.
         seconds: of the whole command.
         cost: returns the estimated seconds of a recipe.
+        stacks: of blocks; recovery reaches the last one, and distillation teaches the others.
         most_tokens: of calibration that may be chosen; None knows no bound.
     """
     sizes = [size for size in LADDER if most_tokens is None or size <= most_tokens] or [LADDER[0]]
 
     def fits(tokens: int, epochs: int, share: float) -> bool:
-        return cost(without_recovery(with_effort(recipe, tokens, tokens, epochs))) <= share * seconds
+        one = with_effort(recipe, tokens, tokens, epochs)
+        return cost(_least_recovery(one) if recipe.recover.wanted else one) <= share * seconds
 
     local, most = max((size for size in sizes if fits(size, 0, MEASURED)), default=sizes[0]), recipe.distill.epochs
     if recipe.recover.wanted:
-        once = (with_effort(recipe, size, local, 0) for size in sizes if size > local)
+        counts = (most, *EPOCHS) if stacks > 1 else (0,)
+        taught = next((count for count in counts if count <= most and fits(local, count, EARLIER)), 0)
+        once = (with_effort(recipe, size, local, taught) for size in sizes if size > local)
         surplus = SURPLUS if recipe.calibration.sources else 1.0  # what the model writes costs time, read or not
         longer = (one for one in once if cost(_one_epoch(one)) <= surplus * seconds)
-        return max(longer, key=lambda one: one.calibration.tokens, default=with_effort(recipe, local, local, 0))
+        return max(longer, key=lambda one: one.calibration.tokens, default=with_effort(recipe, local, local, taught))
     epochs = next((count for count in (most, *EPOCHS) if count <= most and fits(local, count, DISTILLED)), 0)
     return with_effort(recipe, local, local, epochs)
 
@@ -75,10 +80,11 @@ def ladder(recipe: Recipe, plan: RankPlan, cost: Cost) -> tuple[Rung, ...]:
     """
     rungs = list[Rung]()
     for seconds in BUDGETS:
-        chosen = choose(recipe, seconds, cost)
-        left, passes = seconds * (1 - EXPORT) - cost(without_recovery(chosen)), 0.0
+        chosen = choose(recipe, seconds, cost, plan.spec.kind.stacks)
+        before = cost(_least_recovery(chosen) if recipe.recover.wanted else chosen)
+        left, passes = seconds * (1 - EXPORT) - before, 0.0
         if recipe.recover.wanted and plan.compresses:
-            an_epoch = cost(_one_epoch(chosen)) - cost(without_recovery(chosen))
+            an_epoch = cost(_one_epoch(chosen)) - before
             passes = min(max(left, 0.0) / max(an_epoch, 1e-9), float(MOST_EPOCHS))
         tokens, distill = chosen.calibration.tokens, chosen.distill
         rungs.append(Rung(seconds, tokens, distill.tokens or tokens, distill.epochs, round(passes, 2)))
@@ -94,9 +100,9 @@ def with_effort(recipe: Recipe, tokens: int, distill_tokens: int, distill_epochs
     )
 
 
-def without_recovery(recipe: Recipe) -> Recipe:
-    """Return a recipe without recovery."""
-    return replace(recipe, recover=replace(recipe.recover, epochs=0, steps=None))
+def _least_recovery(recipe: Recipe) -> Recipe:
+    """Return a recipe with a single step of recovery."""
+    return replace(recipe, recover=replace(recipe.recover, steps=1, checks=1))
 
 
 def _one_epoch(recipe: Recipe) -> Recipe:

@@ -1,7 +1,7 @@
 """A recipe says what is computed; two runs with equal recipes, models and data give equal results."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -101,6 +101,12 @@ class Recipe:
     def as_yaml(self) -> str:
         """Return the recipe as YAML that `load_recipe` reads back."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+    def distill_in(self, last_stack: bool) -> DistillConfig:
+        """Return how the blocks of the last stack, which is the one that recovery reaches, or of another one are taught."""
+        recovered = last_stack and self.recover.wanted and self.recover.trains == "all"
+        taught = self.distill.blocks == "all" or not recovered
+        return self.distill if taught else replace(self.distill, epochs=0)
 
     @property
     def hash(self) -> str:
