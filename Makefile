@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # The matrices of the small models here are too small to share among threads; processes run side by side instead.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help demo demo-real test fuzz check house docs bench-quality bench-ablation bench-speed bench-inference bench-memory bench-tiny bench-real kills clean
+.PHONY: help demo demo-real test fuzz check house docs bench-quality bench-ablation bench-pareto bench-speed bench-inference bench-memory bench-tiny bench-real kills clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ bench-quality: $(VENV)/.ready  ## loss and generated text of every recipe at six
 
 bench-ablation: $(VENV)/.ready  ## each part of the default recipe off and on, into bench/results/ (hours)
 	$(ONE_THREAD) $(BIN)/python bench/ablation.py
+
+bench-pareto: $(VENV)/.ready  ## quality against bytes: bits by linear, one width, fewer numbers, into bench/results/ (an hour)
+	$(ONE_THREAD) $(BIN)/python bench/pareto.py
 
 bench-speed: $(VENV)/.ready  ## how near compressing comes to the machine's limit, into bench/results/
 	$(ONE_THREAD) $(BIN)/python bench/speed.py

@@ -26,6 +26,8 @@ from lillama.system.progress import Progress
 SHORT = {"distill": {"epochs": 1}, "recover": {"epochs": 1, "lr": 4e-3}, "ranks": {"multiple_of": 1}}
 JOINT = {"ranks": {"name": "uniform", "multiple_of": 1}, "distill": {"lr": 1e-3}}
 
+BITS = (8, 3, 5, 4, 6)
+
 Ask = Callable[..., dict[str, Tensor]]
 
 
@@ -142,13 +144,14 @@ def test_architecture(
         assert (tmp_path / "halves" / file).read_bytes() == written[file], file
 
     # The published schedule, all blocks on every batch, runs too; it takes gate and up of an expert apart. Each FFN has half
-    # of its neurons, where the architecture's may.
+    # of its neurons, where the architecture's may, and linears are stored in bits of their own, dense ones too.
     recipe = load_recipe("paper", JOINT)
     planned = plan(tmp_path / "model", recipe=recipe, **given).plan
     widths = {ffn.outward: ffn.neurons // 2 for ffn in planned.spec.ffns}
     dense = {name for ffn in planned.spec.ffns for name in ffn.linears}
     ranks = {name: None if name in dense else rank for name, rank in planned.ranks.items()}
-    replace(planned, ranks=ranks, widths=widths).save(tmp_path / "plan.json")
+    bits = {name: BITS[index % len(BITS)] for index, name in enumerate(ranks)}
+    replace(planned, ranks=ranks, widths=widths, bits=bits).save(tmp_path / "plan.json")
     fixed = given | {"rank_plan": tmp_path / "plan.json"}
     del fixed["keep"]
     joint = compress(tmp_path / "model", tmp_path / "joint", recipe=recipe, **fixed)

@@ -146,7 +146,6 @@ def test_defaults_are_left_to_the_recipe(monkeypatch):
     with pytest.raises(SystemExit):
         main(["compress", "m", "out"])
     assert {k: v for k, v in given.items() if v is not None} == {
-        "recipe": "default",
         "texts": (),
         "restart": False,
         "machine": Machine(),

@@ -29,7 +29,7 @@ from lillama.stream.model import open_streamed
 
 IN_BLOCK = {"self_attn.q_proj": 9, "self_attn.o_proj": 16, "mlp.gate_proj": 11, "mlp.up_proj": 14, "mlp.down_proj": 32}
 RANKS = {f"model.layers.{index}.{name}": rank for index in (0, 2) for name, rank in IN_BLOCK.items()}
-STORAGES = [Storage(form, bits, 16) for form, bits in product(("plain", "pivot"), (None, 8, 4))]  # pyright: ignore
+STORAGES = [Storage(form, bits, 16) for form, bits in product(("plain", "pivot"), (None, 8, 4, 3))]  # pyright: ignore
 X = torch.arange(3, 23)[None]
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def assembled(
             name.removeprefix(f"{block.name}."): r for name, r in ranks.items() if name.startswith(f"{block.name}.")
         }
         if not inside:
-            return None
+            return teacher.block(block.index, stored=True).state_dict() if storage.bits else None
         student = teacher.block(block.index)
         generator = torch.Generator().manual_seed(block.index)
         install(student, inside)
@@ -58,7 +58,14 @@ def assembled(
 
     plan = RankPlan(spec, {linear.name: ranks.get(linear.name) for linear in spec.linears}, storage)
     return assemble(
-        folder, teacher.weights, plan, compressed, lambda block: teacher.template(block.index), "cafe", 10**6
+        folder,
+        teacher.weights,
+        plan,
+        compressed,
+        lambda block: {},
+        lambda block: teacher.template(block.index),
+        "cafe",
+        10**6,
     )
 
 
@@ -78,7 +85,7 @@ def test_every_form_computes_what_the_plain_one_does(
     assert not any(report.values())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     exact = storage.bits is None and model.dtype == torch.float32
-    share = 1e-5 if exact else {None: 0.05, 8: 0.1, 4: 0.8}[storage.bits]
+    share = 1e-5 if exact else {None: 0.05, 8: 0.1, 4: 0.8, 3: 1.5}[storage.bits]
     wanted = plain(X).logits
     assert (model(X).logits.float() - wanted).norm() <= share * wanted.norm()
     assert set(how) == (set(RANKS) if storage.form == "pivot" else set())
@@ -107,7 +114,14 @@ def test_bytes_and_types_are_those_that_were_promised(storage: Storage, original
         assert sum(tensor.nbytes for tensor in parts.values()) == promised
         floats = {tensor.dtype for tensor in parts.values() if tensor.is_floating_point()}
         assert floats == {weight.dtype}
-    kept = {name for name in dense if name.rpartition(".")[0] not in RANKS}
+    spec = describe(load_config(original))
+    few = {linear.name for linear in spec.linears if linear.name not in RANKS} if storage.bits else set[str]()
+    for linear in (linear for linear in spec.linears if linear.name in few):
+        weight = dense[f"{linear.name}.weight"]
+        parts = [tensor for part, tensor in stored.items() if part.startswith(f"{linear.name}.") and "bias" not in part]
+        assert sum(tensor.nbytes for tensor in parts) == storage.nbytes(*weight.shape, None, weight.itemsize)
+        assert section["bits"][linear.name] == storage.bits
+    kept = {name for name in dense if name.rpartition(".")[0] not in {*RANKS, *few}}
     assert all(torch.equal(stored[name], dense[name]) for name in kept)
     for name in (f"{layer}.bias" for layer in RANKS):
         moved = any(part in name for part in ("gate_proj", "up_proj")) and absorbed

@@ -222,7 +222,7 @@ def test_a_newer_format_is_refused(saved: Saved, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("storage", [{"form": "pivto", "bits": None}, {"form": "plain", "bits": 3}])
+@pytest.mark.parametrize("storage", [{"form": "pivto", "bits": None}, {"form": "plain", "bits": 7}])
 def test_a_storage_that_nobody_knows_is_refused(storage: dict[str, object], saved: Saved, tmp_path: Path) -> None:
     config = json.loads((saved.folder / "config.json").read_text())
     config["quantization_config"] |= {"format_version": 2, "storage": storage}

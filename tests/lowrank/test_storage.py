@@ -5,11 +5,11 @@ from itertools import product
 import pytest
 import torch
 
-from lillama.lowrank.encode import encode_factors
+from lillama.lowrank.encode import encode_dense, encode_factors
 from lillama.lowrank.pivot import pivot_rows
 from lillama.lowrank.storage import Storage
 
-STORAGES = [Storage(form, bits, 16) for form, bits in product(("plain", "pivot"), (None, 8, 4))]
+STORAGES = [Storage(form, bits, 16) for form, bits in product(("plain", "pivot"), (None, 8, 6, 5, 4, 3, 2))]
 SHAPES = [(24, 40, 7), (40, 24, 7), (24, 40, 24), (40, 24, 24), (33, 18, 1), (16, 16, 16)]
 
 
@@ -29,8 +29,16 @@ def test_what_is_counted_is_what_is_stored(storage: Storage, shape: tuple[int, i
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_a_dense_weight_is_stored_as_it_is(storage: Storage) -> None:
-    assert storage.numbers(24, 40, None) == 960 and storage.nbytes(24, 40, None, 2) == 1920
+@pytest.mark.parametrize("columns", [40, 33])
+def test_a_dense_weight_is_stored_in_the_same_bits(storage: Storage, columns: int) -> None:
+    assert storage.numbers(24, columns, None) == 24 * columns
+    if storage.bits is None:
+        assert storage.nbytes(24, columns, None, 2) == 24 * columns * 2
+        return
+    tensors = encode_dense(torch.randn(24, columns), storage)
+    assert sum(tensor.nbytes for tensor in tensors.values()) == storage.nbytes(24, columns, None, 2)
+    scales = 24 if storage.bits == 8 else 24 * 3
+    assert storage.nbytes(24, columns, None, 2) - 2 * scales <= 24 * (columns * storage.bits / 8 + 1 + storage.bits)
 
 
 @pytest.mark.parametrize("form", ["plain", "pivot"])

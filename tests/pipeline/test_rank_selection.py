@@ -88,13 +88,11 @@ def test_uniform_ranks_are_taken_where_they_are_better_and_this_is_said(tiny, qu
     assert json.loads((result.run / "allocation.json").read_text())["chosen"] == 0.0
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-def test_bytes_decide_the_size(tiny, quick, tmp_path, bits):
-    if bits:
-        pytest.importorskip("torchao")
+@pytest.mark.parametrize(("bits", "most"), [(None, 120_000), (8, 84_000)])
+def test_bytes_decide_the_size(tiny, quick, tmp_path, bits, most):
     recipe = quick(**(BEST | {"storage": {"form": "pivot", "bits": bits}}), distill={"epochs": 0})
-    result = compress(tiny, tmp_path / "out", recipe=recipe, nbytes=120_000)
-    assert 115_000 < result.stored.bytes <= 120_000
+    result = compress(tiny, tmp_path / "out", recipe=recipe, nbytes=most)
+    assert 0.96 * most < result.stored.bytes <= most
     assert sum(t.nbytes for t in load_file(result.path / "model.safetensors").values()) == result.stored.bytes
 
 

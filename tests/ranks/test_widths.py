@@ -72,11 +72,12 @@ def test_the_plan_with_widths_is_one_more_candidate() -> None:
     assert [share for share, _ in found] == [0.0, 0.5, 1.0]
 
 
-def test_bits_and_a_share_of_numbers_leave_widths_alone() -> None:
-    """A narrower linear stays in the model's own type: eight bits would be given up for the same share of numbers."""
+def test_bits_change_no_choice_between_ranks_and_widths() -> None:
+    """A narrower linear has the same bits as factors have."""
     spec, eight = made(), Storage("pivot", bits=8)
     spectra = measured(spec, 0.01)
-    assert not Adaptive(multiple_of=1)(spec, 0.7, "model", eight, spectra).widths
+    plans = [Adaptive(multiple_of=1)(spec, 0.7, "model", storage, spectra) for storage in (eight, Storage("pivot"))]
+    assert plans[0].widths == plans[1].widths != {} and plans[0].kept_bytes < 0.6 * plans[1].kept_bytes
     most = int(0.5 * spec.nbytes)
     plan = Adaptive(multiple_of=1)(spec, 0.7, "model", eight, spectra, most)
     assert plan.kept_bytes <= most

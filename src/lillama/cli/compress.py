@@ -17,7 +17,7 @@ def compress(
     out: Path,
     /,
     *,
-    recipe: str = "default",
+    recipe: str | None = None,
     overrides: Annotated[Overrides, Flat] = Overrides(),
     max_loss: float | None = None,
     time: Annotated[str | None, Parameter(metavar="DURATION")] = None,
@@ -41,7 +41,8 @@ def compress(
     out
         Folder to make.
     recipe
-        `default`, `paper`, another recipe that comes with lillama, or a YAML file.
+        `default`, `bits`, `paper`, another recipe that comes with lillama, or a YAML file [default: `bits` where --bytes is
+        given and --bits is not, else `default`].
     max_loss
         Instead of --keep: find the smallest model whose loss on held-out calibration text rises by at most so many nats a
         token; several models are made on the way.

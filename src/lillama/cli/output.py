@@ -22,6 +22,7 @@ from lillama.system.progress import Progress, Report, silent
 WORDS = {
     "calibration": "calibration text",
     "fisher": "spectra",
+    "rounding": "rounded",
     "steps": "  steps",
     "recover": "recovery",
     "probe": "probed texts",

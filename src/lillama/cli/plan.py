@@ -17,7 +17,7 @@ def plan(
     /,
     *,
     preview: Annotated[bool, Flag] = False,
-    recipe: str = "default",
+    recipe: str | None = None,
     overrides: Annotated[Overrides, Flat] = Overrides(),
     plan: Path | None = None,
     machine: Annotated[Machine, Flat] = Machine(),
@@ -34,7 +34,8 @@ def plan(
     preview
         Read weights and calibration text, and show the ranks by spectra and the loss predicted for every size.
     recipe
-        `default`, `paper`, another recipe that comes with lillama, or a YAML file.
+        `default`, `bits`, `paper`, another recipe that comes with lillama, or a YAML file [default: `bits` where --bytes is
+        given and --bits is not, else `default`].
     plan
         Rank plan to show instead of making one.
     trust_remote_code

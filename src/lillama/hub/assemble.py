@@ -2,10 +2,10 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from lillama.errors import ModelError
 from lillama.files.atomic import read_json, write_json
 from lillama.hub.companions import carry_along, without_code
-from lillama.lowrank.encode import encode_factors
+from lillama.lowrank.encode import encode_dense, encode_factors
 from lillama.lowrank.install import install
 from lillama.lowrank.permute import absorb
 from lillama.lowrank.pivot import Pivoting, in_order, pivot_rows
-from lillama.lowrank.quantize import refuse_without_torchao
 from lillama.lowrank.storage import Storage
 from lillama.model.checkpoint import FETCH_AGAIN, NAMED, CheckpointWriter
 from lillama.model.spec import BlockSpec
 from lillama.model.weights import Weights
 from lillama.modeling.experts import fuse, native_names
+from lillama.modeling.linear import build_factorised, mark
 from lillama.modeling.quantizer import LowRankConfig
 from lillama.ranks.plan import RankPlan
 from lillama.version import __version__
@@ -37,6 +37,7 @@ def assemble(
     weights: Weights,
     plan: RankPlan,
     compressed: Callable[[BlockSpec], Mapping[str, Tensor] | None],
+    rounded: Callable[[BlockSpec], Mapping[str, Tensor]],
     template: Callable[[BlockSpec], nn.Module],
     recipe_hash: str,
     shard_bytes: int,
@@ -52,6 +53,8 @@ def assemble(
         plan: of the compressed model.
         compressed: returns the state of a block (name within it -> tensor, the factors in the plain form, of any
             floating-point type), or None if it stays as it is.
+        rounded: returns the integers and scales of those of its weights that are rounded already; others of few bits are
+            rounded to the nearest.
         template: returns a block without weights, its experts and Conv1Ds as linears, in the shapes that it has before
             linears are factorised.
         recipe_hash: goes into config.json.
@@ -61,9 +64,7 @@ def assemble(
     Returns:
         full name -> how well the pivots of a linear stand for its other rows; empty for the plain form.
     """
-    spec, ranks, storage = plan.spec, plan.factorised, plan.storage
-    if storage.bits:
-        refuse_without_torchao()
+    spec, storage = plan.spec, plan.storage
     source, names = weights.reader.folder, weights.sources
     carry_along(source, folder, code)
     outside = [name for name in names if not any(name.startswith(f"{block.name}.") for block in spec)]
@@ -78,13 +79,15 @@ def assemble(
                 for name, tensor in weights.read(name for name in names if name.startswith(dot)):
                     writer.write(name, tensor)
                 continue
-            inside = {name.removeprefix(dot): rank for name, rank in ranks.items() if name.startswith(dot)}
+            inside, bits = plan.ranks_within(block), plan.bits_within(block)
             own, stored = template(block), dict(state)
             rows, found = _pivots(own, inside, stored) if storage.form == "pivot" else ({}, {})
-            stored, natives = _native(own, inside, stored), native_names(own)
-            originals = {name: _original(name, inside) for name in stored}
+            few = [name for name in bits if name not in inside]
+            stored, natives = _native(own, inside, few, stored), native_names(own)
+            originals = {name: _original(name, {*inside, *few}) for name in stored}
             types = {name: weights.dtype(dot + natives.get(old, old)) for name, old in originals.items()}
-            for name, tensor in _storage_of(stored, inside, rows, storage, types):
+            storages = {name: replace(storage, bits=bits.get(name)) for name in (*inside, *few)}
+            for name, tensor in _storage_of(stored, storages, rows, rounded(block), types):
                 writer.write(f"{dot}{name}", tensor)
             how |= {f"{dot}{name}": value for name, value in found.items()}
             absorbed += [
@@ -107,10 +110,21 @@ def _pivots(
     return rows, {name: how for name, (_, how) in found.items()}
 
 
-def _native(template: nn.Module, ranks: Mapping[str, int], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a block's state with experts and Conv1Ds that stayed dense as the original has them."""
-    block = copy.deepcopy(template)
+def _native(
+    template: nn.Module, ranks: Mapping[str, int], few: Sequence[str], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return a block's state with experts and Conv1Ds that stayed dense as the original has them.
+
+    Dense weights that are to be stored in few bits (`few`) stay linears: they are the right factor of nothing else.
+    """
+    block, state = copy.deepcopy(template), dict(state)
     install(block, ranks)
+    for name in few:
+        linear = cast(nn.Linear, block.get_submodule(name))
+        block.set_submodule(name, build_factorised(linear, linear.out_features, {"form": "pivot"}, ordered=False))
+        weight = state.pop(f"{name}.weight")
+        state |= {f"{name}{RIGHT}": weight, f"{name}.weight": weight.new_empty(0)}
+    mark(block)
     block.load_state_dict(state, strict=False, assign=True)
     fuse(block)
     native = block.state_dict()
@@ -119,26 +133,31 @@ def _native(template: nn.Module, ranks: Mapping[str, int], state: Mapping[str, T
 
 def _storage_of(
     state: Mapping[str, Tensor],
-    ranks: Mapping[str, int],
+    storages: Mapping[str, Storage],
     rows: Mapping[str, Tensor],
-    storage: Storage,
+    rounded: Mapping[str, Tensor],
     types: Mapping[str, torch.dtype],
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield names within the block and tensors as they are written."""
-    factors = {f"{name}{side}" for name in ranks for side in (LEFT, RIGHT)}
+    factors = {f"{name}{side}" for name in storages for side in (LEFT, RIGHT)}
     for name, tensor in state.items():
         if name not in factors:
             yield name, tensor.to(types[name])
-    for name in ranks:
-        left, right = state[f"{name}{LEFT}"], state[f"{name}{RIGHT}"]
-        for leaf, tensor in encode_factors(left, right, storage, rows.get(name), types[f"{name}{LEFT}"]).items():
-            yield f"{name}.{leaf}", tensor
+    for name, storage in storages.items():
+        left, right = state.get(f"{name}{LEFT}"), state[f"{name}{RIGHT}"]
+        if f"{name}.right.qweight" in rounded:
+            yield from ((key, tensor) for key, tensor in rounded.items() if key.startswith(f"{name}."))
+        elif left is None:
+            yield from ((f"{name}.{leaf}", tensor) for leaf, tensor in encode_dense(right, storage).items())
+        else:
+            stored = encode_factors(left, right, storage, rows.get(name), types[f"{name}{LEFT}"])
+            yield from ((f"{name}.{leaf}", tensor) for leaf, tensor in stored.items())
 
 
-def _original(name: str, ranks: Mapping[str, int]) -> str:
+def _original(name: str, stored: Collection[str]) -> str:
     """Return the name of the original's tensor that a student's tensor stands for."""
     linear = name.removesuffix(LEFT).removesuffix(RIGHT)
-    return f"{linear}.weight" if linear in ranks else name
+    return f"{linear}.weight" if linear in stored else name
 
 
 def _write_config(
@@ -149,9 +168,12 @@ def _write_config(
     recipe_hash: str,
 ) -> None:
     facts: dict[str, Any] = {"lillama_version": __version__, "recipe_hash": recipe_hash}
-    known = None if (plan.storage.form, plan.storage.bits) == ("plain", None) else asdict(plan.storage)
+    known = None if (plan.storage.form, plan.storage.bits) == ("plain", None) else dict(plan.storage.as_json())
     shapes = {name: list(shape) for name, shape in plan.shapes.items()}
-    low_rank = LowRankConfig(ranks=plan.factorised, storage=known, absorbed=absorbed, shapes=shapes, **facts)
+    few = {linear.name: plan.storage_of(linear.name).bits for linear, _ in plan}
+    bits = {name: own for name, own in few.items() if own and (plan[name] is None or own != plan.storage.bits)}
+    known = dict(plan.storage.as_json()) if bits else known
+    low_rank = LowRankConfig(ranks=plan.factorised, storage=known, absorbed=absorbed, shapes=shapes, bits=bits, **facts)
     section = {"quantization_config": low_rank.to_dict()} if plan.compresses else {}
     write_json(folder / "config.json", dict(config) | section)
 

@@ -43,7 +43,7 @@ def card(
     templates = markdown_templates("lillama.hub")
     templates.filters["readable"] = readable
     body = templates.get_template("card.md.jinja").render(
-        title=f"{PurePath(name).name}, {result.stored.params / spec.params:.0%} of its parameters",
+        title=f"{PurePath(name).name}, {_size(result)}",
         name=name,
         spec=spec,
         result=result,
@@ -54,6 +54,8 @@ def card(
         sources=[public_name(source) for source in sources],
         compressed=sum(plan.changes(block) for block in spec),
         narrower=len(plan.widths),
+        bits=sorted({bits for block in spec for bits in plan.bits_within(block).values()}),
+        counted="bytes" if any(map(plan.bits_within, spec)) else "numbers",
         kept_initialisations=kept_initialisations,
         versions=environment(),
         rights=rights,
@@ -61,6 +63,14 @@ def card(
         loading=Markup(loading_section("package", spec.architecture)),
     )
     return f"---\n{_front_matter(base_model if on_hub else None, rights)}---\n\n{body}\n"
+
+
+def _size(result: Result) -> str:
+    """Return how small the model is: in parameters, or where all of them are kept in bytes."""
+    spec, stored = result.plan.spec, result.stored
+    if result.plan.reduces:
+        return f"{stored.params / spec.params:.0%} of its parameters"
+    return f"{stored.bytes / spec.nbytes:.0%} of its bytes"
 
 
 def _is_hub_id(base_model: str) -> bool:

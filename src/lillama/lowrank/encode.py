@@ -47,6 +47,12 @@ def encode_factors(
     return tensors | _encode_factor("left", coefficients, storage, dtype)
 
 
+def encode_dense(weight: Float[Tensor, "out in"], storage: Storage) -> dict[str, Tensor]:
+    """Return name within the layer -> tensor of a dense weight of few bits, rounded to the nearest."""
+    assert storage.bits is not None
+    return {f"right.{leaf}": tensor for leaf, tensor in quantize(weight, storage.bits, storage.group_size).items()}
+
+
 def _encode_factor(
     side: str, factor: Float[Tensor, "rows columns"], storage: Storage, dtype: torch.dtype
 ) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lillama.errors import ModelError, suggestion
-from lillama.modeling.linear import build_factorised, low_rank_linears, mark, merge, prepare, resize
+from lillama.modeling.linear import build_stored, low_rank_linears, mark, merge, prepare, resize
 from lillama.modeling.soundness import misfit, refusal, shape_misfit
 
 __all__ = ["install", "install_stored", "low_rank_linears", "merge", "narrow"]
@@ -39,8 +39,8 @@ def install_stored(model: nn.Module, section: Mapping[str, Any]) -> None:
 
     Args:
         model: the whole model, or any part of it that the names start from.
-        section: the `quantization_config` of the model: `ranks`, and for other forms than the plain one `storage` and
-            `absorbed`.
+        section: the `quantization_config` of the model: `ranks`, and for other forms than the plain one `storage`,
+            `absorbed` and `bits`.
 
     Raises:
         ModelError: the section is damaged or of a newer lillama, a name is not a dense linear of the model, or a rank is
@@ -49,22 +49,22 @@ def install_stored(model: nn.Module, section: Mapping[str, Any]) -> None:
     reason = refusal(section)
     if reason:
         raise ModelError(f"{type(model).__name__}: {reason}")
-    ranks, absorbed = section["ranks"], frozenset(section.get("absorbed") or ())
+    ranks = section["ranks"]
+    names = dict.fromkeys((*ranks, *(section.get("bits") or ())))
     narrow(model, section.get("shapes") or {})
-    prepare(model, ranks.keys())
+    prepare(model, names)
     modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
     linears = {name: layer for name, layer in modules if isinstance(layer, nn.Linear)}
-    for name, rank in ranks.items():
+    for name in names:
         if name not in linears:
             raise ModelError(
                 f"{name}: no dense nn.Linear of this name in {type(model).__name__}{suggestion(name, linears)}"
             )
-        reason = misfit(name, rank, linears[name])
+        reason = misfit(name, ranks[name], linears[name]) if name in ranks else None
         if reason:
             raise ModelError(reason)
-    for name, rank in ranks.items():
-        layer = build_factorised(linears[name], rank, section.get("storage"), name not in absorbed)
-        model.set_submodule(name, layer)
+    for name in names:
+        model.set_submodule(name, build_stored(name, linears[name], section))
     mark(model)
 
 

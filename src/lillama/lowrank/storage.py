@@ -1,15 +1,16 @@
-"""How a factorised weight is stored, and what that costs: arithmetic on shapes, without tensors."""
+"""How a weight is stored, and what that costs: arithmetic on shapes, without tensors."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 ORDER_BYTES, SCALE_BYTES = 4, 2
 Form = Literal["plain", "pivot"]
-Bits = Literal[4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 8]
+BITS: tuple[Bits, ...] = get_args(Bits)
 GroupSize = Annotated[int, Field(ge=2, multiple_of=2)]
 
 
@@ -32,8 +33,10 @@ class Storage:
 
     Attributes:
         form: `plain` or `pivot`.
-        bits: of a stored number: 8 with one scale a row, 4 with one scale a group, or None for the original's own type.
-        group_size: neighbours in a row that share a scale at 4 bits.
+        bits: of a stored number, of dense weights too: 8 with one scale a row, 6 to 2 with one scale a group, or None for the
+            original's own type.
+        group_size: neighbours in a row that share a scale below 8 bits.
+        feedback: whether weights are rounded so that what enters them comes out right, not each number to the nearest.
 
     Examples:
         >>> Storage("plain").numbers(96, 64, 32), Storage("pivot").numbers(96, 64, 32)
@@ -47,9 +50,10 @@ class Storage:
     form: Form = "pivot"
     bits: Bits | None = None
     group_size: GroupSize = 64
+    feedback: bool = True
 
     def as_json(self) -> StorageJson:
-        """Return the value for JSON."""
+        """Return the value for JSON: what a reader of the weights must know."""
         return {"form": self.form, "bits": self.bits, "group_size": self.group_size}
 
     def factors(self, out_features: int, in_features: int, rank: int) -> tuple[tuple[int, int], ...]:
@@ -80,11 +84,11 @@ class Storage:
         Args:
             out_features: rows of the weight.
             in_features: columns of the weight.
-            rank: of the factors; None for the dense weight, which is never quantised.
+            rank: of the factors; None for the dense weight.
             itemsize: bytes of a number in the original's type.
         """
         if rank is None:
-            return out_features * in_features * itemsize
+            return self._matrix_bytes(out_features, in_features, itemsize)
         matrices = self.factors(out_features, in_features, rank)
         stored = sum(self._matrix_bytes(rows, columns, itemsize) for rows, columns in matrices)
         return stored + ORDER_BYTES * self.order(out_features, rank)
@@ -101,4 +105,5 @@ class Storage:
             return rows * columns * itemsize
         if self.bits == 8:
             return rows * (columns + SCALE_BYTES)
-        return rows * (-(-columns // 2) + SCALE_BYTES * -(-columns // self.group_size))
+        numbers = -(-columns // 2) if self.bits == 4 else self.bits * -(-columns // 8)
+        return rows * (numbers + SCALE_BYTES * -(-columns // self.group_size))

@@ -78,6 +78,8 @@ class Work:
         gradients: whether gradients at the linears' outputs are measured.
         moments_kept: whether moments stay in memory from when the spectra are measured; else they are computed again.
         narrows: whether the widths of FFNs are measured beside the spectra.
+        mixes: whether what linears lose by few bits is measured in the place of the spectra.
+        rounded: linears that are rounded with feedback.
     """
 
     spec: ModelSpec
@@ -92,6 +94,8 @@ class Work:
     gradients: bool
     moments_kept: bool
     narrows: bool = False
+    mixes: bool = False
+    rounded: frozenset[str] = frozenset()
 
     @cached_property
     def blocks(self) -> tuple[BlockWork, ...]:

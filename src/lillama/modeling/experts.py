@@ -15,6 +15,7 @@ from torch import nn
 DOWN, UPS = "down_proj", ("gate_up_proj", "up_proj")
 GATE, UP = "gate", "up"
 BIAS = "_bias"
+WHOLE = "whole_shape"  # attribute of a narrowed layer: the shape of the weight that it was made from
 
 
 class TransposedLinear(nn.Linear):
@@ -186,6 +187,8 @@ def unfuse(
         elif type(module).__name__ == "Conv1D" and wanted(name):
             conv: Any = module
             linear = _linear(conv.weight.T, conv.bias, TransposedLinear)
+            if WHOLE in conv.__dict__:
+                linear.__dict__[WHOLE] = conv.__dict__[WHOLE][::-1]
             model.set_submodule(name, linear.train(conv.training))
 
 

@@ -7,9 +7,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lillama.modeling.experts import GATE, UP, Experts, fuse, unfuse
+from lillama.modeling.experts import GATE, UP, WHOLE, Experts, fuse, unfuse
 
-WHOLE = "whole_shape"  # attribute of a narrowed layer: the shape of the weight that it was made from
 SCALE = torch.bfloat16  # of quantised weights; its bits are stored as int16
 
 
@@ -153,17 +152,19 @@ class PivotLinear(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A factor whose numbers are integers of 8 or 4 bits times a scale.
+    """A matrix whose numbers are integers of 8, 6, 5, 4, 3 or 2 bits times a scale: a factor, or a dense weight.
 
-    8 bits: `qweight` int8 (out x in), one scale a row. 4 bits: `qweight` uint8 (out x in/2) holds q + 8 of two
-    neighbours, the first in the low half, and each `group_size` neighbours share a scale. `scale` holds the bits of
-    bfloat16 as int16: `.half()` and loading in another type change floating-point buffers only.
+    8 bits: `qweight` int8 (out x in), one scale a row. Below, each `group_size` neighbours in a row share a scale. 4 bits:
+    `qweight` uint8 (out x in/2) holds q + 8 of two neighbours, the first in the low half. Other widths b: `qweight` uint8
+    (out x b in/8) holds q + (2^b - 1)/2, an integer from 0, in b planes, the lowest bits first; in each of them 8
+    neighbours make a byte, the first in its lowest bit. `scale` holds the bits of bfloat16 as int16: `.half()` and loading
+    in another type change floating-point buffers only.
 
     Args:
         in_features: width of the input.
         out_features: width of the output.
-        bits: 8 or 4.
-        group_size: numbers that share a scale at 4 bits.
+        bits: of a number.
+        group_size: numbers that share a scale below 8 bits.
         device: of the buffers.
     """
 
@@ -180,7 +181,8 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
-        columns, groups = (in_features, 1) if bits == 8 else (-(-in_features // 2), -(-in_features // group_size))
+        groups = 1 if bits == 8 else -(-in_features // group_size)
+        columns = {8: in_features, 4: -(-in_features // 2)}.get(bits, bits * -(-in_features // 8))
         stored = torch.int8 if bits == 8 else torch.uint8
         self.register_buffer("qweight", torch.zeros(out_features, columns, device=device, dtype=stored))
         self.register_buffer("scale", torch.zeros(out_features, groups, device=device, dtype=torch.int16))
@@ -201,13 +203,29 @@ class QuantizedLinear(nn.Module):
         scale = self.scale.view(SCALE).to(dtype)
         if self.bits == 8:
             return self.qweight.to(dtype) * scale
-        numbers = torch.stack((self.qweight & 15, self.qweight >> 4), dim=-1).flatten(1)
         scales = scale.repeat_interleave(min(self.group_size, self.in_features), dim=1)
-        return (numbers[:, : self.in_features].to(dtype) - 8) * scales[:, : self.in_features]
+        return (self.numbers()[:, : self.in_features].to(dtype) - middle(self.bits)) * scales[:, : self.in_features]
+
+    def numbers(self) -> torch.Tensor:
+        """Return the integers from 0, below 8 bits, uint8 (out x in), with what fills the last byte behind them."""
+        if self.bits == 4:
+            return torch.stack((self.qweight & 15, self.qweight >> 4), dim=-1).flatten(1)
+        places = torch.arange(8, device=self.qweight.device, dtype=torch.uint8)
+        planes = self.qweight.view(self.out_features, self.bits, -1, 1) >> places & 1
+        numbers = planes[:, 0]
+        for plane in range(1, self.bits):
+            numbers = numbers | planes[:, plane] << plane
+        return numbers.flatten(1)
 
     def extra_repr(self) -> str:
         """Describe the shape for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+def middle(bits: int) -> float:
+    """Return the stored integer that stands for 0: between two of them, but at 8 and 4 bits."""
+    known = {8: 0.0, 4: 8.0}
+    return known[bits] if bits in known else (2.0**bits - 1) / 2
 
 
 Factor = nn.Linear | QuantizedLinear
@@ -240,7 +258,28 @@ def build_factorised(
         tensor.zero_()
     layer.bias = dense.bias
     layer.dense_class = type(dense)
+    if WHOLE in dense.__dict__:
+        layer.__dict__[WHOLE] = dense.__dict__[WHOLE]
     return layer.train(dense.training)
+
+
+def build_stored(name: str, dense: nn.Linear, section: Mapping[str, Any]) -> Factorised:
+    """Return the layer that a linear is stored as, fit for the place of `dense`; all its numbers but the bias are 0.
+
+    A dense weight of few bits is the pivot form of full rank: all its rows are pivots, and nothing else is stored.
+
+    Args:
+        name: of the linear in the section.
+        dense: may be on the meta device.
+        section: as in `config.json`, with `ranks`, and `storage`, `absorbed` and `bits` where they say something.
+    """
+    rank, storage = section["ranks"].get(name), dict(section.get("storage") or {})
+    own = (section.get("bits") or {}).get(name)
+    if own is not None:
+        storage["bits"] = own
+    if rank is None:
+        return build_factorised(dense, dense.out_features, {**storage, "form": "pivot"}, ordered=False)
+    return build_factorised(dense, rank, storage, name not in (section.get("absorbed") or ()))
 
 
 def resize(dense: nn.Module, out_features: int, in_features: int) -> nn.Module:
@@ -323,6 +362,8 @@ def densify(layer: Factorised) -> nn.Linear:
     weight = layer.product().detach().to(layer.weight.dtype)
     dense.weight = nn.Parameter(weight, layer.right.weight.requires_grad)
     dense.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]  (torch declares it as always there)
+    if WHOLE in layer.__dict__:
+        dense.__dict__[WHOLE] = layer.__dict__[WHOLE]
     return dense.train(layer.training)
 
 

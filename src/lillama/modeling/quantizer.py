@@ -2,7 +2,8 @@
 
 `config.json` carries `quantization_config = {"quant_method": "lillama", "ranks": {module: rank}, "format_version": 1}`;
 version 2 adds `storage` and `absorbed` for weights that are not stored as two plain factors, version 3 `shapes` for dense
-layers of fewer neurons. Importing this module registers the method. Its text also ships inside portable models (see
+layers of fewer neurons, version 4 `bits` for dense weights of few bits and for bits other than 4 and 8. Importing this
+module registers the method. Its text also ships inside portable models (see
 `portable.py`), therefore it imports nothing of lillama but what ships with it, on one line.
 """
 
@@ -14,7 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lillama.modeling.linear import build_factorised, low_rank_linears, mark, merge, prepare, resize
+from lillama.modeling.linear import build_stored, low_rank_linears, mark, merge, prepare, resize
 from lillama.modeling.soundness import AGAIN, fault, misfit, refusal, shape_misfit
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class LowRankConfig(QuantizationConfigMixin):
         absorbed: linears in the pivot form whose rows stand pivots first in the model itself.
         shapes: name of a dense layer in the full model -> rows and columns of its weight, where it is narrower than the
             rest of the configuration says.
+        bits: name of a linear in the full model -> bits of its stored numbers: of one that has no rank, which stays dense, and
+            of one whose bits are not those of `storage`.
         extra: further facts (version of lillama, hash of the recipe), kept as they are.
 
     Raises:
@@ -48,15 +51,20 @@ class LowRankConfig(QuantizationConfigMixin):
         storage: Any = None,
         absorbed: Any = None,
         shapes: Any = None,
+        bits: Any = None,
         **extra: Any,
     ) -> None:
-        version = (3 if shapes else 2 if storage else 1) if format_version is None else format_version
+        version = format_version
+        if version is None:
+            few = (storage or {}).get("bits") if isinstance(storage, dict) else None
+            version = 4 if bits or few not in (None, 4, 8) else 3 if shapes else 2 if storage else 1
         section = {
             "format_version": version,
             "ranks": ranks,
             "storage": storage,
             "absorbed": absorbed,
             "shapes": shapes,
+            "bits": bits,
         }
         _refuse(refusal(section))
         _refuse(next((f"{key} is no key of a section of lillama" for key in extra if hasattr(type(self), key)), None))
@@ -65,12 +73,13 @@ class LowRankConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (an enum that cannot be extended)
         self.storage, self.absorbed = storage, absorbed or []
         self.shapes: dict[str, tuple[int, int]] = shapes or {}
+        self.bits: dict[str, int] = bits or {}
         self.format_version = version
 
     def to_dict(self) -> dict[str, Any]:
         """Return the section as it is written; what version 1 does not know appears only where it says something."""
         section = super().to_dict()
-        for key in ("storage", "absorbed", "shapes"):
+        for key in ("storage", "absorbed", "shapes", "bits"):
             if not section[key]:
                 del section[key]
         return section
@@ -89,21 +98,21 @@ class LowRankQuantizer(HfQuantizer):
         missed here cannot pass silently: the empty `weight` in the file does not fit a dense linear.
         """
         prefix, config = f"{model.base_model_prefix}.", self.quantization_config
-        aliases = {name: (name, name.removeprefix(prefix), prefix + name) for name in (*config.ranks, *config.shapes)}
+        stored = tuple(dict.fromkeys((*config.ranks, *config.bits)))
+        aliases = {name: (name, name.removeprefix(prefix), prefix + name) for name in (*stored, *config.shapes)}
         layers = dict(model.named_modules())
         for name, (rows, columns) in config.shapes.items():
             known = next((known for known in aliases[name] if hasattr(layers.get(known), "weight")), None)
             if known is not None:
                 _refuse(shape_misfit(name, (rows, columns), layers[known]))
                 model.set_submodule(known, resize(layers[known], rows, columns))
-        prepare(model, {known for name in config.ranks for known in aliases[name]})
+        prepare(model, {known for name in stored for known in aliases[name]})
         linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-        for name, rank in config.ranks.items():
+        for name in stored:
             known = next((known for known in aliases[name] if known in linears), None)
             if known is not None:
-                _refuse(misfit(name, rank, linears[known]))
-                layer = build_factorised(linears[known], rank, config.storage, name not in config.absorbed)
-                model.set_submodule(known, layer)
+                _refuse(misfit(name, config.ranks[name], linears[known]) if name in config.ranks else None)
+                model.set_submodule(known, build_stored(name, linears[known], vars(config)))
         mark(model)
         return model
 
@@ -117,7 +126,7 @@ class LowRankQuantizer(HfQuantizer):
                 random numbers.
         """
         config = self.quantization_config
-        missing = next(_missing(model, (*config.ranks, *config.shapes)), None)
+        missing = next(_missing(model, (*config.ranks, *config.bits, *config.shapes)), None)
         _refuse(missing and f"{missing}: this tensor is missing from the weights; {AGAIN}")
         _refuse(fault(model))
         model.is_quantized = False  # pyright: ignore[reportArgumentType]

@@ -13,9 +13,10 @@ from torch import nn
 
 from lillama.modeling.linear import Factorised, low_rank_linears
 
-# Of names and layout in the weight files; 1 knows the plain form alone, in floating point, 2 no other shapes.
-FORMAT_VERSION = 3
-FORMS, BITS = ("plain", "pivot"), (None, 4, 8)
+# Of names and layout in the weight files; 1 knows the plain form alone, in floating point, 2 no other shapes, 3 no dense
+# weights of few bits, and of bits 4 and 8 alone.
+FORMAT_VERSION = 4
+FORMS, BITS = ("plain", "pivot"), (None, 2, 3, 4, 5, 6, 8)
 AGAIN = "fetch the model again"
 INFINITE = 0x7F80  # the bits of a scale of infinity, and of all that is smaller and positive below them
 
@@ -38,6 +39,7 @@ def refusal(section: Any) -> str | None:
         _ranks(ranks)
         or _shapes(section.get("shapes"))
         or _storage(storage)
+        or _bits(section.get("bits"), storage)
         or _absorb(section.get("absorbed"), ranks, storage)
     )
 
@@ -145,6 +147,21 @@ def _storage(storage: Any) -> str | None:
         return f"storage is {_excerpt(storage)}: form must be one of {FORMS}, bits one of {BITS}; {AGAIN}"
     if (bits is not None or group is not None) and (not _whole(group, 2) or group % 2):
         return f"storage.group_size is {_excerpt(group)}: an even number of at least 2 is expected; {AGAIN}"
+    return None
+
+
+def _bits(bits: Any, storage: Any) -> str | None:
+    if bits is None:
+        return None
+    if not isinstance(bits, Mapping):
+        return f"bits are {_excerpt(bits)}: a mapping of names to bits is expected; {AGAIN}"
+    for name, own in cast(Mapping[Any, Any], bits).items():
+        if not isinstance(name, str):
+            return f"bits name {_excerpt(name)}: the name of a linear is expected; {AGAIN}"
+        if not _whole(own, 1) or own not in BITS:
+            return f"{name}: bits {_excerpt(own)} are none of {BITS[1:]}; {AGAIN}"
+    if bits and not _whole(cast(Mapping[str, Any], storage or {}).get("group_size"), 2):
+        return f"bits are given, but storage.group_size is missing; {AGAIN}"
     return None
 
 

@@ -2,8 +2,16 @@
 
 from collections.abc import Iterable
 
-from lillama.lowrank.cost import decomposition_bytes, elimination_bytes, elimination_flops, factor_flops
+from lillama.lowrank.cost import (
+    decomposition_bytes,
+    elimination_bytes,
+    elimination_flops,
+    factor_flops,
+    rounding_flops,
+)
 from lillama.lowrank.gram import TILE, WIDEST, gram_size
+from lillama.lowrank.rounding import ROUNDED_TOKENS
+from lillama.lowrank.storage import BITS
 from lillama.model.spec import BlockSpec, LinearSpec
 from lillama.model.work import BlockWork, StageCost, Work
 from lillama.moments.gradients import PROBED_TOKENS
@@ -21,15 +29,29 @@ def gradients_cost(work: Work, spectra: bool) -> StageCost:
     if spectra:
         flops += sum(moment_flops(block) for block in work.spec)
     return StageCost(
-        memory=max(*(measuring_bytes(block, work) for block in work.trained), head_bytes(work)),
+        memory=max(*(measuring_bytes(block, work) for block in work.trained or work.blocks), head_bytes(work)),
         activations=work.activation_bytes((len(work.spec.blocks) + 2) * probed_tokens(work)),
         flops=probed_tokens(work) * flops + (_spectra_flops(work) if spectra else 0),
     )
 
 
 def _spectra_flops(work: Work) -> float:
+    if work.mixes:
+        return sum(rounding_flops(linear, len(BITS)) for linear in work.spec.linears)
     narrowing = sum(elimination_flops(ffn.neurons) for ffn in work.spec.ffns) if work.narrows else 0.0
     return sum(map(factor_flops, work.spec.linears)) + narrowing
+
+
+def rounding_cost(work: Work) -> StageCost:
+    """Return what it costs to round weights block by block, each for what the rounded blocks before it give."""
+    tokens = min(work.tokens, ROUNDED_TOKENS)
+    moments = sum(input_moment_flops(block) for block in work.spec)
+    return StageCost(
+        memory=max(measuring_bytes(block, work) for block in work.blocks),
+        activations=work.activation_bytes(2 * tokens),
+        flops=tokens * (2 * 2 * work.active_params + moments)
+        + sum(rounding_flops(linear, 1) for linear in work.spec.linears if linear.name in work.rounded),
+    )
 
 
 def probed_tokens(work: Work) -> int:

@@ -12,7 +12,7 @@ from lillama.pipeline.compress import claim_target, compress_model, read_texts
 from lillama.pipeline.job import Planned, build_job, plan
 from lillama.pipeline.search import preview_ranks, refuse_search, search_keep
 from lillama.recipes.options import Machine, Overrides, OverridesDict, TimeLimit, refuse_two_sizes
-from lillama.recipes.recipe import Recipe, override, recipe_name
+from lillama.recipes.recipe import Recipe, override, pick_recipe, recipe_name
 from lillama.runs.result import Result
 from lillama.system.progress import Report, silent
 from lillama.system.resources import explain_shortage
@@ -24,7 +24,7 @@ def compress(
     *,
     max_loss: float | None = None,
     time: str | float | None = None,
-    recipe: str | Path | Recipe = "default",
+    recipe: str | Path | Recipe | None = None,
     rank_plan: str | Path | None = None,
     texts: str | Path | Sequence[str | Path] = (),
     run: str | Path | None = None,
@@ -47,7 +47,7 @@ def compress(
             distillation and steps of recovery are chosen for it, by what this machine does in a second; the model is then
             that of the recipe with these, which the result names. By default what the recipe takes; `default`, where no
             `tokens` are given, an hour at most.
-        recipe: name, YAML file, or `Recipe`.
+        recipe: name, YAML file, or `Recipe`; None is `bits` where `nbytes` are given and no `bits`, else `default`.
         rank_plan: file of a plan to use instead of a new one.
         texts: files on which perplexity is measured before and after.
         run: folder of the run's artefacts; by default `out` with `.run` at the end.
@@ -71,6 +71,7 @@ def compress(
     """
     out, overrides = Path(out).expanduser(), Overrides.of(**options)
     refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes, max_loss=max_loss, plan=rank_plan)
+    recipe = pick_recipe(recipe, overrides)
     wanted, folder = override(recipe, overrides), _run_folder(out, run)
     limit = TimeLimit.of(time, recipe, overrides)
     if max_loss is not None:
@@ -93,7 +94,7 @@ def compress(
 def preview(
     model: str | Path,
     *,
-    recipe: str | Path | Recipe = "default",
+    recipe: str | Path | Recipe | None = None,
     machine: Machine | None = None,
     report: Report = silent,
     trust_remote_code: bool = False,
@@ -115,6 +116,7 @@ def preview(
     """
     overrides = Overrides.of(**options)
     refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes)
+    recipe = pick_recipe(recipe, overrides)
     wanted, machine = override(recipe, overrides), machine or Machine()
     with remote_code(trust_remote_code), explain_shortage():
         planned = plan(model, recipe=recipe, machine=machine, trust_remote_code=trust_remote_code, **options)

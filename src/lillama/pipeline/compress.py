@@ -1,4 +1,4 @@
-"""The method on one screen: build the job, select ranks, distill the blocks, recover, export and measure."""
+"""The method on one screen: build the job, select ranks, distill the blocks, recover, round, export and measure."""
 
 import logging
 import math
@@ -30,8 +30,10 @@ from lillama.pipeline.context import RunContext
 from lillama.pipeline.job import Job, check_resources
 from lillama.pipeline.rank_selection import select_ranks
 from lillama.pipeline.recovery import recover
+from lillama.pipeline.rounding import round_blocks
 from lillama.pipeline.schedules import distill_jointly, distill_sequentially
 from lillama.pipeline.time_budget import deadline_of, fit_job, with_steps
+from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 from lillama.recipes.options import TimeLimit
 from lillama.report.card_plot import PLOT, kept_plot
@@ -106,6 +108,7 @@ def compress_model(job: Job, target: Target, report: Report, lent: RunDir | None
         ctx = select_ranks(ctx)
         ctx = distill_blocks(ctx)
         recover(ctx, fitted.recipe.recover)
+        round_blocks(ctx)
         return export_model(ctx, target, windows)
 
 
@@ -148,10 +151,9 @@ def export_model(ctx: RunContext, target: Target, windows: Mapping[str, Windows]
     recipe = replace(job.recipe, recover=with_steps(job.recipe.recover, run_dir))
 
     def compressed(block: BlockSpec) -> Mapping[str, Tensor] | None:
-        if not ctx.changes(block):
-            return None
-        recovered = run_dir.load_recovered(block.index)
-        return run_dir.load_block(block.index) if recovered is None else recovered
+        if ctx.changes(block):
+            return ctx.last_state(block)
+        return ctx.teacher.block(block.index, stored=True).state_dict() if plan.bits_within(block) else None
 
     with target.claim.folder() as folder:
         pivots = assemble(
@@ -159,13 +161,14 @@ def export_model(ctx: RunContext, target: Target, windows: Mapping[str, Windows]
             ctx.teacher.weights,
             plan,
             compressed,
+            lambda block: run_dir.load_rounded(block.index),
             ctx.template,
             recipe.hash,
             job.machine.shard_bytes,
             runs_code(),
         )
         texts, change = _measure_texts(ctx, folder, windows), _measure_change(ctx, folder)
-        seconds, size = time.monotonic() - target.started, _storage_of(folder)
+        seconds, size = time.monotonic() - target.started, _storage_of(folder, plan)
         result = Result(target.out, run_dir.path, plan, size, recipe, texts, change, seconds, peak_memory(), pivots)
         _write_extra(folder / PLOT, lambda: kept_plot(run_dir.path))
         _write_extra(folder / "README.md", lambda: _card(ctx, result))
@@ -277,9 +280,11 @@ def _measure_change(ctx: RunContext, folder: Path) -> Change:
     return change(ctx.teacher, open_streamed(folder, ctx.job.device), batch, ctx.placement(), rate)
 
 
-def _storage_of(folder: Path) -> Stored:
+def _storage_of(folder: Path, plan: RankPlan) -> Stored:
+    """Return what a folder stores; numbers of few bits lie several in one, and are those of the plan."""
     reader = CheckpointReader(folder)
-    params = sum(math.prod(reader.shape(name)) for name in reader.names)
+    few = any(map(plan.bits_within, plan.spec))
+    params = plan.kept_params if few else sum(math.prod(reader.shape(name)) for name in reader.names)
     return Stored(params, sum(reader.nbytes(name) for name in reader.names))
 
 

@@ -168,6 +168,11 @@ class RunContext:
         template, state = self.template(block), self.run_dir.load_block(block.index)
         return load_student(template, self.ranks(block), state, self.teacher.device, self.teacher.dtype)
 
+    def last_state(self, block: BlockSpec) -> dict[str, Tensor]:
+        """Return the weights of a finished student, those after recovery where it made them better."""
+        recovered = self.run_dir.load_recovered(block.index)
+        return self.run_dir.load_block(block.index) if recovered is None else recovered
+
     def drop_gradients(self) -> "RunContext":
         """Return the context once every block has its initial factors, without the gradients that they needed."""
         if self.gradients is not None:

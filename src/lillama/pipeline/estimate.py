@@ -7,8 +7,9 @@ import torch
 
 from lillama.distill.cost import distillation_cost
 from lillama.model.work import StageCost, Work
-from lillama.moments.cost import gradients_cost, moments_fit
+from lillama.moments.cost import gradients_cost, moments_fit, rounding_cost
 from lillama.ranks.adaptive import Adaptive
+from lillama.ranks.bits import MixedBits
 from lillama.ranks.cost import comparison_cost
 from lillama.ranks.plan import RankPlan
 from lillama.recipes.recipe import Recipe
@@ -75,6 +76,8 @@ def estimate(
         micro_batch=micro_batch,
         gradients=spectra or recipe.init.needs_gradient,
         moments_kept=spectra and moments_fit(plan.spec, memory.moments),
+        mixes=isinstance(recipe.ranks, MixedBits),
+        rounded=frozenset(f"{block.name}.{name}" for block in plan.spec for name in plan.rounded_within(block)),
         narrows=spectra and isinstance(recipe.ranks, Adaptive) and recipe.ranks.narrow and bool(plan.spec.ffns),
     )
     stages = list_stages(work, recipe, spectra)
@@ -105,18 +108,21 @@ def seconds_of_stages(
 
 
 def list_stages(work: Work, recipe: Recipe, spectra: bool) -> list[StageCost]:
-    """Return what each stage of a recipe costs; none where no block is compressed.
+    """Return what each stage of a recipe costs; none where nothing is compressed, or all is rounded to the nearest.
 
     Args:
         work: to be done.
         recipe: what is computed.
         spectra: whether ranks are taken from the spectra of the weights.
     """
-    if not work.trained:
-        return []
-    stages = [distillation_cost(work, recipe.distill, recipe.distill_in(last_stack=True).epochs, recipe.init)]
-    if work.gradients:
+    stages = list[StageCost]()
+    if work.rounded:
+        stages.append(rounding_cost(work))
+    if work.gradients and (work.trained or work.mixes):
         stages.append(gradients_cost(work, spectra))
+    if not work.trained:
+        return stages
+    stages.append(distillation_cost(work, recipe.distill, recipe.distill_in(last_stack=True).epochs, recipe.init))
     if isinstance(recipe.ranks, Adaptive) and spectra:
         stages.append(comparison_cost(work, 1 + len(recipe.ranks.mix) + work.narrows))
     if recipe.recover.wanted:

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from lillama.corpus.sources import Source, check_exists, fingerprint
 from lillama.errors import BudgetError, DataError, ResourceError
 from lillama.files.atomic import digest
-from lillama.lowrank.quantize import refuse_without_torchao
 from lillama.model.checkpoint import CheckpointReader
 from lillama.model.describe import describe, describe_model, refuse_quantized
 from lillama.model.kind import refuse_too_long
@@ -21,9 +20,10 @@ from lillama.model.spec import ModelSpec
 from lillama.model.tokenizer import load_tokenizer, tokenizer_hash
 from lillama.pipeline.estimate import Estimate, estimate, matmul_rate, seconds_of_stages
 from lillama.pipeline.time_ladder import Rung, choose, ladder
+from lillama.ranks.bits import MixedBits
 from lillama.ranks.plan import RankPlan
 from lillama.recipes.options import Machine, Overrides, OverridesDict, TimeLimit, refuse_two_sizes
-from lillama.recipes.recipe import Recipe, override
+from lillama.recipes.recipe import Recipe, override, pick_recipe
 from lillama.stream.activations import ActivationPlacement
 from lillama.stream.model import StreamedModel, open_streamed
 from lillama.system.memory import MemoryBudget
@@ -79,7 +79,7 @@ class Planned:
 def plan(
     model: str | Path,
     *,
-    recipe: str | Path | Recipe = "default",
+    recipe: str | Path | Recipe | None = None,
     rank_plan: str | Path | None = None,
     machine: Machine | None = None,
     trust_remote_code: bool = False,
@@ -92,7 +92,7 @@ def plan(
 
     Args:
         model: local folder or hub id.
-        recipe: name, YAML file, or `Recipe`.
+        recipe: name, YAML file, or `Recipe`; None is `bits` where `nbytes` are given and no `bits`, else `default`.
         rank_plan: file of a plan to use instead of a new one.
         machine: how it would be computed.
         trust_remote_code: whether code that lies in the model's folder (`auto_map`) may run, as in transformers.
@@ -110,6 +110,7 @@ def plan(
     machine, overrides = machine or Machine(), Overrides.of(**options)
     refuse_two_sizes(keep=overrides.keep, bytes=overrides.nbytes, plan=rank_plan)
     machine.refuse_senseless()
+    recipe = pick_recipe(recipe, overrides)
     wanted = override(recipe, overrides)
     for source in wanted.calibration.sources:
         check_exists(source)
@@ -191,7 +192,7 @@ class Job:
             "recipe": self.recipe.as_dict(),
             "model": {"files": self.teacher.reader.fingerprint(), "tokenizer": tokenizer},
             "data": {_part(source): fingerprint(source) for source in self.recipe.calibration.sources},
-            "plan": "by spectra" if self.open_ranks else digest([dict(self.plan.ranks), dict(self.plan.widths)]),
+            "plan": "by spectra" if self.open_ranks else _digest(self.plan),
         }
 
 
@@ -227,9 +228,7 @@ def build_job(
     wordless = not teacher.kind.takes_tokens and teacher.kind.stacks == 1
     tokenizer = None if wordless else load_tokenizer(folder)
     ranks, recipe = resolve_budget(_describe(teacher, recipe), recipe, rank_plan)
-    open_ranks = rank_plan is None and recipe.ranks.needs_spectra and ranks.compresses
-    if recipe.storage.bits is not None:
-        refuse_without_torchao()
+    open_ranks = rank_plan is None and _open(recipe, ranks)
     for key in teacher.weights.keys:
         teacher.reader.read(key)
     memory = MemoryBudget.of(device)
@@ -240,7 +239,7 @@ def build_job(
 def resize_job(job: Job, recipe: Recipe) -> Job:
     """Return a job of another size, its ranks by the recipe: another `keep` or `bytes` than that of the job's own recipe."""
     ranks, recipe = resolve_budget(job.plan.spec, recipe, None)
-    open_ranks = recipe.ranks.needs_spectra and ranks.compresses
+    open_ranks = _open(recipe, ranks)
     needs = _needs(ranks, recipe, job.teacher, job.machine, open_ranks, job.memory)
     return replace(job, recipe=recipe, plan=ranks, open_ranks=open_ranks, needs=needs)
 
@@ -304,6 +303,15 @@ def _refuse_silence(teacher: StreamedModel, recipe: Recipe) -> None:
         )
 
 
+def _open(recipe: Recipe, plan: RankPlan) -> bool:
+    """Tell whether ranks or bits are still to be decided from the weights, where no file gives them."""
+    return recipe.ranks.needs_spectra and (plan.reduces or bool(plan.bits))
+
+
+def _digest(plan: RankPlan) -> str:
+    return digest([dict(plan.ranks), dict(plan.widths), *([dict(plan.bits)] if plan.bits else [])])
+
+
 def _part(source: Source) -> str:
     """Return what names a source in the identity of a run: two may share a path and differ in the split."""
     split = None if source.split == "train" else source.split
@@ -322,6 +330,9 @@ def resolve_budget(spec: ModelSpec, recipe: Recipe, rank_plan: str | Path | None
     if rank_plan is not None:
         ranks = RankPlan.load(Path(rank_plan), spec, recipe.storage)
         return ranks, replace(recipe, keep=ranks.keep, scope="model", bytes=None)
+    if isinstance(recipe.ranks, MixedBits):
+        plan = recipe.ranks(spec, 1.0, storage=recipe.storage, nbytes=recipe.bytes)
+        return plan, replace(recipe, keep=1.0, scope="model")
     if recipe.bytes is None:
         return recipe.ranks(spec, recipe.keep, recipe.scope, recipe.storage), recipe
     ranks = _within_bytes(spec, recipe, recipe.bytes)

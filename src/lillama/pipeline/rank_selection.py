@@ -1,4 +1,4 @@
-"""Ranks from the weights and the calibration text: spectra measured, candidates compared on held-out sequences."""
+"""Ranks or bits from the weights and the calibration text: spectra measured, candidates compared on held-out sequences."""
 
 import logging
 import math
@@ -18,10 +18,12 @@ from lillama.moments.cost import moments_fit
 from lillama.moments.gradients import PROBED_TOKENS, GradientCache, collect_gradient_moments
 from lillama.pipeline.context import RunContext
 from lillama.pipeline.narrowing import measure_widths, narrow_ffns
+from lillama.pipeline.rounding import measure_rounding
 from lillama.ranks.adaptive import Adaptive
+from lillama.ranks.bits import MixedBits
 from lillama.ranks.candidates import AllocationJson, Candidate
 from lillama.ranks.plan import RankPlan
-from lillama.ranks.spectra import Spectra
+from lillama.ranks.spectra import Spectra, Values
 from lillama.ranks.widths import WidthCurve
 from lillama.stream.activations import ActivationStore, StoreFactory
 from lillama.stream.calls import BlockInputs
@@ -88,10 +90,11 @@ def _with_plan(ctx: RunContext, plan: RankPlan) -> RunContext:
 def _measure_gradients(ctx: RunContext) -> GradientCache:
     """Measure gradients, and the spectra if they are not there yet; moments are kept where memory allows."""
     wanted, found = not ctx.run_dir.spectra.is_file(), dict[str, Tensor]()
-    ranks, curves = ctx.job.recipe.ranks, dict[str, WidthCurve]()
+    ranks, curves, rounding = ctx.job.recipe.ranks, dict[str, WidthCurve](), dict[str, Values]()
     narrows = bool(ctx.job.plan.widths) or (isinstance(ranks, Adaptive) and ranks.narrow)
     blocks, kept = ctx.job.plan.spec.blocks, dict[int, dict[str, Moments]]()
-    fits = moments_fit(blocks, ctx.job.memory.moments)
+    mixes = isinstance(ranks, MixedBits)
+    fits = not mixes and moments_fit(blocks, ctx.job.memory.moments)
 
     def names(index: int) -> list[str]:
         block = blocks[index]
@@ -102,6 +105,11 @@ def _measure_gradients(ctx: RunContext) -> GradientCache:
         if fits and measured:
             kept[index] = dict(measured)
         if not wanted:
+            return
+        if mixes:
+            found_here = measure_rounding(block, measured, ctx.job.recipe.storage.group_size)
+            rounding.update({f"{blocks[index].name}.{name}": values for name, values in found_here.items()})
+            trim_memory()
             return
         weights = {name: block.get_parameter(f"{name}.weight").detach() for name in measured}
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
@@ -118,7 +126,8 @@ def _measure_gradients(ctx: RunContext) -> GradientCache:
         ctx.teacher, ctx.local_batch, rows, ctx.placement(), ctx.job.micro_batch, generator, names, visit, ctx.report
     )
     if wanted:
-        Spectra({name: values.numpy() for name, values in found.items()}, curves).save(ctx.run_dir.spectra)
+        singular = {name: values.numpy() for name, values in found.items()}
+        Spectra(singular, curves, rounding).save(ctx.run_dir.spectra)
     return replace(gradients, kept=kept)
 
 
@@ -144,6 +153,11 @@ def _scale(found: Moments) -> float:
 def _pick_plan(ctx: RunContext, gradients: GradientCache) -> RankPlan:
     """Return the candidate that is best on the held-out sequences with its initial factors."""
     recipe, spec, spectra = ctx.job.recipe, ctx.job.plan.spec, Spectra.load(ctx.run_dir.spectra)
+    if isinstance(recipe.ranks, MixedBits):
+        plan = recipe.ranks(spec, recipe.keep, recipe.scope, recipe.storage, spectra, recipe.bytes)
+        plan.save(ctx.run_dir.plan)
+        save_json(ctx.run_dir.allocation, AllocationJson(version=VERSION, chosen=1.0, candidates=[]))
+        return plan
     assert isinstance(recipe.ranks, Adaptive)  # no other allocator leaves ranks open
     tried = recipe.ranks.candidates(spec, recipe.keep, recipe.scope, recipe.storage, spectra, recipe.bytes)
     plans = [plan for _, plan in tried]

@@ -13,6 +13,7 @@ from lillama.pipeline.compress import Target, claim_target, compress_model, open
 from lillama.pipeline.job import Job, Planned, resize_job
 from lillama.pipeline.rank_selection import measure_spectra
 from lillama.ranks.adaptive import Adaptive
+from lillama.ranks.bits import MixedBits
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.spectra import Spectra
 from lillama.recipes.recipe import Recipe
@@ -54,10 +55,10 @@ def search_keep(job: Job, recipe: Recipe, target: Target, most: float, report: R
     def attempt(keep: float) -> float:
         run = target.run / f"keep-{keep:.4f}"
         with claim_target(run.with_name(f"{run.name}-model"), run, target.restart, target.texts) as inner:
-            found[keep] = compress_model(resize_job(job, _at(recipe, keep)), inner, report, lent)
+            found[keep] = compress_model(resize_job(job, _at(spec, recipe, keep)), inner, report, lent)
         return found[keep].held_out.rise
 
-    keep, _ = smallest_within(most, lambda keep: _rise(spec, _at(recipe, keep), spectra), attempt)
+    keep, _ = smallest_within(most, lambda keep: _rise(spec, _at(spec, recipe, keep), spectra), attempt)
     with target.claim.folder() as folder:
         shutil.copytree(found[keep].path, folder, dirs_exist_ok=True)
         refuse_foreign(target.out)
@@ -68,7 +69,7 @@ def preview_ranks(job: Job, planned: Planned, recipe: Recipe, report: Report) ->
     """Return the ranks that the spectra of the weights lead to, and the loss that they predict for every size."""
     with TemporaryDirectory(prefix="lillama-") as folder:
         spec, spectra = job.plan.spec, _measure(job, Path(folder) / "run", False, report)
-    rises = {keep: _rise(spec, _at(recipe, keep), spectra) for keep in SHOWN}
+    rises = {keep: _rise(spec, _at(spec, recipe, keep), spectra) for keep in SHOWN}
     curve = tuple((keep, rise) for keep, rise in rises.items() if math.isfinite(rise))
     ranks = _allocate(spec, planned.recipe, spectra)
     return replace(planned, plan=ranks, outline=False, curve=curve, rise=spectra.rise(ranks))
@@ -80,8 +81,9 @@ def _measure(job: Job, run: Path, restart: bool, report: Report) -> Spectra:
         return measure_spectra(open_context(job, run_dir, report))
 
 
-def _at(recipe: Recipe, keep: float) -> Recipe:
-    return replace(recipe, keep=keep, bytes=None)
+def _at(spec: ModelSpec, recipe: Recipe, keep: float) -> Recipe:
+    """Return a recipe of another size: a share of the numbers, or where bits are chosen of the bytes."""
+    return replace(recipe, keep=keep, bytes=int(keep * spec.nbytes) if isinstance(recipe.ranks, MixedBits) else None)
 
 
 def _rise(spec: ModelSpec, recipe: Recipe, spectra: Spectra) -> float:
@@ -94,6 +96,6 @@ def _rise(spec: ModelSpec, recipe: Recipe, spectra: Spectra) -> float:
 
 def _allocate(spec: ModelSpec, recipe: Recipe, spectra: Spectra) -> RankPlan:
     allocate = recipe.ranks
-    if isinstance(allocate, Adaptive):
+    if isinstance(allocate, Adaptive | MixedBits):
         return allocate(spec, recipe.keep, recipe.scope, recipe.storage, spectra, recipe.bytes)
     return allocate(spec, recipe.keep, recipe.scope, recipe.storage)

@@ -83,7 +83,7 @@ def ladder(recipe: Recipe, plan: RankPlan, cost: Cost) -> tuple[Rung, ...]:
         chosen = choose(recipe, seconds, cost, plan.spec.kind.stacks)
         before = cost(_least_recovery(chosen) if recipe.recover.wanted else chosen)
         left, passes = seconds * (1 - EXPORT) - before, 0.0
-        if recipe.recover.wanted and plan.compresses:
+        if recipe.recover.wanted and plan.reduces:
             an_epoch = cost(_one_epoch(chosen)) - before
             passes = min(max(left, 0.0) / max(an_epoch, 1e-9), float(MOST_EPOCHS))
         tokens, distill = chosen.calibration.tokens, chosen.distill

@@ -16,6 +16,7 @@ from pydantic import Field, with_config
 from lillama.lowrank.storage import Storage
 from lillama.model.spec import FfnSpec, LinearSpec, ModelSpec
 from lillama.ranks.allocators import Published, Ranks, Uniform, shape_of, worthwhile
+from lillama.ranks.bits import MixedBits
 from lillama.ranks.budget import Budget
 from lillama.ranks.greedy import fit_ranks, spend_budget
 from lillama.ranks.plan import PLAIN, RankPlan, Scope, Shape
@@ -136,16 +137,15 @@ class Adaptive:
             for (shape, rank), linears in alike.items()
         ]
         named = {linear.name: linear for linear in budget.spec.linears}
-        counts = budget.in_bytes or budget.storage.bits is None  # else dense numbers are dearer than the budget knows
         narrow = [
             _Widths.of(ffn, [named[name] for name in ffn.linears], spectra.widths[ffn.outward], budget)
             for ffn in budget.spec.ffns
-            if self.narrow and counts and ffn.outward in spectra.widths
+            if self.narrow and ffn.outward in spectra.widths
         ]
         return _AllChoices(linears, narrow)
 
 
-Allocator = Published | Adaptive
+Allocator = Published | Adaptive | MixedBits
 
 
 @dataclass(frozen=True)

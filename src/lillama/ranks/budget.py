@@ -73,5 +73,7 @@ class Budget:
     @cached_property
     def for_linears(self) -> int:
         """What all linears together may cost."""
-        whole = self.spec.nbytes if self.in_bytes else self.spec.params
-        return self.most - whole + sum(self.cost(linear, None) for linear in self.spec.linears)
+        spec = self.spec
+        if not self.in_bytes:
+            return self.most - spec.params + sum(linear.params for linear in spec.linears)
+        return self.most - spec.nbytes + sum(linear.params * spec.itemsize(linear) for linear in spec.linears)

@@ -1,7 +1,7 @@
-"""A rank plan: which rank each linear gets, how wide each FFN stays, what that costs, and its form on disk."""
+"""A rank plan: which rank and which bits each linear gets, how wide each FFN stays, what that costs, and its form on disk."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NotRequired, cast
@@ -11,17 +11,25 @@ from typing_extensions import TypedDict
 from lillama.errors import RecipeError, printable, suggestion
 from lillama.files.artefacts import Size, save_json
 from lillama.files.atomic import read_json
-from lillama.lowrank.storage import Storage, StorageJson
+from lillama.lowrank.storage import BITS, Storage, StorageJson
 from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
 
 VERSION = 1
 Scope = Literal["model", "blocks"]
 Shape = tuple[int, int]  # rows and columns of a weight
 PLAIN = Storage("plain")
+NEAREST = 8  # bits from which weights are rounded to the nearest
 PlannedJson = TypedDict(
     "PlannedJson",
-    {"name": str, "out": Size, "in": Size, "rank": Size | None, "kept": NotRequired[Sequence[Size]]},
-)  # `kept`: rows and columns of the linears of narrower FFNs
+    {
+        "name": str,
+        "out": Size,
+        "in": Size,
+        "rank": Size | None,
+        "kept": NotRequired[Sequence[Size]],
+        "bits": NotRequired[Size],
+    },
+)  # `kept`: rows and columns of the linears of narrower FFNs; `bits`: where they are the linear's own
 
 
 class PlanJson(TypedDict):
@@ -41,8 +49,9 @@ class RankPlan:
     Attributes:
         spec: of the model that the plan is for.
         ranks: name of every linear of the spec -> rank or None.
-        storage: form in which factorised weights are stored, which decides what a rank costs.
+        storage: form in which weights are stored, which decides what a rank costs.
         widths: name of an FFN's last linear -> neurons that are kept; FFNs that it does not name keep all.
+        bits: name of a linear -> bits of its stored numbers, in the place of those of `storage`.
 
     Examples:
         >>> from lillama.model.spec import BlockSpec, LinearSpec, ModelSpec
@@ -56,6 +65,7 @@ class RankPlan:
     ranks: Mapping[str, int | None]
     storage: Storage = PLAIN
     widths: Mapping[str, int] = field(default_factory=dict[str, int])
+    bits: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __getitem__(self, name: str) -> int | None:
         return self.ranks[name]
@@ -85,7 +95,12 @@ class RankPlan:
 
     def nbytes(self, linear: LinearSpec) -> int:
         """Return the bytes that are stored for a linear."""
-        return self.storage.nbytes(*self.shape(linear), self.ranks[linear.name], self.spec.itemsize(linear))
+        storage = self.storage_of(linear.name)
+        return storage.nbytes(*self.shape(linear), self.ranks[linear.name], self.spec.itemsize(linear))
+
+    def storage_of(self, name: str) -> Storage:
+        """Return how a linear is stored."""
+        return replace(self.storage, bits=self.bits[name]) if name in self.bits else self.storage
 
     @property
     def kept_params(self) -> int:
@@ -128,10 +143,29 @@ class RankPlan:
         """Return whether anything of a block is compressed."""
         return bool(self.ranks_within(block) or self.widths_within(block))
 
+    def bits_within(self, block: BlockSpec) -> dict[str, int]:
+        """Return name within a block -> bits of its linears that are stored in few bits."""
+        bits = {block.inner(linear.name): self.storage_of(linear.name).bits for linear in block.linears}
+        return {name: few for name, few in bits.items() if few is not None}
+
+    def rounded_within(self, block: BlockSpec) -> dict[str, int]:
+        """Return name within a block -> bits of the linears that are rounded with feedback, not just to the nearest.
+
+        At 8 bits there is nothing to be saved; and rows that are stored as pivots change places afterwards.
+        """
+        if not self.storage.feedback or (self.storage.form == "pivot" and self.ranks_within(block)):
+            return {}
+        return {name: few for name, few in self.bits_within(block).items() if few < NEAREST}
+
+    @property
+    def reduces(self) -> bool:
+        """Whether anything of the model becomes smaller before it is stored."""
+        return bool(self.factorised or self.widths)
+
     @property
     def compresses(self) -> bool:
         """Whether anything of the model is compressed."""
-        return bool(self.factorised or self.widths)
+        return self.reduces or any(self.bits_within(block) for block in self.spec)
 
     @property
     def factorised(self) -> dict[str, int]:
@@ -155,7 +189,11 @@ class RankPlan:
         rows: list[PlannedJson] = []
         for linear, rank in self:
             row: PlannedJson = {"name": linear.name, "out": linear.out_features, "in": linear.in_features, "rank": rank}
-            rows.append({**row, "kept": list(self.shapes[linear.name])} if linear.name in self.shapes else row)
+            if linear.name in self.shapes:
+                row["kept"] = list(self.shapes[linear.name])
+            if linear.name in self.bits:
+                row["bits"] = self.bits[linear.name]
+            rows.append(row)
         return rows
 
     @classmethod
@@ -178,13 +216,16 @@ class RankPlan:
             )
         shapes = {linear.name: (linear.out_features, linear.in_features) for linear in spec.linears}
         ranks: dict[str, int | None] = {}
+        bits: dict[str, int] = {}
         for row in cast(list[Any], linears):
             name, rank = _check(row, shapes, path)
             if name in ranks:
                 raise RecipeError(f"{path}: linear {name} stands there twice; leave one of the two")
             ranks[name] = rank
+            if row.get("bits") is not None:
+                bits[name] = _check_bits(row["bits"], name, path)
         widths = _check_widths(content.get("widths"), spec, ranks, path)
-        return cls(spec, {name: ranks.get(name) for name in shapes}, storage, widths)
+        return cls(spec, {name: ranks.get(name) for name in shapes}, storage, widths, bits)
 
 
 def _check(row: Any, shapes: Mapping[str, tuple[int, int]], path: Path) -> tuple[str, int | None]:
@@ -207,6 +248,12 @@ def _check(row: Any, shapes: Mapping[str, tuple[int, int]], path: Path) -> tuple
             f"{path}: linear {name}: rank {printable(rank)} is not a whole number from 1 to {min(shapes[name])}"
         )
     return name, rank
+
+
+def _check_bits(found: Any, name: str, path: Path) -> int:
+    if type(found) is not int or found not in BITS:
+        raise RecipeError(f"{path}: linear {name}: bits {printable(found)} are none of {', '.join(map(str, BITS))}")
+    return found
 
 
 def _check_widths(found: Any, spec: ModelSpec, ranks: Mapping[str, int | None], path: Path) -> dict[str, int]:

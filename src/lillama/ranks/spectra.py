@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from lillama.files.artefacts import load_tensors, save_tensors
+from lillama.lowrank.storage import BITS
 from lillama.ranks.plan import RankPlan
 from lillama.ranks.widths import WidthCurve
 
 ORDER, RISES, NEURONS = ".order", ".rises", ".neurons"  # behind the name of an FFN's last linear
+ROUNDING = ".rounding"  # behind the name of a linear
 
 Values = NDArray[np.float64]
 
@@ -30,6 +32,7 @@ class Spectra:
     Attributes:
         singular: name of a linear -> its singular values, the largest first.
         widths: name of an FFN's last linear -> what its widths lose, by the same second-order expansion.
+        rounding: name of a linear -> what it loses by few bits, by the same expansion, in the order of `BITS`.
 
     Examples:
         >>> Spectra({"up": np.array([3.0, 2.0, 1.0])}).rises("up").tolist()
@@ -38,6 +41,7 @@ class Spectra:
 
     singular: Mapping[str, Values]
     widths: Mapping[str, WidthCurve] = field(default_factory=dict[str, WidthCurve])
+    rounding: Mapping[str, Values] = field(default_factory=dict[str, Values])
 
     def rises(self, name: str) -> Values:
         """Return the predicted rise of the loss, in nats a token, for the ranks 0, 1, ..., full of a linear."""
@@ -46,7 +50,12 @@ class Spectra:
     def rise(self, plan: RankPlan) -> float:
         """Return the predicted rise of the loss under a rank plan, in nats a token; interactions are left out."""
         narrower = sum(self.widths[name].rise(width) for name, width in plan.widths.items() if name in self.widths)
-        return float(sum(self.rises(linear.name)[rank] for linear, rank in plan if rank is not None) + narrower)
+        rounded = sum(
+            self.rounding[name][BITS.index(bits)] for name, bits in plan.bits.items() if name in self.rounding
+        )
+        return float(
+            sum(self.rises(linear.name)[rank] for linear, rank in plan if rank is not None) + narrower + rounded
+        )
 
     @cached_property
     def _curves(self) -> dict[str, Values]:
@@ -55,6 +64,7 @@ class Spectra:
     def save(self, path: Path) -> None:
         """Write the spectra; `load` reads them back."""
         tensors = {name: torch.tensor(values) for name, values in self.singular.items()}
+        tensors |= {f"{name}{ROUNDING}": torch.tensor(values) for name, values in self.rounding.items()}
         for name, curve in self.widths.items():
             tensors[f"{name}{ORDER}"] = torch.tensor(curve.order)
             tensors[f"{name}{RISES}"] = torch.tensor(curve.rises)
@@ -75,7 +85,11 @@ class Spectra:
             )
             for name in [name.removesuffix(NEURONS) for name in found if name.endswith(NEURONS)]
         }
-        return cls(found, widths)
+        rounding = {
+            name: found.pop(f"{name}{ROUNDING}")
+            for name in [name.removesuffix(ROUNDING) for name in found if name.endswith(ROUNDING)]
+        }
+        return cls(found, widths, rounding)
 
 
 def _tails(values: Values) -> Values:

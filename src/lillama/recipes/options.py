@@ -81,7 +81,7 @@ class OverridesDict(TypedDict, total=False):
     tokens: int | None
     seq_len: int | None
     scope: Literal["model", "blocks"] | None
-    bits: Literal[4, 8] | None
+    bits: Literal[2, 3, 4, 5, 6, 8] | None
     recover: bool | None
     targets: str | Sequence[str] | None
     ignore: str | Sequence[str] | None
@@ -94,13 +94,14 @@ class Overrides:
 
     Attributes:
         keep: Share of the parameters that remains [default: the recipe's, 0.8].
-        nbytes: Size that the weights may have, for example 4GiB, instead of --keep.
+        nbytes: Size that the weights may have, for example 4GiB, instead of --keep; without --recipe and --bits all numbers
+            stay, in as many bits as they are worth (recipe `bits`).
         calibration: Files (.txt .md .jsonl .json .parquet), dataset folders or hub dataset ids; `self` [default] lets the
             model write.
         tokens: Calibration tokens [default: the recipe's].
         seq_len: Tokens of a sequence [default: the recipe's].
         scope: What --keep is a share of: the whole `model` [default] or its `blocks`.
-        bits: Store the factors in 8 or 4 bits a number [default: the original's type].
+        bits: Store all linears in 8, 6, 5, 4, 3 or 2 bits a number [default: the original's type].
         recover: Recovery, in which all blocks learn together; False, or --no-recover, leaves it out.
         targets: Globs of the linears to factorise, by full name or by name within the block [default: all].
         ignore: Globs of linears to leave dense.
@@ -117,7 +118,7 @@ class Overrides:
     tokens: int | None = None
     seq_len: int | None = None
     scope: Literal["model", "blocks"] | None = None
-    bits: Literal[4, 8] | None = None
+    bits: Literal[2, 3, 4, 5, 6, 8] | None = None
     recover: Annotated[bool | None, Parameter(name="", negative="--no-recover")] = None
     targets: Annotated[tuple[str, ...] | None, Many] = None
     ignore: Annotated[tuple[str, ...] | None, Many] = None

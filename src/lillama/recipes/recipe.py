@@ -65,7 +65,7 @@ class Recipe:
         ignore: globs of linears to leave dense.
         split_gate_up: whether gate and up of an expert get factors of their own; otherwise they share the right one.
         ranks: how ranks are given to linears.
-        storage: in which form, and in how many bits, factorised weights are stored.
+        storage: in which form factorised weights are stored, and in how many bits all linears.
         init: how factors start.
         distill: how blocks are taught.
         recover: how all blocks are taught together in the end.
@@ -145,6 +145,13 @@ def load_recipe(recipe: "str | Path | Recipe" = "default", overrides: Mapping[st
     return _validate(_merge(base.as_dict() | own, overrides or {}), "")
 
 
+def pick_recipe(recipe: "str | Path | Recipe | None", overrides: Overrides) -> "str | Path | Recipe":
+    """Return the recipe that is meant where none is named: `bits` for a size in bytes alone, else `default`."""
+    if recipe is not None:
+        return recipe
+    return "bits" if overrides.nbytes is not None and overrides.bits is None else "default"
+
+
 def override(recipe: "str | Path | Recipe", overrides: Overrides) -> Recipe:
     """Return a recipe, read like `load_recipe`, with the values replaced that are not None."""
     given = {name: value for name, value in vars(overrides).items() if value is not None}
@@ -155,7 +162,7 @@ def override(recipe: "str | Path | Recipe", overrides: Overrides) -> Recipe:
     if overrides.calibration is not None:
         tree["calibration"]["sources"] = [asdict(source) for source in parse_sources(overrides.calibration)]
     if overrides.bits is not None:  # rounded to 4 bits, pivots err twice as much (docs/findings.md)
-        tree["storage"] = {"bits": overrides.bits} | ({"form": "plain"} if overrides.bits == 4 else {})
+        tree["storage"] = {"bits": overrides.bits} | ({"form": "plain"} if overrides.bits < 8 else {})
     if overrides.recover is False:
         tree["recover"] = {"epochs": 0, "steps": None}
     return load_recipe(recipe, tree)

@@ -15,7 +15,7 @@ PLOT = "lillama-kept.svg"
 
 
 def kept_plot(run: Path) -> str:
-    """Return an SVG file: the share of its numbers that each linear keeps, from a run folder's plan."""
+    """Return an SVG file: the share of its numbers, or bytes, that each linear keeps, from a run folder's plan."""
     reader, places = Reader(), RunDir(run)
     spec = reader.json(places.spec, SpecJson, key="blocks")
     plan = reader.json(places.plan, PlanJson, key="linears")

@@ -25,6 +25,7 @@ BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  
 FIGURES: tuple[Callable[[Evidence], Figure | None], ...] = (
     structure.sizes,
     structure.ranks,
+    structure.bits,
     structure.spectra,
     learning.losses,
     learning.carried_error,

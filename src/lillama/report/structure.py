@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from lillama.lowrank.storage import Storage
@@ -20,8 +21,8 @@ Named = dict[str, list[str]]
 
 
 def sizes(evidence: Evidence) -> Figure | None:
-    """Draw the numbers of each block and of each kind of linear, original against compressed."""
-    linears, blocks = _numbers(evidence), evidence.blocks_told
+    """Draw the numbers, or bytes, of each block and of each kind of linear, original against compressed."""
+    (unit, linears), blocks = _stored(evidence), evidence.blocks_told
     named = _by_name(blocks, linears)
     if not any(named):
         return None
@@ -39,10 +40,10 @@ def sizes(evidence: Evidence) -> Figure | None:
     return Figure(
         "sizes",
         "Where the size is",
-        "Numbers in the linear layers, by block and by kind of linear.",
+        f"{unit.capitalize()} in the linear layers, by block and by kind of linear.",
         (
-            bars("Numbers by block, original and compressed", "numbers", by_block),
-            bars("Numbers by kind of linear, original and compressed", "numbers", by_kind),
+            bars(f"{unit.capitalize()} by block, original and compressed", unit, by_block),
+            bars(f"{unit.capitalize()} by kind of linear, original and compressed", unit, by_kind),
         ),
         ("part", "original", "compressed", "kept, %"),
         tuple(
@@ -58,7 +59,8 @@ def ranks(evidence: Evidence) -> Figure | None:
     planned, blocks = evidence.linears, evidence.blocks_told
     full = {one["name"]: min(one["out"], one["in"]) for one in planned}
     named = _by_name(blocks, full)
-    if not any(named):
+    only_bits = _has_bits(evidence) and all(one["rank"] is None and not one.get("kept") for one in planned)
+    if not any(named) or only_bits:
         return None
     shares = {one["name"]: _share_of_rank(one, full[one["name"]]) for one in planned}
     rows = tuple((one["name"], full[one["name"]], _kept_form(one), 100 * shares[one["name"]]) for one in planned)
@@ -72,6 +74,23 @@ def ranks(evidence: Evidence) -> Figure | None:
         "of a narrower FFN the share of its neurons.",
         (plot,),
         ("linear", "full rank", "rank", "share, %"),
+        rows,
+        legend=(),
+    )
+
+
+def bits(evidence: Evidence) -> Figure | None:
+    """Draw the share of its bytes that each linear keeps, with the bits of its numbers beside it."""
+    if not _has_bits(evidence):
+        return None
+    (_, linears), few = _stored(evidence), _storages(evidence)
+    rows = tuple((name, few[name].bits or "own type", *nbytes) for name, nbytes in linears.items())
+    return Figure(
+        "bits",
+        "Bits",
+        "Share of its bytes in % that each linear keeps, by blocks; a stronger colour keeps more. Of experts all together.",
+        (shares(evidence),),
+        ("linear", "bits of a number", "bytes, original", "bytes, compressed"),
         rows,
         legend=(),
     )
@@ -93,14 +112,14 @@ def _kept_form(one: PlannedJson) -> Cell:
 
 
 def shares(evidence: Evidence) -> str:
-    """Draw the share of its numbers that each linear keeps, without the figure around it."""
-    linears, blocks = _numbers(evidence), evidence.blocks_told
+    """Draw the share of its numbers, or bytes, that each linear keeps, without the figure around it."""
+    (unit, linears), blocks = _stored(evidence), evidence.blocks_told
 
     def share(names: Sequence[str]) -> float:
         dense, kept = _sums(linears[name] for name in names)
         return kept / dense
 
-    return _map("Share of its numbers that each linear keeps, by block", blocks, _by_name(blocks, linears), share)
+    return _map(f"Share of its {unit} that each linear keeps, by block", blocks, _by_name(blocks, linears), share)
 
 
 def spectra(evidence: Evidence) -> Figure | None:
@@ -143,12 +162,33 @@ def _cut_row(name: str, values: JsonValues, rank: int | None) -> tuple[Cell, ...
     return name, len(values), rank or "dense", float(values[0]), lost
 
 
-def _numbers(evidence: Evidence) -> dict[str, tuple[int, int]]:
-    """Return linear -> numbers of the original, and stored ones."""
+def _stored(evidence: Evidence) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Return what is counted, and linear -> how many the original has, and how many are stored: bytes where bits are few."""
+    storages = _storages(evidence)
+    if not _has_bits(evidence):
+        return "numbers", {
+            one["name"]: (one["out"] * one["in"], storages[one["name"]].numbers(*_shape(one), one["rank"]))
+            for one in evidence.linears
+        }
+    told = evidence.spec["bytes_per_param"] if has(evidence.spec, "bytes_per_param") else 2
+    own = {one["name"]: one["itemsize"] for block in evidence.blocks_told for one in block["linears"]}
+    found = dict[str, tuple[int, int]]()
+    for one in evidence.linears:
+        itemsize = own.get(one["name"]) or told
+        stored = storages[one["name"]].nbytes(*_shape(one), one["rank"], itemsize)
+        found[one["name"]] = one["out"] * one["in"] * itemsize, stored
+    return "bytes", found
+
+
+def _storages(evidence: Evidence) -> dict[str, Storage]:
+    """Return linear -> how it is stored."""
     storage = Storage(**evidence.plan["storage"]) if has(evidence.plan, "storage") else PLAIN
-    return {
-        one["name"]: (one["out"] * one["in"], storage.numbers(*_shape(one), one["rank"])) for one in evidence.linears
-    }
+    few = {one["name"]: one.get("bits") or storage.bits for one in evidence.linears}
+    return {name: replace(storage, bits=own) for name, own in few.items()}
+
+
+def _has_bits(evidence: Evidence) -> bool:
+    return any(storage.bits for storage in _storages(evidence).values())
 
 
 def _shape(one: PlannedJson) -> tuple[int, int]:

@@ -13,6 +13,8 @@ joint/                    the latest state of a joint schedule, while it goes on
 recovered/0003.safetensors  a block after recovery, in fp32; there are none if it brought nothing
 recovered/log.json        how recovery went; its presence marks it as finished
 recovery/                 the latest state of recovery, while it goes on
+rounded/0003.safetensors  integers and scales of a block's weights of few bits, where they were rounded with feedback
+rounded/0003.json         from what
 metrics.json              sizes, perplexities, time and memory of the finished run
 
 Every artefact carries its digest (`artefacts`). Those that are damaged when a run goes on are named, removed, and made again.
@@ -47,7 +49,7 @@ FORMAT = 2  # of the folder as a whole, in its marker: where artefacts lie, and 
 MARKER, LOCK, SCRATCH = "run.json", "lock", "scratch"
 HALF = rf"\..+(\.\d+\.tmp|{re.escape(ASIDE)})"  # what a killed process leaves
 STATES = re.compile(r"sequential|joint(-\d+)?")  # of distillation, while it goes on
-TAUGHT = re.compile(rf"blocks|{STATES.pattern}|recovered|recovery")  # made from tokens and rank plan
+TAUGHT = re.compile(rf"blocks|{STATES.pattern}|recovered|recovery|rounded")  # made from tokens and rank plan
 RESULTS = re.compile(rf"(plan|allocation)\.json|spectra\.safetensors|{TAUGHT.pattern}")  # made from the tokens
 OWN = re.compile(rf"{RESULTS.pattern}|(run|spec|metrics|machine)\.json|{LOCK}|calibration|{SCRATCH}|{HALF}")
 INNER = re.compile(rf"(\d+|log|state|tokens|manifest)\.(json|safetensors)|{LOCK}|{HALF}")  # in the folders among these
@@ -234,6 +236,27 @@ class RunDir:
         """Read the record of recovery; None if it is not finished."""
         return load_json(self.recovery) if self.is_recovered else None
 
+    def has_rounded(self, index: int) -> bool:
+        """Tell whether a block's weights are rounded."""
+        return self._rounded(index).with_suffix(".json").is_file()
+
+    def save_rounded(self, index: int, state: Mapping[str, Tensor], bits: Mapping[str, int]) -> None:
+        """Write a block's rounded weights, then the record that marks them as finished.
+
+        Args:
+            index: of the block.
+            state: name within it -> stored integers or scales.
+            bits: name within it of each linear -> bits of a number.
+        """
+        weights = self._rounded(index)
+        weights.parent.mkdir(exist_ok=True)
+        seal = save_tensors(weights, state)
+        save_json(weights.with_suffix(".json"), {"version": VERSION, "bits": dict(bits)}, {weights.name: seal})
+
+    def load_rounded(self, index: int) -> dict[str, Tensor]:
+        """Read a block's rounded weights; there are none where none were rounded with feedback."""
+        return load_tensors(self._rounded(index)) if self.has_rounded(index) else {}
+
     def made_from(self) -> set[str]:
         """Return the seals of calibration tokens that are noted in this run, as far as they can be read."""
         found = set[str | None]()
@@ -292,6 +315,8 @@ class RunDir:
             yield partial(load_json, self.plan), (self.allocation, self.plan)
         for log in self.block_logs():
             yield partial(load_whole, log), (log, log.with_suffix(".safetensors"))
+        for log in sorted(self.path.glob("rounded/*.json")):
+            yield partial(load_whole, log), (log, log.with_suffix(".safetensors"))
         for pattern in (
             "sequential/*/*/state.json",
             "joint*/state.json",
@@ -303,6 +328,9 @@ class RunDir:
 
     def _recovered(self, index: int) -> Path:
         return self.recovery.with_name(f"{index:04}.safetensors")
+
+    def _rounded(self, index: int) -> Path:
+        return self.path / "rounded" / f"{index:04}.safetensors"
 
     def _weights(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:04}.safetensors"

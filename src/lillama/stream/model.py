@@ -74,9 +74,9 @@ class StreamedModel:
         """Return the stack of a block."""
         return next(stack for stack in range(len(self.stacks)) if index in self.indices(stack))
 
-    def block(self, index: int) -> nn.Module:
-        """Read one block into memory, its weights as linears."""
-        block = self.stored_block(self.names[index], self.dtype)
+    def block(self, index: int, stored: bool = False) -> nn.Module:
+        """Read one block into memory, its weights as linears, in the model's type or in those that they are stored in."""
+        block = self.stored_block(self.names[index], None if stored else self.dtype)
         unfuse(block, split=lambda _: self.split_gate_up)
         return block
 
