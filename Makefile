@@ -72,7 +72,7 @@ bench-real: $(VENV)/.ready  ## recipes compared on SmolLM2, Whisper-base and Min
 bench-memory: $(VENV)/.ready  ## peak memory against depth, into bench/results/
 	$(ONE_THREAD) $(BIN)/python bench/memory.py
 
-kills: $(VENV)/.ready  ## kill runs at random instants, 60 times, and compare every file of the results
+kills: $(VENV)/.ready  ## kill runs at random instants, 80 times, and compare every file of the results
 	$(ONE_THREAD) $(BIN)/python bench/kills.py
 
 clean:  ## remove what the targets made, .venv excepted

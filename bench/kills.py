@@ -1,7 +1,8 @@
 """Kill runs at random instants, go on, and compare every file of the result with that of a run that nobody stopped.
 
-`make kills` takes some minutes: on a tiny model 20 kills each of the default recipe, of the joint schedule of `paper`, and of a
-long recovery tail. Exit status 1 where a file differs. `tests/test_resume.py` does the same with a few kills.
+`make kills` takes some minutes: on a tiny model 20 kills each of the default recipe with every block taught, of the joint
+schedule of `paper`, of a long recovery tail, and of a model in few bits. Exit status 1 where a file differs.
+`tests/test_resume.py` does the same with a few kills.
 """
 
 import argparse
@@ -23,9 +24,10 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 SHORT = {"calibration": {"tokens": 640, "seq_len": 32}, "keep": 0.7, "ranks": {"multiple_of": 1}}
 JOBS = {  # name -> recipe that it begins with, and what is changed for a tiny model
-    "default": ("default", {"distill": {"epochs": 2}, "recover": {"epochs": 2}}),
+    "default": ("default", {"distill": {"epochs": 2, "blocks": "all"}, "recover": {"epochs": 2}}),
     "paper": ("paper", {"distill": {"epochs": 4, "lr": 1e-3}, "split_gate_up": False}),
     "tail": ("default", {"distill": {"epochs": 0}, "recover": {"epochs": 8}}),
+    "bits": ("default", {"distill": {"epochs": 0}, "recover": {"epochs": 1}, "storage": {"form": "plain", "bits": 3}}),
 }
 # What may differ from one run to the next, and why: places, and what is measured by the clock and of the process.
 PLACES_AND_CLOCK = ("path", "run", "seconds", "peak_bytes")  # of lillama.json; and the digest of the card there

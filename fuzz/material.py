@@ -32,7 +32,7 @@ UNTAUGHT = {"distill": {"epochs": 0}, "recover": {"epochs": 0}, "ranks": {"name"
 TAUGHT = {"distill": {"epochs": 1}, "recover": {"epochs": 1}, "ranks": {"multiple_of": 1}, "storage": {"form": "plain"}}
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"form": "plain"}, "pivot": {"form": "pivot"}, "int8": {"form": "pivot", "bits": 8},
-    "int4": {"form": "plain", "bits": 4},
+    "int4": {"form": "plain", "bits": 4}, "int3": {"form": "plain", "bits": 3},
 }  # fmt: skip
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 README = "---\nlicense: apache-2.0\nlanguage: [en, fr]\ntags:\n- a\nbase_model: org/name\n---\n\n# A model\n"
@@ -79,11 +79,10 @@ def make(folder: Path) -> None:
 
 
 def _narrower(planned: RankPlan) -> RankPlan:
-    """Return a plan whose first FFN has half of its neurons."""
+    """Return a plan whose first FFN has half of its neurons, and few bits."""
     ffn = planned.spec.ffns[0]
-    return replace(
-        planned, ranks={**planned.ranks, **dict.fromkeys(ffn.linears)}, widths={ffn.outward: ffn.neurons // 2}
-    )
+    ranks, widths = {**planned.ranks, **dict.fromkeys(ffn.linears)}, {ffn.outward: ffn.neurons // 2}
+    return replace(planned, ranks=ranks, widths=widths, bits={ffn.outward: 5, **dict.fromkeys(ffn.inward, 4)})
 
 
 def _llama(folder: Path) -> None:

@@ -44,7 +44,7 @@ class Target:
     within: Place = ()
 
 
-COMPRESSED = ("plain", "pivot", "int8", "int4", "narrow")
+COMPRESSED = ("plain", "pivot", "int8", "int4", "int3", "narrow")
 OTHERS = ("gpt2", "whisper", "mixtral", "mamba", "bert", "t5", "gpt_oss", "gemma3_text", "clip_vision_model", "opt")
 TARGETS = {
     "config": Target(
