@@ -24,7 +24,7 @@ def layer(weight: torch.Tensor, bits: int, group_size: int = 64) -> QuantizedLin
 
 
 def scales(made: QuantizedLinear) -> torch.Tensor:
-    found = made.scale.view(torch.bfloat16).float()
+    found = made.scale.view(torch.bfloat16).float().abs()
     return found if made.bits == 8 else found.repeat_interleave(made.group_size, 1)[:, : made.in_features]
 
 

@@ -13,9 +13,9 @@ SHRUNK = tuple(1 - step / 40 for step in range(1, 27))  # clipped ranges that ar
 def quantize(weight: Float[Tensor, "out in"], bits: int, group_size: int) -> dict[str, Tensor]:
     """Return `qweight` and `scale` of a weight as `QuantizedLinear` stores them, every number rounded to the nearest.
 
-    Integers lie symmetric about 0. At 8 bits the scale is the smallest with which no number of the row is off by more than
-    half of it. Below, each group takes the scale with the least squared error among that one and smaller ones, which
-    clip the group's largest numbers.
+    Integers lie symmetric about 0; at 4 bits from -8 to 7, where a negative scale turns them round. At 8 bits the scale is the
+    smallest with which no number of the row is off by more than half of it. Below, each group takes the scale with the least
+    squared error among that one and smaller ones, which clip the group's largest numbers.
 
     Args:
         weight: to be stored.
@@ -50,6 +50,8 @@ def best_scale(
     whole = _round_up((groups.abs().amax(dim=2) / _reach(bits)).clamp(min=torch.finfo(torch.float32).tiny))
     if bits == 8:
         return whole
+    if bits == 4:  # whose integers reach further below 0: there the largest number belongs
+        whole = torch.where(groups.amax(dim=2) > -groups.amin(dim=2), -whole, whole)
     weights = torch.ones(columns, device=weight.device) if importance is None else importance.float()
     weights = F.pad(weights, (0, -columns % group)).view(1, -1, group)
     best, least = whole, _squared_error(groups, whole, bits, weights)

@@ -2,7 +2,7 @@
 
 `config.json` carries `quantization_config = {"quant_method": "lillama", "ranks": {module: rank}, "format_version": 1}`;
 version 2 adds `storage` and `absorbed` for weights that are not stored as two plain factors, version 3 `shapes` for dense
-layers of fewer neurons, version 4 `bits` for dense weights of few bits and for bits other than 4 and 8. Importing this
+layers of fewer neurons, version 4 `bits` for dense weights of few bits and for bits other than 8. Importing this
 module registers the method. Its text also ships inside portable models (see
 `portable.py`), therefore it imports nothing of lillama but what ships with it, on one line.
 """
@@ -57,7 +57,7 @@ class LowRankConfig(QuantizationConfigMixin):
         version = format_version
         if version is None:
             few = (storage or {}).get("bits") if isinstance(storage, dict) else None
-            version = 4 if bits or few not in (None, 4, 8) else 3 if shapes else 2 if storage else 1
+            version = 4 if bits or few not in (None, 8) else 3 if shapes else 2 if storage else 1
         section = {
             "format_version": version,
             "ranks": ranks,

@@ -14,11 +14,12 @@ from torch import nn
 from lillama.modeling.linear import Factorised, low_rank_linears
 
 # Of names and layout in the weight files; 1 knows the plain form alone, in floating point, 2 no other shapes, 3 no dense
-# weights of few bits, and of bits 4 and 8 alone.
+# weights of few bits, of bits 4 and 8 alone, and no negative scales.
 FORMAT_VERSION = 4
 FORMS, BITS = ("plain", "pivot"), (None, 2, 3, 4, 5, 6, 8)
 AGAIN = "fetch the model again"
 INFINITE = 0x7F80  # the bits of a scale of infinity, and of all that is smaller and positive below them
+SIZE = 0x7FFF  # all bits of a scale but its sign
 
 
 def refusal(section: Any) -> str | None:
@@ -102,8 +103,11 @@ def _unsound(leaf: str, tensor: torch.Tensor, layer: Factorised) -> str | None:
         return f"is of type {tensor.dtype}, but {integers.get(last, 'floating point')} is expected"
     if last == "order" and not _permutes(tensor):
         return f"is no permutation of the {len(tensor)} rows"
-    if last == "scale" and not bool(((tensor > 0) & (tensor < INFINITE)).all()):
-        return "holds values that are no scales (0, negative, infinite or NaN)"
+    if last == "scale":
+        turned = getattr(layer.get_submodule(leaf.rpartition(".")[0]), "bits", 8) == 4  # where a scale may be negative
+        size = tensor & SIZE if turned else tensor
+        if not bool(((size > 0) & (size < INFINITE)).all()):
+            return f"holds values that are no scales (0, {'' if turned else 'negative, '}infinite or NaN)"
     return None
 
 
