@@ -84,7 +84,7 @@ def test_body_tells_all_facts() -> None:
         "| bits per byte, wikitext-2 | 0.8000 | 0.8400 | +5.0 % |",
         f"Recipe `default`, hash `{RESULT.recipe.hash}`, seed 7; asked to keep 80 % (model)",
         "text, wiki.txt, dialogues.jsonl; 524,288 tokens in sequences of 2048",
-        "16 compressed, of which 1 kept their initialisation",
+        "16 factorised or narrower, of which 1 kept their initialisation",
         "20.6 minutes, peak memory 7 GB; lillama 0.1.0, torch 2.13.0",
         "```yaml\nkeep: 0.8\nscope: model\n",
         "import lillama\nfrom transformers import AutoModelForCausalLM",
@@ -96,7 +96,7 @@ def test_narrower_networks_are_told() -> None:
     spec = RESULT.plan.spec
     narrower = replace(RESULT, plan=replace(RESULT.plan, widths={"layers.0.down": 3, "layers.1.down": 4}))
     assert spec.blocks and "have fewer neurons" not in card(**FACTS)
-    assert "or, in 2 feed-forward networks, have fewer neurons, taught" in card(**FACTS | {"result": narrower})
+    assert "or, in 2 feed-forward networks, have fewer neurons, fitted" in card(**FACTS | {"result": narrower})
 
 
 def test_table_rows_are_not_torn_apart() -> None:

@@ -15,6 +15,7 @@ from lillama.pipeline import compress as story
 from lillama.pipeline import rounding
 from lillama.recipes.options import Overrides
 from lillama.recipes.recipe import pick_recipe
+from lillama.report.page import report, write
 from lillama.runs.run_dir import RunDir
 from lillama.system.progress import Progress
 
@@ -44,8 +45,14 @@ def test_bytes_alone_ask_for_bits(original: Path, text: Path, tmp_path: Path) ->
     assert len(set(result.plan.bits.values())) > 1 and not result.plan.factorised
     section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert section["ranks"] == {} and section["bits"] == result.plan.bits and section["format_version"] == 4
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(report.values())
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values())
+    card = (tmp_path / "out" / "README.md").read_text()
+    few = ", ".join(map(str, sorted(set(result.plan.bits.values()))))
+    assert f"the numbers of its linear layers are stored in {few} bits." in card and "of its bytes\n" in card
+    page = write(report([tmp_path / "out"]), tmp_path / "report.html")[0].with_suffix(".md").read_text()
+    assert "of its bytes." in page and "## Bits" in page
+    assert "## Rank plan" not in page and "Singular spectra" not in page
     ids = torch.arange(3, 23)[None]
     export(tmp_path / "out", tmp_path / "dense", "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")

@@ -98,18 +98,17 @@ def _tables(plan: "Planned") -> None:
     if plan.rise is not None:
         facts.add_row("loss", f"about {plan.rise:+.4f} nats a token before recovery, by the spectra")
     if plan.outline:
-        facts.add_row(
-            "ranks", "those of `uniform`; `compress` moves budget when it has read the weights (see --preview)"
-        )
+        known = ("bits", "one width for all") if ranks.bits else ("ranks", "those of `uniform`")
+        facts.add_row(known[0], f"{known[1]}; `compress` moves budget when it has read the weights (see --preview)")
     print_tables(table, facts, _ladder(plan), *([_curve(plan)] if plan.curve else []))
 
 
 def _cell(plan: "RankPlan", linear: str) -> str:
-    """Return the rank of a linear, or its shape in a narrower FFN."""
-    if linear in plan.shapes:
-        return " x ".join(map(str, plan.shapes[linear]))
-    rank = plan.ranks.get(linear)
-    return "dense" if rank is None else str(rank)
+    """Return the rank of a linear, or its shape in a narrower FFN, and its bits where these are few."""
+    rank, bits = plan.ranks.get(linear), plan.storage_of(linear).bits
+    shape, factors = plan.shapes.get(linear), "dense" if rank is None else str(rank)
+    form = factors if shape is None else " x ".join(map(str, shape))
+    return form if bits is None else f"{form}, {bits} bits"
 
 
 def _ladder(plan: "Planned") -> "Table":

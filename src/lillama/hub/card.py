@@ -62,7 +62,7 @@ def card(
         plot=plot,
         loading=Markup(loading_section("package", spec.architecture)),
     )
-    return f"---\n{_front_matter(base_model if on_hub else None, rights)}---\n\n{body}\n"
+    return f"---\n{_front_matter(base_model if on_hub else None, rights, plan.reduces)}---\n\n{body}\n"
 
 
 def _size(result: Result) -> str:
@@ -82,13 +82,13 @@ def _is_hub_id(base_model: str) -> bool:
     return True
 
 
-def _front_matter(hub_id: str | None, rights: Rights) -> str:
+def _front_matter(hub_id: str | None, rights: Rights, low_rank: bool) -> str:
     fields = {
         "library_name": "transformers",
         "license": None if rights.license is None else plain(rights.license),
         "base_model": hub_id,
         "base_model_relation": hub_id and "quantized",  # the nearest of the four that the hub knows
         "language": list(map(plain, rights.languages)) or None,
-        "tags": ["lillama", "low-rank", "compression"],
+        "tags": ["lillama", *(["low-rank"] if low_rank else []), "compression"],
     }
     return yaml.safe_dump({name: value for name, value in fields.items() if value is not None}, sort_keys=False)

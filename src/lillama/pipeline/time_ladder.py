@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from lillama.lowrank.rounding import ROUNDED_TOKENS
+from lillama.ranks.bits import MixedBits
 from lillama.ranks.plan import RankPlan
 from lillama.recipes.recipe import Recipe
 
@@ -52,6 +54,8 @@ def choose(recipe: Recipe, seconds: float, cost: Cost, stacks: int = 1, most_tok
         stacks: of blocks; recovery reaches the last one, and distillation teaches the others.
         most_tokens: of calibration that may be chosen; None knows no bound.
     """
+    if isinstance(recipe.ranks, MixedBits):  # which looks at no more text than this
+        most_tokens = min(most_tokens or ROUNDED_TOKENS, ROUNDED_TOKENS)
     sizes = [size for size in LADDER if most_tokens is None or size <= most_tokens] or [LADDER[0]]
 
     def fits(tokens: int, epochs: int, share: float) -> bool:

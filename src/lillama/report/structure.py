@@ -125,10 +125,10 @@ def shares(evidence: Evidence) -> str:
 def spectra(evidence: Evidence) -> Figure | None:
     """Draw the singular values of each kind of linear, a line for each block, with a mark where the rank cuts."""
     blocks, values = evidence.blocks_told, evidence.spectra
-    if not values or not blocks:
+    named, plots = _by_name(blocks, values or ()), []
+    if not values or not any(named):
         return None
     cuts = {one["name"]: one["rank"] for one in evidence.linears}
-    named, plots = _by_name(blocks, values), []
     for kind in _kinds(named):
         firsts = [(block["index"], kinds[kind][0]) for block, kinds in zip(blocks, named, strict=True) if kind in kinds]
         lines = [line for index, name in firsts for line in _spectrum(f"block {index}", values[name], cuts.get(name))]

@@ -18,8 +18,13 @@ def headline(evidence: Evidence) -> str:
     if not metrics:
         total = len(evidence.blocks_told)
         return f"{original}: {len(evidence.blocks)} of {total} blocks are taught; the run is not finished."
+    count = metrics["bytes"] if has(metrics, "bytes") else None
+    if has(metrics, "keep") and metrics["keep"] < 1:
+        return f"{original}, {metrics['keep']:.1%} of its parameters."
     return (
-        f"{original}, {metrics['keep']:.1%} of its parameters." if has(metrics, "keep") else f"{original}, compressed."
+        f"{original}, compressed."
+        if count is None
+        else f"{original}, {count['kept'] / count['dense']:.1%} of its bytes."
     )
 
 

@@ -9,6 +9,7 @@ from lillama.report.schemas import has
 
 GROWTH = 1.5  # of a largest singular value, as when it is made
 SHORT, FEW = 50_000, 100  # tokens of calibration; minimal pairs in a group
+SHORT_FOR_BITS = 15_000  # tokens of calibration, where nothing is trained
 UNLIKE, SLACK = 2.0, 0.05  # times the held-out rise, and nats besides
 LOST = 0.2  # nats a token of any text: perplexity is a fifth higher
 
@@ -86,10 +87,16 @@ def _calibration(evidence: Evidence) -> Iterator[str]:
     if not manifest:
         return
     tokens, wanted = manifest["tokens"], manifest["wanted"] if has(manifest, "wanted") else 0
-    if tokens < SHORT:
-        yield f"Short calibration: {tokens:,} tokens; the default recipe takes more than twice {SHORT:,}."
+    recipe, wants = ("bits", SHORT_FOR_BITS) if _has_mixed_bits(evidence) else ("default", SHORT)
+    if tokens < wants:
+        yield f"Short calibration: {tokens:,} tokens; the recipe `{recipe}` takes more than twice {wants:,}."
     if tokens < 0.99 * wanted:
         yield f"The calibration text ran out: {tokens:,} of {wanted:,} tokens."
+
+
+def _has_mixed_bits(evidence: Evidence) -> bool:
+    ranks = evidence.recipe["ranks"] if has(evidence.recipe, "ranks") else {}
+    return ranks.get("name") == "mixed-bits"
 
 
 def _require(evidence: Evidence) -> Iterator[str]:
