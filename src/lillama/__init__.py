@@ -1,4 +1,4 @@
-"""Make a pretrained language model smaller: low-rank factors, taught block by block.
+"""Make a pretrained language model smaller: fewer numbers and fewer bits, where they matter least.
 
 `import lillama` is light, and enough for `transformers` to load compressed models. The names below are imported when they
 are first used.

@@ -33,7 +33,7 @@ IN_FILES = (["compress"], ["export"], ["report"], ["probe", "make"])  # commands
 
 app = App(
     name="lillama",
-    help="Make a pretrained language model smaller: low-rank factors, taught block by block.",
+    help="Make a pretrained language model smaller: fewer numbers and fewer bits, where they matter least.",
     version=__version__,
     version_flags=["--version"],
     result_action="return_value",

@@ -34,7 +34,7 @@ def compress(
     trust_remote_code: bool = False,
     **options: Unpack[OverridesDict],
 ) -> Result:
-    """Make a smaller model: factorise its linears and teach each block to reproduce the activations of the original.
+    """Make a smaller model: fewer numbers or fewer bits in its linears, taught to give what the original gives.
 
     The same call after a kill goes on where it stopped and gives the same bits. `out` appears only when it is complete.
 

@@ -55,7 +55,7 @@ def round_blocks(ctx: RunContext) -> None:
         ctx.report(Progress("rounding", index, last + 1, model.names[index]))
         if (stack := model.stack_of(index)) and index == model.indices(stack).start:
             activations = activations.enter_stack(model, batch, placement, stack)
-        block = _finished(ctx, index)
+        block = _read_block(ctx, index)
         if index in todo:
             _round_block(ctx, index, block, todo[index], activations)
         advance(block, index, activations.calls, activations.teacher, activations.teacher, ctx.job.micro_batch)
@@ -77,7 +77,7 @@ class _Feedbacks:
         return self._known[id(gram)][1]
 
 
-def _finished(ctx: RunContext, index: int) -> nn.Module:
+def _read_block(ctx: RunContext, index: int) -> nn.Module:
     """Return a block as it is before it is rounded."""
     block = ctx.job.plan.spec.blocks[index]
     if not ctx.changes(block):
@@ -93,7 +93,7 @@ def _round_block(
     """Round some linears of a block in place, and write what is stored of them."""
     group_size = ctx.job.plan.storage.group_size
     if ctx.run_dir.has_rounded(index):
-        _load_rounded(block, ctx.run_dir.load_rounded(index), bits, group_size)
+        _take_integers(block, ctx.run_dir.load_rounded(index), bits, group_size)
         return
     grams, feedbacks, stored = activations.compute_target(index, block, linears=bits), _Feedbacks(), dict[str, Tensor]()
     for name, few in bits.items():
@@ -126,7 +126,7 @@ def _round_linear(
     return {"left": left, "right": right}
 
 
-def _load_rounded(block: nn.Module, stored: Mapping[str, Tensor], bits: Mapping[str, int], group_size: int) -> None:
+def _take_integers(block: nn.Module, stored: Mapping[str, Tensor], bits: Mapping[str, int], group_size: int) -> None:
     """Give linears of a block the weights that were stored of them, in place."""
     for name, few in bits.items():
         layer = block.get_submodule(name)

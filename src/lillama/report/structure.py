@@ -22,7 +22,7 @@ Named = dict[str, list[str]]
 
 def sizes(evidence: Evidence) -> Figure | None:
     """Draw the numbers, or bytes, of each block and of each kind of linear, original against compressed."""
-    (unit, linears), blocks = _stored(evidence), evidence.blocks_told
+    (unit, linears), blocks = _count_all(evidence), evidence.blocks_told
     named = _by_name(blocks, linears)
     if not any(named):
         return None
@@ -83,7 +83,7 @@ def bits(evidence: Evidence) -> Figure | None:
     """Draw the share of its bytes that each linear keeps, with the bits of its numbers beside it."""
     if not _has_bits(evidence):
         return None
-    (_, linears), few = _stored(evidence), _storages(evidence)
+    (_, linears), few = _count_all(evidence), _storages(evidence)
     rows = tuple((name, few[name].bits or "own type", *nbytes) for name, nbytes in linears.items())
     return Figure(
         "bits",
@@ -113,7 +113,7 @@ def _kept_form(one: PlannedJson) -> Cell:
 
 def shares(evidence: Evidence) -> str:
     """Draw the share of its numbers, or bytes, that each linear keeps, without the figure around it."""
-    (unit, linears), blocks = _stored(evidence), evidence.blocks_told
+    (unit, linears), blocks = _count_all(evidence), evidence.blocks_told
 
     def share(names: Sequence[str]) -> float:
         dense, kept = _sums(linears[name] for name in names)
@@ -162,7 +162,7 @@ def _cut_row(name: str, values: JsonValues, rank: int | None) -> tuple[Cell, ...
     return name, len(values), rank or "dense", float(values[0]), lost
 
 
-def _stored(evidence: Evidence) -> tuple[str, dict[str, tuple[int, int]]]:
+def _count_all(evidence: Evidence) -> tuple[str, dict[str, tuple[int, int]]]:
     """Return what is counted, and linear -> how many the original has, and how many are stored: bytes where bits are few."""
     storages = _storages(evidence)
     if not _has_bits(evidence):
