@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,12 @@ def convert(model: PreTrainedModel, storage: Storage) -> None:
         state = encode_factors(layer.left.weight, layer.right.weight, storage, rows, dtype)
         dense = torch.nn.Linear(layer.in_features, layer.out_features, False, dtype=dtype)
         dense.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
-        converted = build_factorised(dense, layer.rank, asdict(storage), "order" in state).eval()
+        converted = build_factorised(dense, layer.rank, dict(storage.as_json()), "order" in state).eval()
         converted.load_state_dict(
             state | {"weight": layer.weight} | ({"bias": layer.bias} if layer.bias is not None else {})
         )
         model.set_submodule(name, converted)
-    declare(model, LowRankConfig(model.config.quantization_config.ranks, storage=asdict(storage)))
+    declare(model, LowRankConfig(model.config.quantization_config.ranks, storage=dict(storage.as_json())))
 
 
 def tiny(dtype: torch.dtype = torch.float32, ranks: dict[str, int] = RANKS, **changes: Any) -> LlamaForCausalLM:
