@@ -92,7 +92,7 @@ def factorise(whole: LlamaForCausalLM, case: Case) -> None:
     section = (
         LowRankConfig(ranks=ranks)
         if case.form == "plain"
-        else LowRankConfig(ranks=ranks, storage=asdict(storage), absorbed=absorbed)
+        else LowRankConfig(ranks=ranks, storage=dict(storage.as_json()), absorbed=absorbed)
     )
     install_stored(whole, section.to_dict())
     with torch.no_grad():
