@@ -66,7 +66,7 @@ class MixedBits:
             smallest = choices.plan(np.zeros(len(spec.linears), dtype=np.int64)).kept_bytes
             raise BudgetError(
                 f"bytes {nbytes:,} are not reachable: with {choices.widths[0]} bits in every linear the model takes "
-                f"{smallest:,}; allow more, or take out numbers as well (--recipe default)"
+                f"{smallest:,}; allow more, or take out numbers as well (--recipe default --bits 4)"
             )
         return choices.plan(choices.even(most) if spectra is None else choices.best(most))
 
