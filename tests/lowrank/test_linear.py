@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.modeling.linear import LowRankLinear, PivotLinear, QuantizedLinear, build_factorised
+from lillama.modeling.linear import LowRankLinear, PivotLinear, build_factorised
+from lillama.modeling.quantized import QuantizedLinear
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -6,7 +6,7 @@ from lillama.lowrank import quantize as module
 from lillama.lowrank.encode import encode_factors
 from lillama.lowrank.quantize import quantize
 from lillama.lowrank.storage import Storage
-from lillama.modeling.linear import QuantizedLinear
+from lillama.modeling.quantized import QuantizedLinear
 
 WEIGHTS = {
     "gaussian": lambda: torch.randn(24, 130),

@@ -8,7 +8,7 @@ from lillama.lowrank.gram import Gram, Moments
 from lillama.lowrank.quantize import best_scale, limits, nearest, quantize, spread
 from lillama.lowrank.rounding import DAMPING, Feedback, dense_gram, refit, round_weight, rounding_rises
 from lillama.lowrank.storage import BITS
-from lillama.modeling.linear import QuantizedLinear, middle
+from lillama.modeling.quantized import QuantizedLinear, middle
 
 GROUP = 16
 

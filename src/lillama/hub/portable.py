@@ -75,6 +75,7 @@ def portable_code(config_class: str) -> str:
     """Return the text of a module that needs torch and transformers alone: layers, quantizer, configuration."""
     sources = (
         (lillama.modeling, "experts.py"),
+        (lillama.modeling, "quantized.py"),
         (lillama.modeling, "linear.py"),
         (lillama.modeling, "soundness.py"),
         (lillama.modeling, "quantizer.py"),

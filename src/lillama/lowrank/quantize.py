@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lillama.modeling.linear import QuantizedLinear, middle
+from lillama.modeling.quantized import QuantizedLinear, middle
 
 SHRUNK = tuple(1 - step / 40 for step in range(1, 27))  # clipped ranges that are tried, as shares of the whole
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lillama.lowrank.gram import Gram, Moments
 from lillama.lowrank.quantize import best_scale, limits, pack, spread
-from lillama.modeling.linear import middle
+from lillama.modeling.quantized import middle
 
 DAMPING = 0.01  # of the Gram's mean eigenvalue, as in GPTQ's own code; more where that does not make it regular
 ROUNDED_TOKENS = 32_768  # that the inputs of a rounded model are measured on, at most

@@ -11,7 +11,8 @@ from lillama.lowrank.gram import Gram, Moments
 from lillama.lowrank.rounding import ROUNDED_TOKENS, Feedback, Rounded, dense_gram, refit, round_weight, rounding_rises
 from lillama.lowrank.storage import BITS
 from lillama.lowrank.student import load_student
-from lillama.modeling.linear import LowRankLinear, QuantizedLinear
+from lillama.modeling.linear import LowRankLinear
+from lillama.modeling.quantized import QuantizedLinear
 from lillama.pipeline.context import RunContext
 from lillama.ranks.spectra import Values
 from lillama.stream.capture import advance
